@@ -1,0 +1,94 @@
+"""The plan: for every residual, how it is held between forward and backward.
+
+A `Plan` is what the planner hands to the rewrite and what every report prints. It is frozen and round-trips
+through JSON, so that a plan can be stored, compared and checked in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one residual is held.
+
+    `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
+    masks). `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
+    lossless codecs); `time` the predicted extra seconds a step.
+    """
+
+    residual: str
+    layer: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[str, ...]
+    codec: str
+    bytes_before: int
+    bytes_after: int
+    probes: int | None = None
+    bits: int | None = None
+    noise: float = 0.0
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices for every residual of one compiled graph, and what they add up to. Bytes and seconds.
+
+    `predicted_peak` is computed from the graph before compiling, `audited_peak` from what was generated (None until
+    then). `baseline_peak` is the predicted peak with every residual kept as Inductor would. `peak_at` names the
+    operation at the predicted peak. `notes` names what could not be compressed, and why.
+    """
+
+    device: str
+    budget: int | None
+    baseline_peak: int
+    predicted_peak: int
+    peak_at: str
+    fixed_bytes: int
+    choices: tuple[Choice, ...]
+    noise: float = 0.0
+    time: float = 0.0
+    gap: float = 0.0
+    attempts: int = 1
+    audited_peak: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The audited peak where there is one, else the predicted one."""
+        return self.predicted_peak if self.audited_peak is None else self.audited_peak
+
+    @property
+    def saved_before(self) -> int:
+        return sum(choice.bytes_before for choice in self.choices)
+
+    @property
+    def saved_after(self) -> int:
+        return sum(choice.bytes_after for choice in self.choices)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, keys sorted: equal plans give equal text."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Inverse of `to_json`. Raises `ValueError` on another format version or missing fields."""
+        data: dict[str, Any] = json.loads(text)
+        if data.pop("format", None) != FORMAT:
+            raise ValueError(f"not a plan of format {FORMAT}")
+        try:
+            choices = tuple(
+                Choice(**{**row, "shape": tuple(row["shape"]), "uses": tuple(row["uses"])})
+                for row in data.pop("choices")
+            )
+            return Plan(**{**data, "choices": choices, "notes": tuple(data["notes"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a plan: {error}") from error
