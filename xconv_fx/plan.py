@@ -18,6 +18,10 @@ FORMAT = 1
 class Choice:
     """How one residual is held.
 
+    `residual` is the name of its node in the joint graph, `layer` the path of the module that produced it, `source`
+    the operation that did; `uses` are the operations of the backward that read it. `codec` is one of
+    `xconv_fx.options.CODECS`; `probes` is set for "probe", `bits` where what is held has fewer bits than the tensor.
+
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
     lossless codecs); `time` the predicted extra seconds a step.
@@ -44,7 +48,10 @@ class Plan:
 
     `predicted_peak` is computed from the graph before compiling, `audited_peak` from what was generated (None until
     then). `baseline_peak` is the predicted peak with every residual kept as Inductor would. `peak_at` names the
-    operation at the predicted peak. `notes` names what could not be compressed, and why.
+    operation at the predicted peak. `fixed_bytes` are held whatever the plan (parameters, gradients, inputs).
+    `noise` and `time` add up the choices'. `gap` is how far the plan's cost is above the solver's lower bound, as a
+    fraction of it (0: proven best), `attempts` how many plans were compiled and audited. `notes` names what could not
+    be compressed, and why.
     """
 
     device: str

@@ -1,0 +1,172 @@
+"""What can go wrong for a user, each as its own exception type.
+
+Every error names what was given and what would work instead. All derive from `XConvError`, a `ValueError`, and all
+survive pickling, because compile workers and data-parallel launchers send exceptions between processes.
+
+Dynamo wraps whatever a backend raises in `BackendCompilerFailed`, which would hide these types from an `except`.
+It lets one family through unchanged, `torch._dynamo.exc.ShortenTraceback`; `surfaced_by_dynamo` uses that door.
+Known gap: with `torch._dynamo.config.suppress_errors` set Dynamo logs the error and runs the model uncompiled, and so
+without a budget. That is what the setting asks for, and no exception type escapes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LARGEST_SHOWN = 5
+
+
+class XConvError(ValueError):
+    """Base of every error this package raises on purpose.
+
+    Subclasses list the constructor arguments they keep as attributes in `_fields`; pickling and copying rebuild the
+    error from those, not from `args`, which Dynamo appends text to.
+    """
+
+    _fields: tuple[str, ...] = ("message",)
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _public_type(type(self)), tuple(getattr(self, field) for field in self._fields)
+
+
+class OptionError(XConvError):
+    """An option has a value that cannot work.
+
+    `option` is the option's name as the user writes it, `value` what was given (its `repr` unless it is a plain
+    string, number or None), `hint` says what would work.
+    """
+
+    _fields = ("option", "value", "hint")
+
+    def __init__(self, option: str, value: object, hint: str) -> None:
+        shown = repr(value)
+        super().__init__(f"{option}={shown if len(shown) <= 80 else shown[:77] + '...'}: {hint}")
+        self.option = option
+        self.value = value if value is None or isinstance(value, (str, bool, int, float)) else shown
+        self.hint = hint
+
+
+class BudgetInfeasibleError(XConvError):
+    """No plan fits the memory budget.
+
+    `budget` and `smallest`, the smallest budget that some plan fits, are bytes of physical peak. `consumers` are the
+    largest holders of memory at that plan's peak as `(label, bytes)`; the five largest are kept, largest first.
+    """
+
+    _fields = ("budget", "smallest", "consumers")
+
+    def __init__(self, budget: int, smallest: int, consumers: Iterable[tuple[str, int]] = ()) -> None:
+        ranked = sorted(((str(label), int(size)) for label, size in consumers), key=lambda item: -item[1])
+        self.budget = int(budget)
+        self.smallest = int(smallest)
+        self.consumers: tuple[tuple[str, int], ...] = tuple(ranked[:LARGEST_SHOWN])
+        super().__init__(self._describe())
+
+    def _describe(self) -> str:
+        # `sizes` raises OptionError, so it imports this module first.
+        from xconv_fx.sizes import format_size, sufficient_size
+
+        budget, smallest = format_size(self.budget), format_size(self.smallest)
+        if budget == smallest:
+            budget, smallest = f"{self.budget:,} B", f"{self.smallest:,} B"
+        lines = [f"mem_budget={budget} cannot be met: the smallest feasible budget is {smallest}."]
+        if self.consumers:
+            lines.append("Largest at the peak of that plan:")
+            lines += [f"  {format_size(size):>8}  {label}" for label, size in self.consumers]
+        lines.append(
+            f"What would work: mem_budget={sufficient_size(self.smallest)!r}, a smaller batch or input, "
+            "or more codecs if `codecs` or `probes` limits them."
+        )
+        return "\n".join(lines)
+
+
+class UnsupportedTorchError(XConvError):
+    """The installed torch is not one this package's private hooks were checked against.
+
+    `found` is the installed version, `supported` a requirement such as `">=2.13,<2.14"`, `reason` what is missing.
+    """
+
+    _fields = ("found", "supported", "reason")
+
+    def __init__(self, found: str, supported: str, reason: str = "") -> None:
+        detail = f" ({reason})" if reason else ""
+        super().__init__(
+            f"xconv-fx needs torch{supported}, found torch {found}{detail}. "
+            f"What would work: pip install 'torch{supported}'"
+        )
+        self.found = found
+        self.supported = supported
+        self.reason = reason
+
+
+class UnsupportedModelError(XConvError):
+    """The model does something that cannot be planned.
+
+    `what` names the layer or operation, `reason` why it cannot be planned, `hint` what to change.
+    """
+
+    _fields = ("what", "reason", "hint")
+
+    def __init__(self, what: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"{what}: {reason}" + (f". What would work: {hint}" if hint else ""))
+        self.what = what
+        self.reason = reason
+        self.hint = hint
+
+
+def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:
+    """Let an `XConvError` raised inside a `torch.compile` backend reach the user as its own type.
+
+    Wraps the outermost backend callable. The error that arrives is an instance of a subclass of the original type,
+    with the same name and attributes, whose traceback starts at the backend instead of inside Dynamo. Errors that
+    Inductor has wrapped in `InductorError` on the way out are unwrapped; others pass untouched.
+    """
+
+    @functools.wraps(backend)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return backend(*args, **kwargs)
+        except Exception as error:
+            ours = _find_ours(error)
+            if ours is None:
+                raise
+            raise _surfacing(ours, sys._getframe()).with_traceback(error.__traceback__) from ours.__cause__
+
+    return wrapper
+
+
+def _find_ours(error: BaseException | None) -> XConvError | None:
+    while error is not None and not isinstance(error, XConvError):
+        error = getattr(error, "inner_exception", None)
+    return error
+
+
+def _surfacing(error: XConvError, frame: Any) -> XConvError:
+    public: Any = _public_type(type(error))
+    surfacing = _surfacing_type(public)
+    copy = surfacing.__new__(surfacing, *error.args)
+    copy.__dict__.update(error.__dict__, first_useful_frame=frame, frame_exec_strategy=None)
+    copy.__dict__["_torch_dynamo_tracer_output"] = None
+    return copy
+
+
+@functools.cache
+def _surfacing_type(public: type[XConvError]) -> type[XConvError]:
+    from torch._dynamo.exc import ShortenTraceback
+
+    names = {"__module__": public.__module__, "__qualname__": public.__qualname__, "_public": public}
+    return type(public.__name__, (public, ShortenTraceback), names)
+
+
+def _public_type(kind: type[XConvError]) -> type[XConvError]:
+    return getattr(kind, "_public", kind)

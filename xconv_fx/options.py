@@ -1,0 +1,311 @@
+"""The options of `torch.compile(model, backend="xconv", options={...})`, parsed and checked in one place.
+
+`torch.compile` hands a third-party backend `options=` and `mode=` as they are, each only when given and never both
+(it raises by itself). `mode` is therefore also accepted among the options. Names and values are checked before
+anything is compiled: a misspelt option that is silently ignored would train without its budget.
+
+Known gap: patterns in `probes` are checked against layer names only when the layers are known, by `Probes.check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from numbers import Integral
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_origin
+
+from xconv_fx.errors import OptionError
+from xconv_fx.sizes import Budget, parse_size
+
+EXACT_CODECS = ("keep", "recompute", "bitmask")
+NOISY_CODECS = ("quantize", "probe")
+CODECS = EXACT_CODECS + NOISY_CODECS
+BITS = (1, 2, 4, 8)
+PROBE_KINDS = ("fold", "gaussian", "rademacher", "orthogonal")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+CODECS_HINT = (
+    f"write 'all', 'exact' (the lossless ones) or names from {', '.join(CODECS)}; quantize takes bits as in "
+    f"'quantize:4' (of {', '.join(map(str, BITS))}), probe a kind as in 'probe:gaussian' (of {', '.join(PROBE_KINDS)})"
+)
+PROBES_HINT = "write a positive int for every layer, or a mapping of layer names or patterns such as {'decoder.*': 16}"
+
+# Inductor settings that the backend sets itself, with what setting them from outside would break.
+RESERVED_INDUCTOR = MappingProxyType(
+    {
+        "custom_partitioner_fn": "it is how the backend chooses what is held between forward and backward",
+        "_pre_fusion_custom_pass": "the backend orders the kernels with it, so that the peak stays as planned",
+        "_post_fusion_custom_pass": "the backend orders the kernels with it, so that the peak stays as planned",
+        "reorder_for_peak_memory": "the backend orders the kernels itself, to the peak that the plan was audited for",
+    }
+)
+
+
+def _join(*clauses: str) -> str:
+    return " ".join(filter(None, clauses))
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """A "did you mean" clause for `name`, or the empty string when nothing in `known` is close."""
+    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@dataclass(frozen=True)
+class CodecSet:
+    """Which codecs the planner may use. "keep" is always among `names`.
+
+    `bits` are the widths allowed to "quantize" and `kinds` the projections allowed to "probe"; each is empty exactly
+    when its codec is not allowed.
+    """
+
+    names: frozenset[str] = frozenset(CODECS)
+    bits: tuple[int, ...] = BITS
+    kinds: tuple[str, ...] = PROBE_KINDS
+
+    @property
+    def exact(self) -> bool:
+        """True when every allowed codec is lossless."""
+        return not self.names.intersection(NOISY_CODECS)
+
+    def __contains__(self, codec: str) -> bool:
+        return codec in self.names
+
+    @staticmethod
+    def parse(value: str | Collection[str] | CodecSet) -> CodecSet:
+        """From "all", "exact", a codec with an optional parameter ("quantize:4"), a comma string or a list of those."""
+        if isinstance(value, CodecSet):
+            return value
+        entries = value.split(",") if isinstance(value, str) else value
+        if not isinstance(entries, Collection) or isinstance(entries, (bytes, Mapping)) or not entries:
+            raise OptionError("codecs", value, CODECS_HINT)
+        names: set[str] = {"keep"}
+        bits: set[int] = set()
+        kinds: set[str] = set()
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise OptionError("codecs", value, f"{entry!r} is not a name; {CODECS_HINT}")
+            for codec, parameter in _expand(entry.strip(), value):
+                names.add(codec)
+                if codec == "quantize":
+                    bits.update(BITS if parameter is None else [_bits(parameter, value)])
+                if codec == "probe":
+                    kinds.update(PROBE_KINDS if parameter is None else [_kind(parameter, value)])
+        return CodecSet(frozenset(names), tuple(sorted(bits)), tuple(kind for kind in PROBE_KINDS if kind in kinds))
+
+
+def _expand(entry: str, given: object) -> list[tuple[str, str | None]]:
+    codec, colon, parameter = (part.strip() for part in entry.partition(":"))
+    if not colon and codec in ("all", "exact"):
+        return [(name, None) for name in (CODECS if codec == "all" else EXACT_CODECS)]
+    if codec not in CODECS:
+        guess = nearest(codec, (*CODECS, "all", "exact"))
+        raise OptionError("codecs", given, _join(f"no codec {codec!r};", guess, CODECS_HINT))
+    if colon and codec not in NOISY_CODECS:
+        raise OptionError("codecs", given, f"{codec!r} takes no parameter; {CODECS_HINT}")
+    return [(codec, parameter if colon else None)]
+
+
+def _bits(text: str, given: object) -> int:
+    if text not in map(str, BITS):
+        raise OptionError("codecs", given, f"quantize cannot use {text!r} bits; {CODECS_HINT}")
+    return int(text)
+
+
+def _kind(text: str, given: object) -> str:
+    if text not in PROBE_KINDS:
+        guess = nearest(text, PROBE_KINDS)
+        raise OptionError("codecs", given, _join(f"no probe kind {text!r};", guess, CODECS_HINT))
+    return text
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How many probes a layer must use: `count` for every layer, or the first of `patterns` that matches its name.
+
+    An exact name wins over patterns, which are those of `fnmatch`. With neither, the planner chooses.
+    """
+
+    count: int | None = None
+    patterns: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def parse(value: int | Mapping[str, int] | Probes | None) -> Probes:
+        if value is None or isinstance(value, Probes):
+            return value or Probes()
+        if not isinstance(value, Mapping):
+            return Probes(count=_positive(value, value))
+        for name in value:
+            if not isinstance(name, str) or not name:
+                raise OptionError("probes", dict(value), f"{name!r} is not a layer name; {PROBES_HINT}")
+        return Probes(patterns=tuple((name, _positive(count, dict(value))) for name, count in value.items()))
+
+    def of(self, layer: str) -> int | None:
+        """The number of probes that `layer` must use, or None when the planner chooses."""
+        exact = dict(self.patterns).get(layer)
+        if exact is not None:
+            return exact
+        return next((count for pattern, count in self.patterns if fnmatchcase(layer, pattern)), self.count)
+
+    def check(self, layers: Collection[str]) -> None:
+        """Raise `OptionError` when a name or pattern matches none of `layers`: a typo must not pass as a no-op."""
+        for pattern, _ in self.patterns:
+            if pattern not in layers and not any(fnmatchcase(layer, pattern) for layer in layers):
+                some = ", ".join(sorted(layers)[:8]) + (", ..." if len(layers) > 8 else "")
+                hint = _join("no layer matches;", nearest(pattern, layers), f"the layers are {some}")
+                raise OptionError("probes", pattern, hint)
+
+
+def _positive(count: object, given: object) -> int:
+    if not isinstance(count, Integral) or isinstance(count, bool) or int(count) < 1:
+        raise OptionError("probes", given, f"{count!r} is not a positive int; {PROBES_HINT}")
+    return int(count)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for, checked.
+
+    `mem_budget` limits the physical peak of a training step (None: no limit, only what costs nothing is saved);
+    `codecs` and `probes` restrict the planner; `reserve` is bytes of the budget left for memory outside the compiled
+    step; `seed` fixes the sequence of random draws (None: one drawn from torch's generator every step); `report` is
+    where the plan is written as JSON; `inductor` and `mode` are passed to Inductor.
+    """
+
+    mem_budget: Budget | None = None
+    codecs: CodecSet = CodecSet()
+    probes: Probes = Probes()
+    reserve: int = 0
+    seed: int | None = None
+    report: Path | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    mode: str = "default"
+
+    @staticmethod
+    def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Check what `torch.compile` passed. Raises `OptionError` naming the option, its value and what would work."""
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError("options", options, "write a dict such as {'mem_budget': '8GB'}")
+        given = dict(options or {})
+        for name in given:
+            if name not in PARSERS:
+                every = f"the options are {', '.join(PARSERS)}"
+                raise OptionError(str(name), given[name], _join("no such option;", nearest(str(name), PARSERS), every))
+        if mode is not None and given.setdefault("mode", mode) != mode:
+            raise OptionError("mode", given["mode"], f"torch.compile was called with mode={mode!r}; give only one")
+        parsed = {name: PARSERS[name](value) for name, value in given.items()}
+        return Options(**parsed)
+
+    def inductor_config(self) -> dict[str, Any]:
+        """Inductor settings of `mode`, overridden by those of `inductor`."""
+        from torch._inductor import list_mode_options
+
+        return {**list_mode_options(self.mode), **self.inductor}
+
+    def fingerprint(self) -> str:
+        """A stable hash of everything that changes what is computed: all but `report`. For compile caches."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "report"}
+        text = json.dumps(fields, default=_stable, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stable(value: Any) -> Any:
+    """JSON for what `json` cannot write, the same in every process: no addresses, no order of a set."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        # Inductor's custom passes identify themselves; a bare function has only its name.
+        identity = value.uuid() if hasattr(value, "uuid") else ""
+        return f"{named.__module__}.{named.__qualname__} {identity}"
+    return repr(value)
+
+
+def _parse_reserve(value: Any) -> int:
+    return parse_size(value, option="reserve", allow_zero=True)
+
+
+def _parse_seed(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= int(value) < 2**63:
+        raise OptionError("seed", value, "write an int from 0 to 2**63 - 1, or None for another seed every step")
+    return int(value)
+
+
+def _parse_report(value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OptionError("report", value, "write the path of the JSON file to create")
+    path = Path(os.fspath(value))
+    if path.is_dir():
+        raise OptionError("report", str(path), f"a directory; write a file such as {str(path / 'plan.json')!r}")
+    if not path.parent.is_dir():
+        raise OptionError("report", str(path), f"the directory {str(path.parent)!r} does not exist; create it first")
+    return path
+
+
+def _parse_mode(value: Any) -> str:
+    if value is None:
+        return "default"
+    if value not in MODES:
+        guess = nearest(value, MODES) if isinstance(value, str) else ""
+        raise OptionError("mode", value, _join(guess, f"the modes are {', '.join(MODES)}"))
+    return value
+
+
+def _parse_inductor(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise OptionError("inductor", value, "write a dict of torch._inductor.config settings")
+    return dict(_inductor_setting(key, setting) for key, setting in value.items())
+
+
+def _inductor_setting(key: object, setting: Any) -> tuple[str, Any]:
+    from torch._inductor import config
+
+    name = key.replace("-", "_") if isinstance(key, str) else ""
+    if name in RESERVED_INDUCTOR:
+        raise OptionError(f"inductor.{name}", setting, f"it cannot be set: {RESERVED_INDUCTOR[name]}")
+    known = config.get_config_copy()
+    if name not in known:
+        guess = nearest(name, known) or "see torch._inductor.list_options()"
+        raise OptionError(f"inductor.{key}", setting, f"no such Inductor setting; {guess}")
+    expected = config.get_type(name)  # type: ignore[attr-defined]
+    widened = (int, float) if expected is float else expected
+    # torch.compile checks its own options in the same way: generic types such as `int | None` are not checked.
+    if get_origin(expected) is None and isinstance(expected, type) and not isinstance(setting, widened):
+        raise OptionError(f"inductor.{name}", setting, f"write a value of type {expected.__name__}")
+    return name, setting
+
+
+def _parse_budget(value: Any) -> Budget | None:
+    return None if value is None else Budget.parse(value)
+
+
+PARSERS: Mapping[str, Any] = MappingProxyType(
+    {
+        "mem_budget": _parse_budget,
+        "codecs": CodecSet.parse,
+        "probes": Probes.parse,
+        "reserve": _parse_reserve,
+        "seed": _parse_seed,
+        "report": _parse_report,
+        "inductor": _parse_inductor,
+        "mode": _parse_mode,
+    }
+)
