@@ -1,0 +1,41 @@
+"""Seconds of a kernel by the roofline: it is limited by arithmetic or by memory traffic, whichever takes longer.
+
+    seconds = launch + max(flops / (flop/s), bytes / (bytes/s))
+
+(Williams, Waterman, Patterson: Roofline, CACM 2009.) Good enough to rank codecs: packing and unpacking are limited by
+bytes, replayed convolutions by flops. All sizes are plain ints; a multiply-add counts as two flops.
+
+Known gaps: an algorithm that saves multiplications (Winograd, FFT) beats its count; small channel counts fall short of
+the rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from xconv_fx.cost_model.device import DeviceSpec
+
+
+def seconds(flops: float, traffic: float, device: DeviceSpec, dtype: str = "float32") -> float:
+    """Time of one kernel of `flops` operations in `dtype` that reads and writes `traffic` bytes in all."""
+    return device.launch + max(flops / device.flops(dtype), traffic / device.bandwidth)
+
+
+def conv_flops(
+    batch: int, in_channels: int, out_channels: int, kernel: Sequence[int], output: Sequence[int], groups: int = 1
+) -> int:
+    """Flops of a convolution whose spatial output has the sizes `output`; stride and dilation are in those sizes.
+
+    Its input gradient and its weight gradient pair the same elements, so each of the three takes this number. A
+    transposed convolution is the input gradient of a plain one: give it its *input's* spatial sizes as `output`.
+    `in_channels` and `out_channels` are totals over the groups. Raises `ValueError` when the groups do not divide them.
+    """
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(f"groups: {groups} does not divide {in_channels} and {out_channels} channels")
+    return 2 * batch * out_channels * prod(output) * (in_channels // groups) * prod(kernel)
+
+
+def linear_flops(rows: int, in_features: int, out_features: int) -> int:
+    """Flops of a matrix product (rows x in) (in x out); each of its two gradients takes the same number."""
+    return 2 * rows * in_features * out_features
