@@ -1,0 +1,25 @@
+"""Codecs: what is held between forward and backward instead of a tensor.
+
+Importing this package defines the operators `torch.ops.xconv.*` and fills the table of codecs. Every operator has an
+eager reference and a fake rule; `lowering.install` adds generated kernels for Inductor, without which a compiled
+graph calls the eager reference.
+"""
+
+from .bitmask import BITMASK
+from .fold import PROBE
+from .layout import aligned_probes, order_of
+from .quantize import QUANTIZE
+from .registry import Codec, Held, codec, names, register
+
+__all__ = [
+    "BITMASK",
+    "PROBE",
+    "QUANTIZE",
+    "Codec",
+    "Held",
+    "aligned_probes",
+    "codec",
+    "names",
+    "order_of",
+    "register",
+]

@@ -1,0 +1,199 @@
+"""Probes: a tensor held as few random projections of every sample, for gradients that are linear in it.
+
+XConv (arXiv 2106.06998) holds S = X Z instead of X, with E[Z Z^T] / r = I, and reads X^ = S Z^T / r in its place: the
+weight gradient of a convolution or a linear layer stays unbiased. Folding is the sparse limit of the paper's
+orthogonal probes: the r columns of Z have disjoint supports and random signs,
+
+    S[n, j] = sum over g of sign(n, g, j) x[n, g r + j],        x^[n, g r + j] = sign(n, g, j) S[n, j],
+
+with elements counted in physical order within sample n. It costs one pass over x instead of r, its noise is that of
+orthogonal probes (D / r - 1, relative to the energy of x, for D elements a sample), and r = D gives x exactly.
+
+Sums may be stored in 16, 8, 4, 2 or 1 bits through `quantize`; at equal bytes many coarse sums have far less variance
+than few precise ones. With `means` the mean of every channel of every sample is held exactly and only the deviation
+is folded. The paper's dense projections (`kind` gaussian, rademacher, orthogonal) are in `dense`.
+
+Known gap: folding does not see that neighbouring elements are alike; a smooth field is folded as if it were noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dense, layout
+from .hash import random_bits, random_signs
+from .quantize import bits_of, code_bytes, group_noise
+from .registry import Codec, Held, register
+
+STREAM = 2
+KINDS = ("fold", *dense.KINDS)
+PLAIN_BITS = 32
+
+
+@torch.library.custom_op(
+    "xconv::fold",
+    mutates_args=(),
+    schema="(Tensor x, Tensor seed, int salt, int probes, int[] order) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) -> Tensor:
+    """Signed sums of the elements of every sample.
+
+    Args:
+        x: floating point, samples first. `seed`: int64, one element. `salt`: tells residuals apart.
+        probes: sums a sample, 1 .. elements a sample; `layout.aligned_probes` names fast ones.
+        order: dimensions from the outermost in memory to the innermost; must begin with 0.
+
+    Returns:
+        (samples, probes), float32 (float64 for float64).
+    """
+    plan = _plan(x, probes, order)
+    wide = layout.accumulator(x.dtype)
+    flat = layout.to_physical(x, order).reshape(plan.samples, plan.length).to(wide)
+    missing = plan.terms * probes - plan.length
+    terms = torch.nn.functional.pad(flat, (0, missing)).view(plan.samples, plan.terms, probes)
+    return (terms * _signs(plan, seed, salt, wide)).sum(1)
+
+
+@fold.register_fake
+def _(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) -> Tensor:
+    plan = _plan(x, probes, order)
+    return x.new_empty(plan.samples, probes, dtype=layout.accumulator(x.dtype))
+
+
+@torch.library.custom_op(
+    "xconv::unfold",
+    mutates_args=(),
+    schema="(Tensor sums, Tensor seed, int salt, int[] size, int[] order, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+def unfold(
+    sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The unbiased estimate of the tensor of shape `size` that `fold` summed, with strides dense in `order`."""
+    plan = layout.folding(size, order, sums.shape[1])
+    terms = sums.unsqueeze(1) * _signs(plan, seed, salt, sums.dtype)
+    flat = terms.flatten(1)[:, : plan.length]
+    return layout.to_logical(flat.reshape(plan.physical).to(dtype), order)
+
+
+@unfold.register_fake
+def _(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return sums.new_empty_strided(tuple(size), layout.dense_strides(size, order), dtype=dtype)
+
+
+def _plan(x: Tensor, probes: int, order: Sequence[int]) -> layout.Folding:
+    layout.accumulator(x.dtype)
+    layout.check_order(x.shape, order)
+    return layout.folding(x.shape, order, probes)
+
+
+def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) -> Tensor:
+    """Signs (samples, terms, probes): term g of a sum takes bit g % 8 of hash number g // 8 of that sum."""
+    shape = (plan.samples, plan.batches, plan.probes)
+    columns = torch.arange(plan.samples * plan.probes, dtype=torch.int32, device=seed.device)
+    batches = torch.arange(plan.batches, dtype=torch.int32, device=seed.device) * (plan.samples * plan.probes)
+    bits = random_bits(columns.view(plan.samples, 1, plan.probes) + batches.view(1, -1, 1), seed, salt, STREAM)
+    signs = [random_signs(bits, bit, dtype) for bit in range(min(layout.UNROLLED_TERMS, plan.terms))]
+    return torch.stack(signs, 2).view(shape[0], -1, shape[2])[:, : plan.terms]
+
+
+def _probes_of(held: Held) -> int:
+    if held.probes is None:
+        raise ValueError(f"probes=None: codec {held.codec!r} needs the number of sums a sample")
+    if held.kind not in KINDS:
+        raise ValueError(f"kind={held.kind!r}: must be one of {', '.join(KINDS)}")
+    return held.probes
+
+
+def _stores_codes(held: Held) -> bool:
+    return held.bits not in (None, PLAIN_BITS)
+
+
+def _pixel_dims(held: Held) -> list[int]:
+    if len(held.size) < 3:
+        raise ValueError(f"means=True: needs samples, channels and pixels, not size {held.size}")
+    return list(range(2, len(held.size)))
+
+
+def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
+    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    means: tuple[Tensor, ...] = ()
+    if held.means:
+        mean = torch.ops.aten.mean.dim(x, _pixel_dims(held), True, dtype=wide)
+        x, means = torch.ops.aten.sub.Tensor(x, mean), (mean,)
+    if held.kind == "fold":
+        sums = torch.ops.xconv.fold.default(x, seed, held.salt, probes, list(held.order))
+    else:
+        sums = dense.dense_encode(x, seed, held.salt, probes, held.kind)
+    if not _stores_codes(held):
+        return (sums, *means)
+    return (*torch.ops.xconv.quantize.default(sums, seed, held.salt, bits_of(held), [0, 1]), *means)
+
+
+def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
+    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    stored = payload[:-1] if held.means else payload
+    sums = stored[0]
+    if _stores_codes(held):
+        size = [held.size[0], probes]
+        sums = torch.ops.xconv.dequantize.default(*stored, size, [0, 1], bits_of(held), wide)
+    inner = wide if held.means else held.dtype
+    if held.kind == "fold":
+        x = torch.ops.xconv.unfold.default(sums, seed, held.salt, list(held.size), list(held.order), inner)
+    else:
+        x = dense.dense_decode(sums, seed, held.salt, list(held.size), held.kind, inner)
+    if held.means:
+        return torch.ops.prims.convert_element_type.default(torch.ops.aten.add.Tensor(x, payload[-1]), held.dtype)
+    return x
+
+
+def _payload_bytes(held: Held) -> int:
+    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    means = math.prod(held.size[:2]) * wide.itemsize if held.means else 0
+    sums = (held.size[0], probes)
+    if _stores_codes(held):
+        return means + code_bytes(sums, (0, 1), bits_of(held), wide)
+    return means + math.prod(sums) * wide.itemsize
+
+
+def fold_noise(plan: layout.Folding) -> float:
+    """Variance of unfolded values relative to that of independent values: a sum of m terms adds m - 1 to each."""
+    full, rest = plan.full, plan.probes - plan.full
+    return (full * plan.terms * (plan.terms - 1) + rest * (plan.terms - 1) * (plan.terms - 2)) / plan.length
+
+
+def _noise(held: Held) -> float:
+    probes = _probes_of(held)
+    length = math.prod(held.size[1:])
+    if held.kind == "fold":
+        noise = fold_noise(layout.folding(held.size, held.order, probes))
+    else:
+        noise = dense.dense_noise(held.kind, probes, length)
+    if _stores_codes(held):
+        noise += length / probes * group_noise((held.size[0], probes), (0, 1), bits_of(held))
+    return noise
+
+
+def _traffic(held: Held) -> int:
+    # x is read once more when its means come first.
+    passes = 3 if held.means else 2
+    return passes * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
+
+
+PROBE = register(
+    Codec(
+        name="probe",
+        lossless=False,
+        legal_uses=frozenset({"weight_grad"}),
+        encode=_encode,
+        decode=_decode,
+        payload_bytes=_payload_bytes,
+        noise=_noise,
+        traffic=_traffic,
+    )
+)
