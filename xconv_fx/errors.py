@@ -124,6 +124,16 @@ class UnsupportedModelError(XConvError):
         self.hint = hint
 
 
+class UsageError(XConvError):
+    """A command line, or the user's file it names, does not work; `hint` says what to type next."""
+
+    _fields = ("message", "hint")
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:
     """Let an `XConvError` raised inside a `torch.compile` backend reach the user as its own type.
 

@@ -49,7 +49,8 @@ RESERVED_INDUCTOR = MappingProxyType(
 )
 
 
-def _join(*clauses: str) -> str:
+def join_clauses(*clauses: str) -> str:
+    """The clauses that say something, as one sentence."""
     return " ".join(filter(None, clauses))
 
 
@@ -108,7 +109,7 @@ def _expand(entry: str, given: object) -> list[tuple[str, str | None]]:
         return [(name, None) for name in (CODECS if codec == "all" else EXACT_CODECS)]
     if codec not in CODECS:
         guess = nearest(codec, (*CODECS, "all", "exact"))
-        raise OptionError("codecs", given, _join(f"no codec {codec!r};", guess, CODECS_HINT))
+        raise OptionError("codecs", given, join_clauses(f"no codec {codec!r};", guess, CODECS_HINT))
     if colon and codec not in NOISY_CODECS:
         raise OptionError("codecs", given, f"{codec!r} takes no parameter; {CODECS_HINT}")
     return [(codec, parameter if colon else None)]
@@ -123,7 +124,7 @@ def _bits(text: str, given: object) -> int:
 def _kind(text: str, given: object) -> str:
     if text not in PROBE_KINDS:
         guess = nearest(text, PROBE_KINDS)
-        raise OptionError("codecs", given, _join(f"no probe kind {text!r};", guess, CODECS_HINT))
+        raise OptionError("codecs", given, join_clauses(f"no probe kind {text!r};", guess, CODECS_HINT))
     return text
 
 
@@ -160,7 +161,7 @@ class Probes:
         for pattern, _ in self.patterns:
             if pattern not in layers and not any(fnmatchcase(layer, pattern) for layer in layers):
                 some = ", ".join(sorted(layers)[:8]) + (", ..." if len(layers) > 8 else "")
-                hint = _join("no layer matches;", nearest(pattern, layers), f"the layers are {some}")
+                hint = join_clauses("no layer matches;", nearest(pattern, layers), f"the layers are {some}")
                 raise OptionError("probes", pattern, hint)
 
 
@@ -198,7 +199,9 @@ class Options:
         for name in given:
             if name not in PARSERS:
                 every = f"the options are {', '.join(PARSERS)}"
-                raise OptionError(str(name), given[name], _join("no such option;", nearest(str(name), PARSERS), every))
+                raise OptionError(
+                    str(name), given[name], join_clauses("no such option;", nearest(str(name), PARSERS), every)
+                )
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError("mode", given["mode"], f"torch.compile was called with mode={mode!r}; give only one")
         parsed = {name: PARSERS[name](value) for name, value in given.items()}
@@ -263,7 +266,7 @@ def _parse_mode(value: Any) -> str:
         return "default"
     if value not in MODES:
         guess = nearest(value, MODES) if isinstance(value, str) else ""
-        raise OptionError("mode", value, _join(guess, f"the modes are {', '.join(MODES)}"))
+        raise OptionError("mode", value, join_clauses(guess, f"the modes are {', '.join(MODES)}"))
     return value
 
 

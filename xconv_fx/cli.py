@@ -1,0 +1,276 @@
+"""`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it.
+
+The model is built on torch's meta device, so planning a network needs neither its memory nor a GPU. Every mistake a
+user can make ends in one line that says what is wrong and one that says what to type next; `--debug` adds the
+traceback. Imports of torch wait until they are needed: `xconv --help` answers at once.
+
+Known gap: a builder that reads real values, such as pretrained weights, cannot run on the meta device and needs
+`--allocate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from xconv_fx import __version__
+from xconv_fx.errors import BudgetInfeasibleError, OptionError, UsageError, XConvError
+from xconv_fx.options import CODECS_HINT, Options, join_clauses, nearest
+from xconv_fx.report import render, to_json
+from xconv_fx.sizes import sufficient_size
+from xconv_fx.target import build, summary
+
+if TYPE_CHECKING:
+    import torch
+
+    from xconv_fx.plan import Plan
+
+OK, INFEASIBLE, FAILED = 0, 1, 2
+EXIT_CODES = (
+    f"exit codes: {OK} planned, {INFEASIBLE} the budget cannot be met, {FAILED} usage error or the model failed"
+)
+INPUT_HINT = "write sizes joined by x and an optional dtype, such as 4x1x96x96x96 or 32x3x224x224:bfloat16"
+PROBES_HINT = "write --probes 8 for every layer, or --probes 'encoder.*=8,head=2' by layer name or pattern"
+FLAGS = {
+    "mem_budget": "--budget",
+    "codecs": "--codecs",
+    "probes": "--probes",
+    "reserve": "--reserve",
+    "report": "--json",
+}
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPE_ALIASES = {
+    "float": "float32",
+    "fp32": "float32",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "double": "float64",
+    "long": "int64",
+    "int": "int32",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parsed = _parser().parse_args(arguments)
+        return parsed.run(parsed)
+    except XConvError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _print_error(error)
+        return INFEASIBLE if isinstance(error, BudgetInfeasibleError) else FAILED
+
+
+def _print_error(error: XConvError) -> None:
+    hint = getattr(error, "hint", "") if isinstance(error, UsageError) else ""
+    if isinstance(error, BudgetInfeasibleError):
+        hint = f"--budget {sufficient_size(error.smallest)}"
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(Text("error: ", style="bold red").append(str(error), style="default not bold"))
+    if hint:
+        console.print(Text("try:   ", style="bold").append(hint, style="default not bold"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports usage errors like every other error here, and suggests the nearest option for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"{self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = getattr(parsed, "flags", ())
+            name = unknown[0].partition("=")[0]
+            raise UsageError(f"unknown argument {name!r}", nearest(name, known) or f"{self.prog} --help")
+        return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
+    parser.set_defaults(run=lambda _: parser.error("no command given"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="show what would be held between forward and backward under a budget",
+        description="Show what would be held between forward and backward under a budget, without training.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    plan.add_argument("target", metavar="TARGET", help="what builds the model: FILE.py:callable or module:callable")
+    add = plan.add_argument
+    inputs = "an input of the model such as 4x1x96x96x96 or 2x77:int64; repeat it, one for every argument"
+    add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", required=True, help=inputs)
+    add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
+    add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
+    add("--probes", metavar="N|LAYER=N,...", help="probes a layer must use, for all layers or by name or pattern")
+    add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
+    add("--loss", choices=("mean", "sum"), help="how the output becomes a loss (default: mean)")
+    add("--json", metavar="PATH", help="write the plans as JSON to PATH, or to standard output and nothing else with -")
+    add("--limit", metavar="N", default="25", help="residuals to list, 0 for all (default: %(default)s)")
+    add("--allocate", action="store_true", help="build the model with real memory, for builders that read weights")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    plan.set_defaults(run=_plan, flags=re.findall(r"--[a-z-]+", plan.format_usage()))
+    return parser
+
+
+def _limit(text: str) -> int | None:
+    if not re.fullmatch(r"\d+", text):
+        raise UsageError(f"--limit {text!r} is not a number of rows", "--limit 25, or --limit 0 for all")
+    return int(text) or None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype name of one model input."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @staticmethod
+    def parse(text: str) -> InputSpec:
+        """From "4x1x96x96x96" or "2x77:int64". Raises `UsageError`."""
+        sizes, colon, dtype = text.partition(":")
+        if not re.fullmatch(r"[1-9]\d*(?:[xX][1-9]\d*)*", sizes):
+            raise UsageError(f"--input {text!r} is not a shape of positive sizes", INPUT_HINT)
+        dtype = DTYPE_ALIASES.get(dtype.lower(), dtype.lower()) if colon else "float32"
+        if dtype not in DTYPES:
+            hint = join_clauses(nearest(dtype, DTYPES), f"dtypes: {', '.join(DTYPES)}")
+            raise UsageError(f"--input {text!r}: no dtype {dtype!r}", hint)
+        return InputSpec(tuple(map(int, re.split("[xX]", sizes))), dtype)
+
+    def zeros(self, device: str | torch.device) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(self.shape, dtype=getattr(torch, self.dtype), device=device)
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}:{self.dtype}"
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    specs = [InputSpec.parse(text) for text in arguments.inputs]
+    limit = _limit(arguments.limit)
+    model = build(arguments.target, "cpu" if arguments.allocate else "meta")
+    _check_count(model, specs)
+    plans = _explain(model, specs, options)
+    if arguments.json is not None:
+        _write(to_json(plans), arguments.json)
+    if arguments.json != "-":
+        console = Console()
+        for index, plan in enumerate(plans):
+            title = f"graph {index + 1} of {len(plans)}" if len(plans) > 1 else None
+            console.print(render(plan, limit=limit, title=title))
+    missed = any(plan.budget is not None and plan.peak > plan.budget for plan in plans)
+    return INFEASIBLE if missed else OK
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `explain`, checked before the user's file is run."""
+    given = {
+        "mem_budget": arguments.budget,
+        "codecs": arguments.codecs,
+        "probes": None if arguments.probes is None else _probes(arguments.probes),
+        "reserve": arguments.reserve,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        Options.parse({**given, "report": None if arguments.json == "-" else arguments.json})
+    except OptionError as error:
+        if error.option == "probes":
+            reason = error.hint.partition(";")[0]
+            raise UsageError(f"--probes {arguments.probes!r}: {reason}", PROBES_HINT) from error
+        raise UsageError(f"{FLAGS[error.option]} {error.value!r}: {error.hint}") from error
+    return given if arguments.loss is None else {**given, "loss": arguments.loss}
+
+
+def _probes(text: str) -> int | dict[str, int]:
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    pairs = [re.fullmatch(r"\s*(.+?)\s*=\s*(\d+)\s*", part) for part in text.split(",")]
+    if not all(pairs):
+        raise UsageError(f"--probes {text!r} is not a number of probes", PROBES_HINT)
+    return {pair[1]: int(pair[2]) for pair in pairs if pair}
+
+
+def _write(text: str, path: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path!r}: {error.strerror}", "--json with a path that can be written"
+        ) from error
+
+
+def _check_count(model: torch.nn.Module, specs: Sequence[InputSpec]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*specs)
+    except TypeError as error:
+        hint = f"one --input for each argument of forward{signature}"
+        raise UsageError(f"{len(specs)} --input given, but {error}", hint) from error
+
+
+def _explain(model: torch.nn.Module, specs: Sequence[InputSpec], options: dict[str, Any]) -> Sequence[Plan]:
+    from xconv_fx.explain import explain
+
+    # A builder may place its model itself, and a model built at import is where the file put it.
+    weight = next(model.parameters(), None)
+    inputs = [spec.zeros("meta" if weight is None else weight.device) for spec in specs]
+    try:
+        plans = explain(model, *inputs, **options).plans
+    except XConvError:
+        raise
+    except Exception as error:
+        # The compiler reports a wrong shape at length; the model itself, run on the same inputs, says it in a line.
+        cause = _eager_failure(model, inputs) or error
+        given = " ".join(f"--input {spec}" for spec in specs)
+        where = _layer_of(model, cause)
+        hint = "another --input if the shape or dtype is wrong; --debug shows the whole error"
+        raise UsageError(f"{type(model).__name__} failed on {given}{where}: {summary(cause)}", hint) from error
+    if not plans:
+        hint = "a model with parameters that require gradients"
+        raise UsageError(f"{type(model).__name__} has nothing to train, so there is nothing to plan", hint)
+    return plans
+
+
+def _eager_failure(model: torch.nn.Module, inputs: list[torch.Tensor]) -> Exception | None:
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        return error
+    return None
+
+
+def _layer_of(model: torch.nn.Module, error: BaseException) -> str:
+    """Where in `model` the error was raised: the innermost layer whose code was running."""
+    import torch
+
+    names = {id(layer): name for name, layer in model.named_modules()}
+    where = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        layer = frame.f_locals.get("self")
+        if isinstance(layer, torch.nn.Module) and names.get(id(layer)):
+            where = f", in {names[id(layer)]} ({type(layer).__name__}({layer.extra_repr()}))"
+    return where
