@@ -35,6 +35,7 @@ def weight_gradient(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    *,
     like: Tensor | None = None,
 ) -> Tensor:
     """The gradient of a convolution's weight: `grad_out` (N, O, ...) and input `x` (N, I, ...) to `weight_size`.

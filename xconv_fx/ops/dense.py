@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xconv_fx.ops.conv import weight_gradient
-from xconv_fx.ops.hash import TENSORS, derive_keys, keyed_hash, random_signs, salts, split_seed, uniform
+from .conv import weight_gradient
+from .hash import TENSORS, derive_keys, keyed_hash, random_signs, salts, split_seed, uniform
+from .layout import accumulator, inverse
 
 BLOCK = 2**18
 
@@ -124,11 +125,6 @@ def rows_per_block(count: int) -> int:
     return max(1, BLOCK // count)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are accumulated and held in: double for double, else single precision."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("xconv::dense_encode", mutates_args=())
 def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> Tensor:
     """S = X Z of `x` (N, C, ...), read in logical order whatever its memory format.
@@ -147,7 +143,7 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
         ValueError: an unknown kind, no probes, or more orthogonal ones than there are values in a sample.
     """
     with torch.autocast(x.device.type, enabled=False):
-        dtype = compute_dtype(x.dtype)
+        dtype = accumulator(x.dtype)
         z = Probes(seed, salt, kind, probes, _features(x.shape), dtype)
         pixels = _planes(x)
         sums = torch.zeros(x.shape[0], probes, dtype=dtype, device=x.device)
@@ -160,7 +156,7 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
 @dense_encode.register_fake
 def _(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> Tensor:
     check(kind, probes, _features(x.shape))
-    return x.new_empty((x.shape[0], probes), dtype=compute_dtype(x.dtype))
+    return x.new_empty((x.shape[0], probes), dtype=accumulator(x.dtype))
 
 
 @torch.library.custom_op("xconv::dense_decode", mutates_args=())
@@ -266,13 +262,12 @@ def gradient_by_probe(
     order = [0, *sorted(range(1, grad_out.dim()), key=grad_out.stride, reverse=True)]
     physical = grad_out.to(sums.dtype).permute(order)
     flat = physical.reshape(grad_out.shape[0], -1)
-    logical = [order.index(dim) for dim in range(len(order))]
     total = torch.zeros(list(weight_size), dtype=sums.dtype, device=sums.device)
     step = max(1, BLOCK // z.features)
     for first in range(0, count, step):
         columns = slice(first, min(first + step, count))
         probes = z.samples(columns).view(-1, *input_size[1:])
-        mixed = (sums[:, columns].t() @ flat).view(-1, *physical.shape[1:]).permute(logical)
+        mixed = (sums[:, columns].t() @ flat).view(-1, *physical.shape[1:]).permute(inverse(order))
         total += weight_gradient(mixed, probes, weight_size, *geometry)
     return total.div_(count).to(grad_out.dtype)
 

@@ -1,0 +1,279 @@
+"""Convolution and linear layers that hold a sketch of their input, as dispatcher ops with registered autograd.
+
+`torch.ops.xconv.convolution` and `torch.ops.xconv.linear` compute what `aten.convolution` and `aten.linear` compute.
+Between forward and backward they hold, in place of the input, a few random sums of it (XConv, arXiv 2106.06998; the
+"probe" codec), and estimate the weight gradient from those. The estimate is unbiased; input and bias gradients are
+exact. This is the estimator without the compiler: in eager code, in a `torch.fx` graph that is never compiled, under
+autocast, under `torch.utils.checkpoint`.
+
+Each layer is two ops. The public one is a composite: it draws the seed, encodes the detached input, and calls
+`xconv::sketched_convolution` or `xconv::sketched_linear`. That inner op takes the payload as an input and owns the
+autograd formula, which saves payload, seed and weight and never the input. A tracer that looks through composites
+(AOTAutograd) sees the codec ops; one that does not (`torch.fx.symbolic_trace`) sees one node a layer. For a frozen
+weight no payload is held, for a frozen input no weight.
+
+The four arguments that say what is held:
+
+* `probes`: sums held per sample, dim 0 of the input counting the samples; with kind "fold" or "orthogonal" at most
+  the number of values in a sample, where the gradient is exact.
+* `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher" or "orthogonal".
+* `bits`: 32 holds the sums as they are, 16, 8, 4, 2 or 1 quantises them with stochastic rounding.
+* `means`: hold the mean over dims 2 and up exactly and sketch only the deviation from it.
+
+Known gaps: not twice differentiable (the second backward raises), no `vmap` rule. Subtracting means costs a transient
+copy of the input in the forward, decoding one in the backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conv import input_gradient, weight_gradient
+from .dense import KINDS as DENSE_KINDS
+from .fold import PLAIN_BITS, PROBE
+from .layout import order_of
+from .registry import Held
+
+aten = torch.ops.aten
+ops = torch.ops.xconv
+
+_SALT = 0
+_SEEDS = 2**62
+
+
+def sample_order(x: Tensor) -> tuple[int, ...]:
+    """The dims of `x` as they lie in memory, outermost first, but the samples (dim 0) before all others."""
+    return (0, *(dim + 1 for dim in order_of(x.shape[1:], x.stride()[1:])))
+
+
+def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> Held:
+    size, order = tuple(x.shape), sample_order(x)
+    return Held("probe", size, x.dtype, order, _SALT, bits=bits, probes=probes, kind=kind, means=means)
+
+
+def _encode(
+    x: Tensor, weight: Tensor, seed: Tensor | None, recipe: tuple[int, str, int, bool]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Payload and seed to hold for the backward of a layer; none where no weight gradient will be asked for."""
+    if not (torch.is_grad_enabled() and weight.requires_grad and x.numel() > 0):
+        return [], None
+    if seed is None:
+        seed = torch.randint(_SEEDS, (1,), device=x.device)
+    return list(PROBE.encode(x.detach(), seed, _held(x, *recipe))), seed
+
+
+def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save the payload, the seed and, for the input gradient, the weight: all that the backward of a layer reads."""
+    x, weight, _, payload, seed, *settings = inputs
+    ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, seed, *payload)
+    ctx.held, ctx.weight_size, ctx.geometry = _held(x, *settings[-4:]), weight.shape, settings[:-4]
+
+
+def _cast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+class _Once(torch.autograd.Function):
+    """Identity on gradients that refuses to be differentiated; `sources` are what they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "xconv: a layer that holds a sketch of its input cannot be differentiated twice; use aten.convolution or "
+            "aten.linear for layers that take part in a gradient penalty or a Hessian"
+        )
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of all inputs of an inner op from those of input, weight and bias.
+
+    They raise when differentiated, if a graph of the backward is being recorded.
+    """
+    if torch.is_grad_enabled():
+        grads = _Once.apply(len(grads), *grads, *sources)
+    needs = ctx.needs_input_grad
+    return (*grads, [None] * len(needs[3]), *(None for _ in needs[4:]))
+
+
+# Convolution
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    probes: int,
+    kind: str = "fold",
+    bits: int = PLAIN_BITS,
+    means: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`aten.convolution` that holds a sketch of `x` (N, C, ...) in place of `x` for its backward.
+
+    `seed` is an int64 tensor with one element on the device of `x`; without it one is drawn from the default
+    generator of that device, and `torch.manual_seed` makes the gradients reproducible.
+    """
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    recipe = (probes, kind, bits, means)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        cast = _cast(device, x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            return ops.convolution(*cast, *geometry, *recipe, seed)
+    payload, seed = _encode(x, weight, seed, recipe)
+    return ops.sketched_convolution(x, weight, bias, payload, seed, *geometry, *recipe)
+
+
+@torch.library.custom_op("xconv::sketched_convolution", mutates_args=())
+def _sketched_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    payload: Sequence[Tensor],
+    seed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    probes: int,
+    kind: str,
+    bits: int,
+    means: bool,
+) -> Tensor:
+    return aten.convolution.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+@_sketched_convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, payload: Any, seed: Any, *rest: Any) -> Tensor:
+    return aten.convolution.default(x, weight, bias, *rest[:6])
+
+
+def _convolution_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    weight, seed, *payload = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    with torch.no_grad():
+        if ctx.needs_input_grad[1]:
+            grad_weight = _convolution_estimate(grad_out, payload, seed, weight, ctx)
+        if ctx.needs_input_grad[0]:
+            grad_x = input_gradient(grad_out, weight, ctx.held.size, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_out.sum([0, *range(2, grad_out.dim())])
+    return _gradients(ctx, (grad_x, grad_weight, grad_bias), grad_out, weight)
+
+
+def _convolution_estimate(
+    grad_out: Tensor, payload: Sequence[Tensor], seed: Tensor, weight: Tensor | None, ctx: Any
+) -> Tensor:
+    held: Held = ctx.held
+    if not payload:
+        return grad_out.new_zeros(ctx.weight_size)
+    if held.kind in DENSE_KINDS and len(payload) == 1:
+        # Plain sums of dense probes: with fewer probes than samples there is a form that decodes nothing.
+        sketch = (payload[0], seed, held.salt, held.kind, held.size)
+        return ops.dense_weight_gradient(grad_out, *sketch, ctx.weight_size, *ctx.geometry)
+    x = PROBE.decode(tuple(payload), seed, held)
+    return weight_gradient(grad_out, x, ctx.weight_size, *ctx.geometry, like=weight)
+
+
+_sketched_convolution.register_autograd(_convolution_backward, setup_context=_hold)
+
+
+# Linear
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probes: int,
+    kind: str = "fold",
+    bits: int = PLAIN_BITS,
+    means: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`aten.linear` that holds a sketch of `x` (*, F) in place of `x` for its backward.
+
+    Dim 0 of `x` counts the samples; a sample of (B, T, F) is T x F values. The channels are dim F. `seed` as in
+    `convolution`.
+    """
+    recipe = (probes, kind, bits, means)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        cast = _cast(device, x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            return ops.linear(*cast, *recipe, seed)
+    if x.dim() == 1:
+        return ops.linear(x.unsqueeze(0), weight, bias, *recipe, seed).squeeze(0)
+    payload, seed = _encode(x, weight, seed, recipe)
+    return ops.sketched_linear(x, weight, bias, payload, seed, *recipe)
+
+
+@torch.library.custom_op("xconv::sketched_linear", mutates_args=())
+def _sketched_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    payload: Sequence[Tensor],
+    seed: Tensor | None,
+    probes: int,
+    kind: str,
+    bits: int,
+    means: bool,
+) -> Tensor:
+    return aten.linear.default(x, weight, bias)
+
+
+@_sketched_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return aten.linear.default(x, weight, bias)
+
+
+def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    weight, seed, *payload = ctx.saved_tensors
+    count, features = math.prod(ctx.held.size[:-1]), ctx.held.size[-1]
+    grad_x = grad_weight = grad_bias = None
+    with torch.no_grad():
+        rows = grad_out.reshape(count, ctx.weight_size[0])
+        if ctx.needs_input_grad[1] and not payload:
+            grad_weight = rows.new_zeros(ctx.weight_size)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ PROBE.decode(tuple(payload), seed, ctx.held).reshape(count, features)
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ weight).view(ctx.held.size)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+    return _gradients(ctx, (grad_x, grad_weight, grad_bias), grad_out, weight)
+
+
+_sketched_linear.register_autograd(_linear_backward, setup_context=_hold)
+
+
+# The public ops are composites: whatever traces or differentiates looks through them.
+
+_RECIPE = f'int probes, str kind="fold", int bits={PLAIN_BITS}, bool means=False, Tensor? seed=None) -> Tensor'
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+
+for _name, _arguments, _implementation in (
+    ("convolution", f"Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, ", _convolution),
+    ("linear", "Tensor x, Tensor weight, Tensor? bias, ", _linear),
+):
+    torch.library.define(f"xconv::{_name}", f"({_arguments}{_RECIPE}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"xconv::{_name}", "CompositeImplicitAutograd", _implementation)
