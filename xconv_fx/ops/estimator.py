@@ -67,6 +67,15 @@ def _encode(
     return list(PROBE.encode(x.detach(), seed, _held(x, *recipe))), seed
 
 
+def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -> Tensor:
+    """The estimate of a layer's input. Raises `RuntimeError` when an inner op was called without a payload."""
+    if math.prod(held.size) == 0:
+        return like.new_zeros(held.size)
+    if not payload:
+        raise RuntimeError("xconv: a weight gradient was asked for, but the forward held no sketch of the input")
+    return PROBE.decode(tuple(payload), seed, held)
+
+
 def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the payload, the seed and, for the input gradient, the weight: all that the backward of a layer reads."""
     x, weight, _, payload, seed, *settings = inputs
@@ -75,8 +84,9 @@ def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _cast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the arguments of a layer: all but doubles go to the dtype of the region."""
     dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 class _Once(torch.autograd.Function):
@@ -183,13 +193,11 @@ def _convolution_estimate(
     grad_out: Tensor, payload: Sequence[Tensor], seed: Tensor, weight: Tensor | None, ctx: Any
 ) -> Tensor:
     held: Held = ctx.held
-    if not payload:
-        return grad_out.new_zeros(ctx.weight_size)
     if held.kind in DENSE_KINDS and len(payload) == 1:
         # Plain sums of dense probes: with fewer probes than samples there is a form that decodes nothing.
         sketch = (payload[0], seed, held.salt, held.kind, held.size)
         return ops.dense_weight_gradient(grad_out, *sketch, ctx.weight_size, *ctx.geometry)
-    x = PROBE.decode(tuple(payload), seed, held)
+    x = _decode(payload, seed, held, grad_out)
     return weight_gradient(grad_out, x, ctx.weight_size, *ctx.geometry, like=weight)
 
 
@@ -211,8 +219,8 @@ def _linear(
 ) -> Tensor:
     """`aten.linear` that holds a sketch of `x` (*, F) in place of `x` for its backward.
 
-    Dim 0 of `x` counts the samples; a sample of (B, T, F) is T x F values. The channels are dim F. `seed` as in
-    `convolution`.
+    Dim 0 of `x` counts the samples: a sample of (B, T, F) has T F values, and its `means` are one a token. `seed` as
+    in `convolution`.
     """
     recipe = (probes, kind, bits, means)
     device = x.device.type
@@ -252,10 +260,8 @@ def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     grad_x = grad_weight = grad_bias = None
     with torch.no_grad():
         rows = grad_out.reshape(count, ctx.weight_size[0])
-        if ctx.needs_input_grad[1] and not payload:
-            grad_weight = rows.new_zeros(ctx.weight_size)
-        elif ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ PROBE.decode(tuple(payload), seed, ctx.held).reshape(count, features)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ _decode(payload, seed, ctx.held, rows).reshape(count, features)
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ weight).view(ctx.held.size)
         if ctx.needs_input_grad[2]:
