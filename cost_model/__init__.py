@@ -1,8 +1,9 @@
 """Numbers in, numbers out: which residuals to hold how, within a byte budget. Imports neither torch nor FX.
 
-memory  bytes alive at every step as a function of the choices      noise    one currency for gradient noise
-greedy  a plan in milliseconds                                      timing   seconds of a kernel, by the roofline
-solver  the best plan, with a bound on how much better one may be   device   what a machine sustains
+memory   bytes alive at every step, given the choices     noise    one currency for gradient noise
+greedy   a plan in milliseconds                           timing   seconds of a kernel, by the roofline
+program  the mixed-integer program, for HiGHS             device   what a machine sustains
+solver   the best plan, and how much better one may be
 """
 
 from xconv_fx.cost_model.memory import Item, Option, Problem, dominant_steps, peak, profile

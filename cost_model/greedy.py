@@ -20,6 +20,7 @@ from scipy import sparse
 from xconv_fx.cost_model.memory import Bytes, Problem, dominant_steps, first_columns, load_matrix
 
 Costs = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 class Table:
@@ -47,7 +48,7 @@ class Table:
         """Sum of a cost (one a column) over the chosen options."""
         return float(costs[self.columns(choice)].sum())
 
-    def blocked(self, choice: Sequence[int]) -> NDArray[np.bool_]:
+    def blocked(self, choice: Sequence[int]) -> Mask:
         """Columns that no single item may change to: what they need is missing, or another item needs otherwise."""
         taken = np.zeros(self.owner.size, dtype=np.int64)
         taken[self.columns(choice)] = 1
@@ -60,14 +61,13 @@ class Table:
         return not self.blocked(choice)[self.columns(choice)].any()
 
 
-def descend(table: Table, budget: int, costs: Costs, allowed: NDArray[np.bool_]) -> list[int]:
+def descend(table: Table, budget: int, costs: Costs, allowed: Mask, start: Sequence[int] | None = None) -> list[int]:
     """Lower the highest step until every step is within `budget` or no change of a single item helps.
 
-    `costs` and `allowed` have one entry a column; option 0 of every item is the start even where it is not allowed.
-    The result is legal but fits only if `table.alive` of it says so. With budget 0 it lowers the peak as far as single
-    changes go.
+    `costs` and `allowed` have one entry a column. `start` is a legal plan, "keep everything" when there is none, and
+    may itself hold what is not allowed. The result is legal but fits only if `table.alive` of it says so.
     """
-    choice = [0] * len(table.sizes)
+    choice = [0] * len(table.sizes) if start is None else list(start)
     alive = table.alive(choice)
     while (excess := _excess(alive, budget)) > 0:
         for item, option in _changes(table, choice, alive, budget, costs, allowed):
@@ -82,7 +82,7 @@ def descend(table: Table, budget: int, costs: Costs, allowed: NDArray[np.bool_])
     return choice
 
 
-def relax(table: Table, choice: Sequence[int], budget: int, costs: Costs, allowed: NDArray[np.bool_]) -> list[int]:
+def relax(table: Table, choice: Sequence[int], budget: int, costs: Costs, allowed: Mask) -> list[int]:
     """Take back what is not needed: cheaper options of single items while the plan stays legal and within budget."""
     result = list(choice)
     alive = table.alive(result)
@@ -121,7 +121,7 @@ def _needs(table: Table) -> tuple[NDArray[np.int64], sparse.csr_array]:
 
 
 def _changes(
-    table: Table, choice: list[int], alive: Bytes, budget: int, costs: Costs, allowed: NDArray[np.bool_]
+    table: Table, choice: list[int], alive: Bytes, budget: int, costs: Costs, allowed: Mask
 ) -> Iterator[tuple[int, int]]:
     """Option changes that lower the highest step, best first: free ones by bytes, then by bytes for their cost."""
     top = int(alive.argmax())
@@ -137,7 +137,7 @@ def _changes(
         yield item, int(found[place] - table.first[item])
 
 
-def _cheaper(table: Table, item: int, option: int, costs: Costs, allowed: NDArray[np.bool_]) -> list[int]:
+def _cheaper(table: Table, item: int, option: int, costs: Costs, allowed: Mask) -> list[int]:
     """Allowed options of an item that cost less than the one given, cheapest first."""
     start = int(table.first[item])
     prices = costs[start : start + table.sizes[item]]

@@ -68,7 +68,7 @@ def shares(parameters: Sequence[int], *, by_size: bool = False) -> list[float]:
     total = sum(parameters)
     if by_size and total > 0:
         return [count / total for count in parameters]
-    return [1 / len(parameters)] * len(parameters)
+    return [1 / len(parameters) for _ in parameters]
 
 
 def rounding_noise(bits: int) -> float:
