@@ -34,7 +34,7 @@ def test_matches_arithmetic_on_python_integers():
 
     seed = (1 << 62) - 987654321
     words = draw(seed, salt=7, stream=2, count=50).tolist()
-    low, high = seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF
+    low, high = seed & 0xFFFFFFFF, seed >> 32
     assert words == [reference(index, low, high, xhash.salts(7, 2)) for index in range(50)]
 
 

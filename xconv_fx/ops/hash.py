@@ -7,11 +7,12 @@ element i from (seed, i) alone: nothing is held but the seed, and the same bits 
 generated C++ and Triton kernels.
 
 The mixer is the two-multiplication finaliser found by Wellons' hash prospector ("lowbias32"), with a second key added
-between the multiplications: with one 32-bit key, two streams out of a few ten thousand would coincide. Everything is
-wrapping int32 arithmetic, because that is what Inductor vectorises.
+between the multiplications: with one 32-bit key, two streams out of a few ten thousand would coincide. Elements are
+hashed in wrapping int32 arithmetic, because that is what Inductor vectorises. The two keys are derived in int64
+arithmetic that never overflows: in scalar C++ a compiler may assume that a signed product of known sign keeps it.
 
-Known gaps: this is statistics, not cryptography. 62 of the 64 seed bits are used, so that every conversion to int32
-is exact. An index is an int32: tensors of 2**31 elements and more are refused by `check_addressable`.
+Known gaps: this is statistics, not cryptography. An index is an int32: tensors of 2**31 elements and more are refused
+by `check_addressable`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 INDEX_LIMIT = 2**31
 
 _WORD = 0xFFFFFFFF
-_HALF_SEED = 0x7FFFFFFF
+_HALF_WORD = 0xFFFF
 _GOLDEN = 0x9E3779B9
 _FIRST_FACTOR = 0x7FEB352D
 _SECOND_FACTOR = 0x846CA68B
@@ -35,21 +36,22 @@ _UNIT = 2.0**-24
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What the hash needs besides `+ * & ^` on int32 values: constants and logical right shifts.
+    """What the hash needs besides the operators `+ * & ^`: constants, arithmetic right shifts, int64 to int32.
 
-    The hash is written once and used twice, on tensors and on the values of Inductor's loop bodies.
+    The hash is written once and used twice, on tensors and on the values of Inductor's loop bodies. Dtypes are
+    passed along because the latter do not know theirs.
     """
 
-    constant: Callable[[int], Any]
-    shift: Callable[[Any, int], Any]
+    constant: Callable[[int, torch.dtype], Any]
+    shift: Callable[[Any, int, torch.dtype], Any]
+    narrow: Callable[[Any], Any]
 
 
-def logical_shift(word: Tensor, count: int) -> Tensor:
-    """Right shift of int32 `word` by `count` in 1..31 that fills with zeros."""
-    return (word >> count) & ((1 << (32 - count)) - 1)
-
-
-TENSORS = Arithmetic(constant=lambda value: value, shift=logical_shift)
+TENSORS = Arithmetic(
+    constant=lambda value, dtype: value,
+    shift=lambda word, count, dtype: word >> count,
+    narrow=lambda word: word.to(torch.int32),
+)
 
 
 def signed(word: int) -> int:
@@ -75,29 +77,39 @@ def salts(salt: int, stream: int) -> tuple[int, int]:
     return signed(first), signed(_mix_int(first + _GOLDEN))
 
 
-def derive_keys(low: Any, high: Any, constants: tuple[int, int], over: Arithmetic) -> tuple[Any, Any]:
-    """The two int32 keys of a stream from the low and high halves of the seed (int32, not negative).
+def derive_keys(low: Any, high: Any, constants: tuple[Any, Any], over: Arithmetic) -> tuple[Any, Any]:
+    """The two int32 keys of a stream from the halves of the seed (int64 in 0 .. 2**32 - 1) and its two `salts`.
 
     Each key depends on both halves: streams that share the first key and differ in the second are correlated, because
     only one multiplication follows the second key.
     """
-    first = _mix(low ^ over.constant(constants[0]), over)
-    second = _mix(high ^ over.constant(constants[1]), over)
-    return _mix(first ^ second, over), _mix(first + second, over)
+    word = over.constant(_WORD, torch.int64)
+    first, second = (
+        _mix((half ^ over.constant(salt, torch.int64)) & word, over)
+        for half, salt in zip((low, high), constants, strict=True)
+    )
+    keys = (_mix(first ^ second, over), _mix((first + second) & word, over))
+    return over.narrow(_signed(keys[0], over)), over.narrow(_signed(keys[1], over))
 
 
 def keyed_hash(index: Any, keys: tuple[Any, Any], over: Arithmetic) -> Any:
     """32 random bits (int32) for every int32 `index`, under two int32 `keys`."""
     word = index ^ keys[0]
-    word = (word ^ over.shift(word, 16)) * over.constant(_FIRST_FACTOR)
-    word = (word ^ over.shift(word, 15)) + keys[1]
-    word = word * over.constant(signed(_SECOND_FACTOR))
-    return word ^ over.shift(word, 16)
+    word = (word ^ logical_shift(word, 16, over)) * over.constant(_FIRST_FACTOR, torch.int32)
+    word = (word ^ logical_shift(word, 15, over)) + keys[1]
+    word = word * over.constant(signed(_SECOND_FACTOR), torch.int32)
+    return word ^ logical_shift(word, 16, over)
 
 
-def split_seed(seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and high 31 bits of the int64 `seed`, as int32."""
-    return (seed & _HALF_SEED).to(torch.int32), ((seed >> 31) & _HALF_SEED).to(torch.int32)
+def logical_shift(word: Any, count: int, over: Arithmetic = TENSORS) -> Any:
+    """Right shift of an int32 by `count` in 1..31 that fills with zeros."""
+    return over.shift(word, count, torch.int32) & over.constant((1 << (32 - count)) - 1, torch.int32)
+
+
+def split_seed(seed: Any, over: Arithmetic = TENSORS) -> tuple[Any, Any]:
+    """The low and high 32 bits of the int64 `seed`, as int64 in 0 .. 2**32 - 1."""
+    word = over.constant(_WORD, torch.int64)
+    return seed & word, over.shift(seed, 32, torch.int64) & word
 
 
 def random_bits(index: Tensor, seed: Tensor, salt: int, stream: int = 0) -> Tensor:
@@ -128,9 +140,23 @@ def random_signs(bits: Tensor, bit: int = 0, dtype: torch.dtype = torch.float32)
 
 
 def _mix(word: Any, over: Arithmetic) -> Any:
-    word = (word ^ over.shift(word, 16)) * over.constant(_FIRST_FACTOR)
-    word = (word ^ over.shift(word, 15)) * over.constant(signed(_SECOND_FACTOR))
-    return word ^ over.shift(word, 16)
+    """The mixer without keys, on int64 in 0 .. 2**32 - 1."""
+    word = _product(word ^ over.shift(word, 16, torch.int64), _FIRST_FACTOR, over)
+    word = _product(word ^ over.shift(word, 15, torch.int64), _SECOND_FACTOR, over)
+    return word ^ over.shift(word, 16, torch.int64)
+
+
+def _product(word: Any, factor: int, over: Arithmetic) -> Any:
+    """`word * factor` modulo 2**32: by halves, whose products stay below 2**48."""
+    half, multiplier = over.constant(_HALF_WORD, torch.int64), over.constant(factor, torch.int64)
+    low = (word & half) * multiplier
+    high = (over.shift(word, 16, torch.int64) * multiplier) & half
+    return (low + high * over.constant(1 << 16, torch.int64)) & over.constant(_WORD, torch.int64)
+
+
+def _signed(word: Any, over: Arithmetic) -> Any:
+    sign = over.constant(0x80000000, torch.int64)
+    return (word ^ sign) + over.constant(-0x80000000, torch.int64)
 
 
 def _mix_int(word: int) -> int:
