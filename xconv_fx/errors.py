@@ -25,18 +25,22 @@ LARGEST_SHOWN = 5
 class XConvError(ValueError):
     """Base of every error this package raises on purpose.
 
-    Subclasses list the constructor arguments they keep as attributes in `_fields`; pickling and copying rebuild the
-    error from those, not from `args`, which Dynamo appends text to.
+    Subclasses list in `_fields` the attributes that, besides `message`, survive pickling and copying.
     """
 
-    _fields: tuple[str, ...] = ("message",)
+    _fields: tuple[str, ...] = ()
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
+    def __str__(self) -> str:
+        # Not `args`, to which Dynamo appends advice on reporting a bug in PyTorch.
+        return self.message
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _public_type(type(self)), tuple(getattr(self, field) for field in self._fields)
+        state = {field: getattr(self, field) for field in ("message", *self._fields)}
+        return _rebuild, (_public_type(type(self)), state)
 
 
 class OptionError(XConvError):
@@ -127,11 +131,17 @@ class UnsupportedModelError(XConvError):
 class UsageError(XConvError):
     """A command line, or the user's file it names, does not work; `hint` says what to type next."""
 
-    _fields = ("message", "hint")
+    _fields = ("hint",)
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def _rebuild(kind: type[XConvError], state: dict[str, Any]) -> XConvError:
+    error = kind.__new__(kind, state["message"])
+    error.__dict__.update(state)
+    return error
 
 
 def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 
+from torch._logging import trace_structured
+
 from xconv_fx.plan import Plan
 from xconv_fx.report import as_text
 
@@ -22,8 +24,6 @@ WIDTH = 120
 
 def publish(plan: Plan) -> None:
     """Log `plan` as a table at INFO and hand it to torch's structured trace; costs nothing when nobody listens."""
-    from torch._logging import trace_structured
-
     if log.isEnabledFor(logging.INFO):
         log.info("%s", as_text(plan, width=WIDTH))
     trace_structured(

@@ -149,7 +149,7 @@ class Probes:
                 raise OptionError("probes", dict(value), f"{name!r} is not a layer name; {PROBES_HINT}")
         return Probes(patterns=tuple((name, _positive(count, dict(value))) for name, count in value.items()))
 
-    def of(self, layer: str) -> int | None:
+    def count_for(self, layer: str) -> int | None:
         """The number of probes that `layer` must use, or None when the planner chooses."""
         exact = dict(self.patterns).get(layer)
         if exact is not None:

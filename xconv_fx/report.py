@@ -109,13 +109,18 @@ def _cells(choice: Choice) -> dict[str, Text | Name | str]:
         "layer": Name(choice.layer),
         "residual": Name(choice.residual),
         "shape": "x".join(map(str, choice.shape)) or "scalar",
-        "codec": Text(choice.codec, style=CODEC_STYLES.get(choice.codec, "")),
+        "codec": Text(_codec(choice), style=CODEC_STYLES.get(choice.codec, "")),
         "r": "" if choice.probes is None else str(choice.probes),
         "bits": "" if choice.bits is None else str(choice.bits),
         "MB": _megabytes(choice.bytes_before),
         "held": _megabytes(choice.bytes_after),
         "noise": f"{choice.noise:.2g}" if choice.noise else "",
     }
+
+
+def _codec(choice: Choice) -> str:
+    """The codec as the `codecs` option writes it; "fold" is what every probe is unless it says otherwise."""
+    return choice.codec if choice.kind in (None, "fold") else f"{choice.codec}:{choice.kind}"
 
 
 def _sum_row(label: str, choices: Sequence[Choice], columns: Sequence[str]) -> list[Name | str]:
