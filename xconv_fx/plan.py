@@ -23,7 +23,8 @@ class Choice:
     `xconv_fx.options.CODECS`; `probes` is set for "probe", `bits` where what is held has fewer bits than the tensor.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
-    masks). `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
+    masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held exactly;
+    `bits` the width of codes or of a probe's values. `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
     lossless codecs); `time` the predicted extra seconds a step.
     """
 
@@ -38,6 +39,8 @@ class Choice:
     bytes_after: int
     probes: int | None = None
     bits: int | None = None
+    kind: str | None = None
+    means: bool = False
     noise: float = 0.0
     time: float = 0.0
 

@@ -1,0 +1,167 @@
+"""Small questions about FX graphs that several passes ask: sizes, kinds of operation, where a node comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.as_strided.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+}
+
+COMPARISONS = {
+    getattr(getattr(aten, name), overload) for name in ("le", "lt", "ge", "gt", "eq", "ne") for overload in ("Scalar", "Tensor")
+} | {aten.logical_not.default, aten.bitwise_not.default}
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that a node stands for, or None (symbols, tuples, nothing)."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of the node's tensor, 0 where it is none. Expanded dims count in full."""
+    value = tensor_of(node)
+    return 0 if value is None else prod(int(n) for n in value.shape) * value.element_size()
+
+
+def numel(node: fx.Node) -> int:
+    value = tensor_of(node)
+    return 0 if value is None else prod(int(n) for n in value.shape)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node shares its input's memory (or picks from a tuple): it owns no buffer."""
+    if node.op != "call_function":
+        return False
+    return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
+
+
+def is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def is_primal(node: fx.Node) -> bool:
+    return node.op == "placeholder" and str(node.target).startswith("primals")
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether Inductor generates this operation as a loop over its output that it may fuse or inline."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.pointwise in node.target.tags:
+        return True
+    return node.target in _POINTWISE or node.target.namespace == "xconv"
+
+
+_POINTWISE = {
+    prims.convert_element_type.default,
+    prims.iota.default,
+    aten.full.default,
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.constant_pad_nd.default,
+}
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether the operation reduces (sums, means, extrema, moments)."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.reduction in node.target.tags or node.target.overloadpacket in _REDUCTIONS
+
+
+_REDUCTIONS = {aten.sum, aten.mean, aten.var_mean, aten.var, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all}
+
+
+def layer_of(node: fx.Node) -> str:
+    """Dotted path of the module that the node came from, or "" (functions outside any module)."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path).replace("._modules", "")
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
+
+
+def source_of(node: fx.Node) -> str:
+    """`file.py:line` of the innermost frame of the user's code that made the node, or ""."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
+
+
+def closure(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """The roots and everything computed from them."""
+    reached: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack += node.users
+    return reached
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def inline(
+    graph: fx.Graph, function: Callable[..., Any], arguments: Sequence[fx.Node], meta: dict[str, Any] | None = None
+) -> list[fx.Node]:
+    """Trace `function` on the arguments' fake tensors and copy its operations to the graph's insertion point.
+
+    Returns the nodes of its outputs, in order. `meta` (module stack, stack trace) is put on every new node, so that
+    what a rewrite adds keeps the origin of what it replaces.
+    """
+    values = [node.meta["val"] for node in arguments]
+    mode = torch._guards.detect_fake_mode([tensor_of(node) for node in graph.nodes if node.op == "placeholder"])
+    with mode if mode is not None else torch.no_grad():
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    inner = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    environment: dict[fx.Node, fx.Node] = dict(zip(inner, arguments, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            environment[node] = graph.node_copy(node, lambda old: environment[old])
+            environment[node].meta = {**(meta or {}), **{k: v for k, v in node.meta.items() if k in ("val", "tensor_meta")}}
+    result = output_node(traced.graph).args[0]
+    results = result if isinstance(result, (list, tuple)) else [result]
+    return [map_arg(item, lambda old: environment[old]) for item in results]  # type: ignore[arg-type, misc]
+
+
+def origin_meta(node: fx.Node) -> dict[str, Any]:
+    """The part of a node's metadata that says where it came from."""
+    keys = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node")
+    return {key: node.meta[key] for key in keys if key in node.meta}

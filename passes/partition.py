@@ -1,0 +1,71 @@
+"""Partition the joint graph with PyTorch's own partitioner, and pair up what crosses from forward to backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from xconv_fx import hooks
+
+from .graph import is_primal, output_node
+
+
+@dataclass
+class Pair:
+    """A forward and a backward graph. The forward returns `results` values to the caller, then what it saves.
+
+    The backward's placeholders have the saved values' names: that is how the two are matched.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    results: int
+
+    def saved(self) -> dict[str, tuple[fx.Node, fx.Node]]:
+        """Name of a saved value to (node that the forward returns, placeholder of the backward), in order."""
+        placeholders = {node.name: node for node in self.backward.graph.find_nodes(op="placeholder")}
+        outputs = output_node(self.forward.graph).args[0]
+        assert isinstance(outputs, (list, tuple))
+        crossing = [node for node in outputs[self.results :] if isinstance(node, fx.Node)]
+        return {node.name: (node, placeholders[node.name]) for node in crossing if node.name in placeholders}
+
+    def residuals(self) -> dict[str, tuple[fx.Node, fx.Node]]:
+        """The saved values that the forward computed: parameters and inputs are alive anyway."""
+        return {name: pair for name, pair in self.saved().items() if not is_primal(pair[0])}
+
+    def cross(self, node: fx.Node, name: str) -> fx.Node:
+        """Save one more value of the forward: the backward's new placeholder for it."""
+        output = output_node(self.forward.graph)
+        values = list(output.args[0])  # type: ignore[arg-type]
+        values.insert(self.results, node)
+        self._return(output, values)
+        first = next(iter(self.backward.graph.nodes))
+        with self.backward.graph.inserting_before(first):
+            placeholder = self.backward.graph.placeholder(name)
+        placeholder.meta = dict(node.meta)
+        return placeholder
+
+    def uncross(self, node: fx.Node, placeholder: fx.Node) -> None:
+        """Stop saving a value that no operation of the backward reads any more."""
+        output = output_node(self.forward.graph)
+        values = list(output.args[0])  # type: ignore[arg-type]
+        del values[values.index(node, self.results)]
+        self._return(output, values)
+        self.backward.graph.erase_node(placeholder)
+
+    def _return(self, output: fx.Node, values: list[fx.Node]) -> None:
+        """Set what the forward returns, with one descriptor for each value that is saved."""
+        output.args = (tuple(values),)
+        described = output.meta.get("desc")
+        if described is not None:
+            saved = range(len(values) - self.results)
+            output.meta["desc"] = [*described[: self.results], *(hooks.saved_descriptor(i) for i in saved)]
+
+
+def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Pair:
+    """The pair that PyTorch's min-cut partitioner chooses for the joint graph."""
+    forward, backward = hooks.partition(gm, joint_inputs, arguments)
+    return Pair(forward, backward, arguments["num_fwd_outputs"])

@@ -1,0 +1,93 @@
+"""The pipeline: every pass over a joint graph, in order.
+
+    joint graph -> deduplicate -> split_backward -> partition -> analyse -> plan -> rewrite -> forward, backward
+
+A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
+(`disabled`); passes contain none of that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from xconv_fx import hooks
+from xconv_fx.log import log
+from xconv_fx.options import Options
+from xconv_fx.plan import Plan
+
+from . import planning
+from .partition import Pair
+from .partition import partition as partition_joint
+from .problem import Posed
+from .residuals import Residual, find_residuals
+from .rewrite import rewrite as rewrite_pair
+from .split_backward import split_backward as split_joint
+
+
+@dataclass
+class Job:
+    """One joint graph on its way through the pipeline.
+
+    `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
+    `correction` what an audit found the prediction to be short of; both in bytes. `stream` names a fixed sequence of
+    seeds. `plan_only` stops before anything is rewritten. The fields below are filled by the passes.
+    """
+
+    joint: fx.GraphModule
+    joint_inputs: Sequence[object]
+    arguments: dict[str, Any]
+    options: Options
+    outside: int = 0
+    correction: int = 0
+    stream: int | None = None
+    pair: Pair | None = None
+    residuals: dict[str, Residual] = field(default_factory=dict)
+    posed: Posed | None = None
+    plan: Plan | None = None
+
+
+def deduplicate(job: Job) -> None:
+    hooks.deduplicate(job.joint)
+
+
+def split_backward(job: Job) -> None:
+    if job.options.mem_budget is not None:
+        split_joint(job.joint)
+
+
+def partition(job: Job) -> None:
+    job.pair = partition_joint(job.joint, job.joint_inputs, **job.arguments)
+
+
+def analyse(job: Job) -> None:
+    assert job.pair is not None
+    job.residuals = find_residuals(job.pair)
+
+
+def plan(job: Job) -> None:
+    assert job.pair is not None
+    job.posed, job.plan = planning.plan(job.pair, job.residuals, job.options, job.outside, job.correction)
+
+
+def rewrite(job: Job) -> None:
+    assert job.pair is not None and job.posed is not None and job.plan is not None
+    rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
+
+
+PASSES: tuple[Callable[[Job], None], ...] = (deduplicate, split_backward, partition, analyse, plan, rewrite)
+
+
+def run(job: Job, disabled: Sequence[str] = ()) -> Job:
+    """Run every pass that is not disabled by name, in order."""
+    for step in PASSES:
+        if step.__name__ in disabled:
+            continue
+        start = time.perf_counter()
+        step(job)
+        log.debug("pass %s: %.3f s", step.__name__, time.perf_counter() - start)
+    return job

@@ -1,0 +1,93 @@
+"""Turn the planning problem's solution into a `Plan`, and an infeasible budget into the user's error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+
+from xconv_fx.cost_model.memory import peak, profile
+from xconv_fx.cost_model.solver import Infeasible, solve
+from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.options import Options
+from xconv_fx.plan import Choice, Plan
+
+from .graph import tensor_of
+from .partition import Pair
+from .problem import Posed, link, pose
+from .residuals import Residual, uncompressible
+
+SECONDS = 2.0
+
+
+def plan(
+    pair: Pair, residuals: dict[str, Residual], options: Options, outside: int = 0, correction: int = 0
+) -> tuple[Posed, Plan]:
+    """The plan of least noise, then least time, whose predicted peak plus `correction` is within the budget.
+
+    Without a budget every residual is kept. Raises `BudgetInfeasibleError`.
+    """
+    posed = link(pose(pair, residuals, options, outside))
+    options.probes.check({r.reader for r in posed.residuals if r.reader})
+    keep = tuple(0 for _ in posed.residuals)
+    baseline, _ = peak(posed.problem, keep)
+    budget = None if options.mem_budget is None else options.mem_budget.resolve(baseline)
+    if budget is None:
+        return posed, describe(posed, keep, pair, None, baseline, 0.0, correction)
+    usable = budget - options.reserve - correction
+    try:
+        solution = solve(posed.problem, usable, time_limit=SECONDS)
+    except Infeasible as error:
+        raise infeasible(posed, error, budget, options.reserve + correction) from None
+    return posed, describe(posed, solution.choice, pair, budget, baseline, solution.gap, correction)
+
+
+def describe(
+    posed: Posed, choice: tuple[int, ...], pair: Pair, budget: int | None, baseline: int, gap: float, correction: int
+) -> Plan:
+    """The plan that the solver's choice stands for."""
+    chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
+    bytes_at_peak, step = peak(posed.problem, choice)
+    choices = tuple(_settled(candidate.choice, candidate.option.name, posed, chosen) for candidate in chosen)
+    residuals = {residual.name: residual for residual in posed.residuals}
+    return Plan(
+        device=_device(pair),
+        budget=budget,
+        baseline_peak=baseline,
+        predicted_peak=bytes_at_peak + correction,
+        peak_at=posed.problem.labels[step],
+        fixed_bytes=posed.fixed_bytes,
+        choices=choices,
+        noise=sum(candidate.option.noise for candidate in chosen),
+        time=sum(candidate.option.time for candidate in chosen),
+        gap=gap,
+        notes=uncompressible(residuals),
+    )
+
+
+def _settled(choice: Choice, option: str, posed: Posed, chosen: list) -> Choice:  # type: ignore[type-arg]
+    """A replayed residual's noise is that of the sources that were in fact chosen."""
+    if option != "replay":
+        return choice
+    sources = posed.chains[choice.residual].sources
+    noise = max((c.choice.noise for c in chosen if c.choice.residual in sources), default=0.0)
+    return replace(choice, noise=noise)
+
+
+def infeasible(posed: Posed, error: Infeasible, budget: int, extra: int) -> BudgetInfeasibleError:
+    """The user's error: the smallest budget that works, and the largest consumers at its peak."""
+    alive = []
+    for residual, row, index in zip(posed.residuals, posed.candidates, error.choice, strict=True):
+        held = sum(size for first, last, size in row[index].option.loads if first <= error.step <= last)
+        alive.append((residual.layer or residual.name, held))
+    rest = int(profile(posed.problem, error.choice)[error.step]) - sum(size for _, size in alive) - posed.fixed_bytes
+    alive.append(("parameters, buffers and inputs", posed.fixed_bytes))
+    alive.append((f"gradients and transients at {posed.problem.labels[error.step]}", rest))
+    consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
+    return BudgetInfeasibleError(budget=budget, smallest=error.smallest + extra, consumers=consumers)
+
+
+def _device(pair: Pair) -> str:
+    values = (tensor_of(node) for node in pair.forward.graph.nodes)
+    return next((str(value.device) for value in values if value is not None), "cpu")
+
+

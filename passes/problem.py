@@ -1,0 +1,300 @@
+"""Pose the planning problem of a pair in numbers: steps, bytes, noise and time of every way to hold every residual.
+
+The steps are the forward's followed by the backward's (`lifetimes.py`). What no choice changes is the base: parameters,
+inputs, results, gradients, transients. Every residual adds a load from its production to its last reader in the
+backward, of its own bytes when it is kept, of its payload when it is not; and once more its own bytes wherever a
+decoded tensor must exist because an extern kernel reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import ceil
+
+from torch import fx
+
+from xconv_fx.cost_model.device import DeviceSpec, device
+from xconv_fx.cost_model.memory import Item, Option, Problem
+from xconv_fx.cost_model.noise import Use, sensitivity
+from xconv_fx.cost_model.timing import seconds
+from xconv_fx.ops import registry
+from xconv_fx.ops.layout import aligned_probes
+from xconv_fx.ops.registry import Held
+from xconv_fx.options import Options
+from xconv_fx.plan import Choice
+
+from .graph import is_elementwise, is_primal, is_reduction, is_tangent, nbytes, numel, output_node
+from .lifetimes import Timeline, timeline
+from .partition import Pair
+from .recompute import Chain, find_chain
+from .residuals import Residual, small
+
+# Folds offered to the planner, and the widths in which the folded sums are held: below 16-fold, plain codes are better.
+FOLDS = (4, 8, 16, 32, 64)
+SUM_BITS = (2, 4)
+TRAVEL_KIND = {"weight_grad": "weight", "norm": "norm", "other": "other"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to hold one residual: a `Choice` and what it costs at which steps."""
+
+    choice: Choice
+    option: Option
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The problem for the solver, and what its items and options stand for."""
+
+    problem: Problem
+    residuals: tuple[Residual, ...]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    chains: dict[str, Chain]
+    fixed_bytes: int
+
+
+def pose(pair: Pair, residuals: dict[str, Residual], options: Options, outside: int = 0) -> Posed:
+    """The planning problem of the pair. `outside` is what is alive throughout besides this graph's tensors, in bytes."""
+    return _Poser(pair, residuals, options, outside).pose()
+
+
+def resident_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Parameters, buffers and inputs among the nodes: alive during the whole step."""
+    return sum(nbytes(node) for node in nodes if is_primal(node))
+
+
+class _Poser:
+    def __init__(self, pair: Pair, residuals: dict[str, Residual], options: Options, outside: int) -> None:
+        self.pair, self.options = pair, options
+        total = sum(residual.bytes for residual in residuals.values())
+        self.large = {name: r for name, r in residuals.items() if not small(r, total)}
+        self.index = {name: i for i, name in enumerate(self.large)}
+        self.forward = timeline(pair.forward.graph, [r.forward for r in self.large.values()])
+        self.backward = timeline(pair.backward.graph)
+        self.turn = len(self.forward.steps)
+        self.end = self.turn + len(self.backward.steps) - 1
+        self.last_in_forward = {buffer.node: buffer.last for buffer in self.forward.buffers}
+        saved = set(pair.saved())
+        self.chains = {
+            name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None
+        }
+        self.outside = outside
+        layers = [r for r in self.large.values() if "weight_grad" in r.uses]
+        self.share = 1 / max(1, len(layers))
+        self.machine: DeviceSpec = device(self._device())
+
+    def _device(self) -> str:
+        return next((r.value.device.type for r in self.large.values()), "cpu")
+
+    def _chain(self, residual: Residual, saved: set[str]) -> Chain | None:
+        chain = find_chain(residual.forward, saved - {residual.name})
+        if chain is None or any(name not in self.large for name in chain.sources):
+            return None
+        return chain
+
+    def pose(self) -> Posed:
+        rows = tuple(tuple(self._candidates(residual)) for residual in self.large.values())
+        items = tuple(
+            Item(residual.name, tuple(candidate.option for candidate in row))
+            for residual, row in zip(self.large.values(), rows, strict=True)
+        )
+        base = self._base()
+        labels = tuple(node.name for node in (*self.forward.steps, *self.backward.steps))
+        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
+        return Posed(Problem(tuple(base), items, labels), tuple(self.large.values()), rows, self.chains, fixed)
+
+    def _base(self) -> list[int]:
+        results = output_node(self.pair.forward.graph).args[0][: self.pair.results]  # type: ignore[index]
+        held = sum(nbytes(node) for node in dict.fromkeys(n for n in results if isinstance(n, fx.Node)) if not is_primal(node))
+        placeholders = self.pair.backward.graph.find_nodes(op="placeholder")
+        tangents = sum(nbytes(node) for node in placeholders if is_tangent(node))
+        rest = sum(
+            nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large
+        )
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside
+        forward = [constant + b for b in self.forward.profile()]
+        backward = [constant + rest + held + tangents + b for b in self.backward.profile()]
+        return forward + backward
+
+    # One method a codec family: each yields the candidates that are legal for the residual.
+
+    def _candidates(self, residual: Residual) -> list[Candidate]:
+        keep = self._candidate(residual, "keep", residual.bytes, decoded=False, noise=0.0, traffic=0)
+        row = [keep]
+        fixed = self.options.probes.of(residual.reader) if "weight_grad" in residual.uses else None
+        if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
+            return [self._probe(residual, fixed, None, keep_first=True)]
+        allowed = self.options.codecs
+        if "bitmask" in allowed and residual.uses == {"mask"}:
+            row.append(self._bitmask(residual))
+        if "recompute" in allowed and residual.name in self.chains:
+            row += self._recomputed(residual, self.chains[residual.name])
+        if residual.uses <= {"mask"} or "nonlinear" in residual.uses or ("mask" in residual.uses and "bitmask" not in allowed):
+            return row
+        if "quantize" in allowed:
+            row += [self._coded(residual, Held("quantize", **self._held(residual), bits=bits)) for bits in allowed.bits]
+        if "probe" in allowed and residual.uses <= {"weight_grad", "mask"}:
+            row += self._probes(residual)
+        return row
+
+    def _held(self, residual: Residual) -> dict[str, object]:
+        salt = self.index[residual.name] + 1
+        return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order, "salt": salt}
+
+    def _bitmask(self, residual: Residual) -> Candidate:
+        count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
+        size = count * _packed_bytes(residual.forward)
+        return self._candidate(residual, "bitmask", size, decoded=False, noise=0.0, traffic=residual.bytes + 2 * size)
+
+    def _coded(self, residual: Residual, held: Held) -> Candidate:
+        codec = registry.codec(held.codec)
+        masks = sum(_packed_bytes(residual.forward) for _ in residual.masks)
+        candidate = self._candidate(
+            residual,
+            held.codec,
+            codec.payload_bytes(held) + masks,
+            decoded=True,
+            noise=codec.noise(held),
+            traffic=codec.traffic(held) + 2 * masks,
+        )
+        choice = replace(
+            candidate.choice, bits=held.bits, probes=held.probes, kind=held.kind if held.codec == "probe" else None,
+            means=held.means,
+        )  # fmt: skip
+        return replace(candidate, choice=choice)
+
+    def _probes(self, residual: Residual) -> list[Candidate]:
+        kinds = self.options.codecs.kinds
+        length = numel(residual.forward) // residual.shape[0]
+        if residual.order[0] != 0 or len(residual.shape) < 2:
+            return []
+        row = []
+        for fold in FOLDS:
+            if fold * 8 > length:
+                break
+            if "fold" in kinds:
+                r = aligned_probes(residual.shape, residual.order, fold)
+                row += [self._probe(residual, r, bits) for bits in SUM_BITS]
+            else:
+                row += [self._probe(residual, ceil(length / fold), None, kind=kind) for kind in kinds]
+        return row
+
+    def _probe(
+        self, residual: Residual, probes: int, bits: int | None, kind: str | None = None, keep_first: bool = False
+    ) -> Candidate:
+        kinds = self.options.codecs.kinds
+        chosen = kind or ("fold" if "fold" in kinds or not kinds else kinds[0])
+        length = numel(residual.forward) // residual.shape[0]
+        means = chosen == "fold" and len(residual.shape) > 2 and probes < length
+        held = Held("probe", **self._held(residual), probes=min(probes, length), bits=bits, kind=chosen, means=means)
+        return self._coded(residual, held)
+
+    def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
+        sources = [(self.index[name], self.large[name]) for name in chain.sources]
+        row = [self._replay(residual, chain, sources, exact=True)]
+        lossy = "quantize" in self.options.codecs and sources and chain.masks is not None and "nonlinear" not in residual.uses
+        if lossy and "bitmask" in self.options.codecs and all("nonlinear" not in s.uses for _, s in sources):
+            row.append(self._replay(residual, chain, sources, exact=False))
+        return row
+
+    def _replay(
+        self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], exact: bool
+    ) -> Candidate:
+        size, noise, name = chain.extra_bytes, 0.0, "recompute"
+        if not exact:
+            size += _packed_bytes(residual.forward) * len({*residual.masks, *(chain.masks or ())})
+            noise = max(self._noise_of(source) for _, source in sources)
+        candidate = self._candidate(residual, name, size, decoded=True, noise=noise, traffic=chain.traffic)
+        last = self._last(residual)
+        extended = tuple(
+            (self._last(source) + 1, last, source.bytes) for _, source in sources if self._last(source) < last
+        )
+        # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
+        option = replace(candidate.option, name=name if exact else "replay", loads=candidate.option.loads + extended)
+        return replace(candidate, option=option)
+
+    def _noise_of(self, source: Residual) -> float:
+        bits = max((b for b in self.options.codecs.bits), default=8)
+        held = Held("quantize", **self._held(source), bits=min(bits, 4))
+        return registry.codec("quantize").noise(held)
+
+    def _candidate(
+        self, residual: Residual, codec: str, size: int, *, decoded: bool, noise: float, traffic: int
+    ) -> Candidate:
+        kept = codec == "keep"
+        loads = [(self._produced(residual, kept), self._last(residual), size)]
+        if decoded:
+            loads += [(step, step, residual.bytes) for step in self._materialised(residual)]
+        weight = self._sensitivity(residual)
+        time = seconds(0, traffic, self.machine) if traffic else 0.0
+        choice = Choice(
+            residual.name, residual.layer, residual.source, residual.shape, str(residual.value.dtype).removeprefix("torch."),
+            tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=noise, time=time,
+        )  # fmt: skip
+        return Candidate(choice, Option(codec, tuple(loads), noise * weight, time))
+
+    def _produced(self, residual: Residual, kept: bool) -> int:
+        """First step at which the payload exists; for a kept tensor, the first that the base does not count."""
+        if kept and residual.forward in self.last_in_forward:
+            return min(self.last_in_forward[residual.forward] + 1, self.end)
+        return min(self.forward.step_of(residual.forward), self.end)
+
+    def _read(self, residual: Residual) -> list[int]:
+        return [self.turn + step for step in self.backward.read_at.get(residual.backward, [0])]
+
+    def _last(self, residual: Residual) -> int:
+        return max(self._read(residual))
+
+    def _materialised(self, residual: Residual) -> list[int]:
+        """Steps at which an extern kernel reads the residual, so that a decoded tensor must exist."""
+        return [step for step in self._read(residual) if not _is_generated(self.backward, step - self.turn)]
+
+    def _sensitivity(self, residual: Residual) -> float:
+        """Noise per unit of relative error energy: weight gradients here, and what travels to earlier layers."""
+        earlier = [r for r in self.large.values() if self.index[r.name] < self.index[residual.name]]
+        upstream = self.share * sum("weight_grad" in r.uses for r in earlier)
+        kinds = [TRAVEL_KIND[use] for use in sorted(residual.uses) if use in TRAVEL_KIND]
+        return sensitivity(Use(kind, self.share, upstream) for kind in kinds)
+
+
+def _is_generated(line: Timeline, step: int) -> bool:
+    return is_elementwise(line.steps[step]) or is_reduction(line.steps[step])
+
+
+def _packed_bytes(node: fx.Node) -> int:
+    return 4 * ceil(numel(node) / 32)
+
+
+def link(posed: Posed) -> Posed:
+    """Fill in what replayed residuals need of their sources: exact ones for "recompute", codes for "replay"."""
+    index = {residual.name: i for i, residual in enumerate(posed.residuals)}
+    rows = []
+    for residual, row in zip(posed.residuals, posed.candidates, strict=True):
+        linked = []
+        for candidate in row:
+            if candidate.option.name not in ("recompute", "replay"):
+                linked.append(candidate)
+                continue
+            needs = tuple(
+                (index[name], _allowed(posed.candidates[index[name]], candidate.option.name))
+                for name in posed.chains[residual.name].sources
+            )
+            if all(allowed for _, allowed in needs):
+                linked.append(replace(candidate, option=replace(candidate.option, needs=needs)))
+        rows.append(tuple(linked))
+    items = tuple(
+        Item(item.name, tuple(candidate.option for candidate in row))
+        for item, row in zip(posed.problem.items, rows, strict=True)
+    )
+    return replace(posed, candidates=tuple(rows), problem=replace(posed.problem, items=items))
+
+
+def _allowed(row: tuple[Candidate, ...], name: str) -> frozenset[int]:
+    exact = ("keep", "recompute")
+    if name == "recompute":
+        return frozenset(i for i, c in enumerate(row) if c.option.name in exact)
+    return frozenset(
+        i for i, c in enumerate(row) if c.option.name in exact or (c.choice.codec == "quantize" and (c.choice.bits or 0) >= 2)
+    )

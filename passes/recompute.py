@@ -1,0 +1,128 @@
+"""Find, for a residual, the cheap producers from which the backward can replay it.
+
+A chain is the part of the forward between the residual and values that the backward has anyway: other residuals,
+parameters and inputs, and statistics so small that saving them costs nothing. Only loops that Inductor fuses are
+replayed (normalisation's affine map, activations, additions, concatenation, padding, resampling), never a
+convolution, a matrix product or a random draw.
+
+Replayed from an exact source the residual is exact. From a source held approximately it stays unbiased when the chain
+is *affine* in it: comparisons, and ReLU's, are then taken from bit masks of the true values instead of being
+replayed, so that `relu(x)` becomes `where(mask, 0, x)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .graph import COMPARISONS, is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
+
+aten = torch.ops.aten
+
+# Longest chain that is replayed, in operations; and the largest value saved for it besides residuals, as a fraction.
+LONGEST = 48
+SMALL = 1 / 64
+
+_CHEAP = {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten.index.Tensor,
+          aten._unsafe_index.Tensor}  # fmt: skip
+_AFFINE = {
+    aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.clone.default, aten.cat.default, aten.where.self,
+    aten.constant_pad_nd.default, aten.relu.default, torch.ops.prims.convert_element_type.default,
+    aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten.index.Tensor, aten._unsafe_index.Tensor,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How to replay one residual.
+
+    `nodes` are forward nodes in order, the residual last. `sources` are the other residuals it reads, by name, and
+    `extras` the parameters and small values to save for it. `masks` are the booleans to hold when a source is
+    approximate, keyed by the node of the chain that they decide (a comparison, or a ReLU); None when the chain is not
+    affine in its sources.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    sources: tuple[str, ...]
+    extras: tuple[fx.Node, ...]
+    masks: tuple[fx.Node, ...] | None
+
+    @property
+    def extra_bytes(self) -> int:
+        return sum(nbytes(node) for node in self.extras if not is_primal(node))
+
+    @property
+    def traffic(self) -> int:
+        """Bytes read and written when the chain is one fused kernel."""
+        return nbytes(self.nodes[-1]) + sum(nbytes(node) for node in self.inputs)
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        inside = set(self.nodes)
+        return tuple(dict.fromkeys(a for n in self.nodes for a in n.all_input_nodes if a not in inside))
+
+
+def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
+    """The chain that replays the forward node `node` from values named in `saved`, or None if there is none."""
+    limit = max(1, int(numel(node) * SMALL))
+    nodes: list[fx.Node] = []
+    sources: dict[str, None] = {}
+    extras: dict[fx.Node, None] = {}
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if len(nodes) >= LONGEST or not _replayable(current):
+            return None
+        nodes.append(current)
+        for arg in current.all_input_nodes:
+            if arg in seen:
+                continue
+            seen.add(arg)
+            if arg.name in saved and not is_primal(arg) and numel(arg) > limit:
+                sources[arg.name] = None
+            elif is_primal(arg) or (numel(arg) <= limit and tensor_of(arg) is not None and not _constant(arg)):
+                extras[arg] = None
+            else:
+                stack.append(arg)
+    nodes.sort()
+    return Chain(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
+
+
+def _replayable(node: fx.Node) -> bool:
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    return is_view(node) or is_elementwise(node) or node.target in _CHEAP
+
+
+def _constant(node: fx.Node) -> bool:
+    """Created from nothing (full, iota): cheaper to make again than to save."""
+    return not node.all_input_nodes and node.op == "call_function"
+
+
+def _masks(nodes: list[fx.Node], sources: set[str]) -> tuple[fx.Node, ...] | None:
+    """The nodes whose booleans make the chain affine in its sources, or None where nothing does."""
+    dependent: set[fx.Node] = set()
+    masks: list[fx.Node] = []
+    for node in nodes:
+        inputs = [arg for arg in node.all_input_nodes if arg in dependent or arg.name in sources]
+        if not inputs:
+            continue
+        if node.target in COMPARISONS:
+            masks.append(node)
+            continue
+        if not (is_view(node) or _affine(node, inputs)):
+            return None
+        if node.target is aten.relu.default:
+            masks.append(node)
+        dependent.add(node)
+    return tuple(masks)
+
+
+def _affine(node: fx.Node, inputs: list[fx.Node]) -> bool:
+    if node.target is aten.mul.Tensor:
+        return len([arg for arg in node.args if arg in inputs]) == 1
+    if node.target is aten.div.Tensor:
+        return node.args[1] not in inputs
+    return node.target in _AFFINE and not (node.target is aten.where.self and node.args[0] in inputs)

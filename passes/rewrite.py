@@ -1,0 +1,251 @@
+"""Rewrite the pair to a plan: encode right after the producer, decode just before each reader, replay what is dropped.
+
+The pair is what PyTorch's partitioner made of the joint graph, so nothing here can be undone by a later cut or merged
+by a common-subexpression pass: a residual's place among the values that cross is taken by its payload, and each reader
+in the backward gets a decoded value of its own, made just before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from xconv_fx.ops import registry
+from xconv_fx.ops.registry import Held
+from xconv_fx.plan import Choice
+
+from .graph import inline, origin_meta, tensor_of
+from .partition import Pair
+from .recompute import Chain
+from .residuals import Residual
+
+aten = torch.ops.aten
+
+APPROXIMATE = ("quantize", "probe")
+
+
+def rewrite(
+    pair: Pair,
+    residuals: Mapping[str, Residual],
+    chains: Mapping[str, Chain],
+    choices: Iterable[Choice],
+    stream: int | None = None,
+) -> None:
+    """Apply the choices to the pair in place.
+
+    `stream` names a fixed sequence of seeds (`torch.ops.xconv.seed`); None draws from torch's generator each step.
+    """
+    how = {choice.residual: choice for choice in choices if choice.codec != "keep"}
+    writer = _Writer(pair, residuals, chains, how, stream)
+    # Readers before what they read: a replayed residual adds readers to its sources.
+    for name in reversed([name for name in residuals if name in how]):
+        writer.apply(residuals[name], how[name])
+    for module in (pair.forward, pair.backward):
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+
+
+def held_for(residual: Residual, choice: Choice, salt: int) -> Held:
+    """The codec's parameters that a choice stands for."""
+    return Held(
+        choice.codec, residual.shape, residual.value.dtype, residual.order, salt,
+        bits=choice.bits, probes=choice.probes, kind=choice.kind or "fold", means=choice.means,
+    )  # fmt: skip
+
+
+class _Writer:
+    """The rewrite of one pair, and what it has already added: seeds, packed masks, booleans of the forward."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        residuals: Mapping[str, Residual],
+        chains: Mapping[str, Chain],
+        how: Mapping[str, Choice],
+        stream: int | None,
+    ) -> None:
+        self.pair, self.chains, self.how, self.stream = pair, chains, how, stream
+        self.forward, self.backward = pair.forward.graph, pair.backward.graph
+        self.saved = pair.saved()
+        self.salts = {name: number for number, name in enumerate(residuals, start=1)}
+        self.seeds: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
+        self.packed: dict[fx.Node, tuple[fx.Node, Held]] = {}
+        self.lifted: dict[Any, fx.Node] = {}
+
+    def apply(self, residual: Residual, choice: Choice) -> None:
+        approximate = self.is_approximate(residual.name)
+        if approximate or choice.codec == "bitmask":
+            for mask in residual.masks:
+                self.lift(mask, residual.order)
+        if choice.codec == "recompute":
+            for reader in list(residual.backward.users):
+                self.replay(self.chains[residual.name], residual, reader, approximate)
+        elif residual.backward.users:
+            self.hold(residual, held_for(residual, choice, self.salts[residual.name]))
+        self.pair.uncross(residual.forward, residual.backward)
+
+    def is_approximate(self, name: str) -> bool:
+        """Whether the residual is held approximately, or replayed from one that is."""
+        choice = self.how.get(name)
+        if choice is None or choice.codec != "recompute":
+            return choice is not None and choice.codec in APPROXIMATE
+        return any(self.is_approximate(source) for source in self.chains[name].sources)
+
+    def hold(self, residual: Residual, held: Held) -> None:
+        """Encode after the producer, cross with the payload, decode before every reader."""
+        codec = registry.codec(held.codec)
+        if codec.lossless:
+            payload = self.encode(residual.forward, held, [])
+            for reader in list(residual.backward.users):
+                self.decode(payload, held, [], residual.backward, reader)
+            return
+        seed, seed_in_backward = self.seed(residual.value.device)
+        payload = self.encode(residual.forward, held, [seed])
+        for reader in list(residual.backward.users):
+            self.decode(payload, held, [seed_in_backward], residual.backward, reader)
+
+    def encode(self, node: fx.Node, held: Held, seed: list[fx.Node]) -> list[fx.Node]:
+        """The payload's placeholders in the backward."""
+        codec = registry.codec(held.codec)
+
+        def encode(x: Tensor, *seed: Tensor) -> tuple[Tensor, ...]:
+            return codec.encode(x, seed[0] if seed else x, held)
+
+        with self.forward.inserting_before(max([node, *seed]).next):
+            payload = inline(self.forward, encode, [node, *seed], origin_meta(node))
+        return [self.pair.cross(part, f"{node.name}_{held.codec}") for part in payload]
+
+    def decode(
+        self, payload: list[fx.Node], held: Held, seed: list[fx.Node], old: fx.Node, reader: fx.Node
+    ) -> None:
+        """Give `reader` a decoded value in the place of `old`."""
+        codec = registry.codec(held.codec)
+
+        def decode(*values: Tensor) -> Tensor:
+            return codec.decode(values[: len(payload)], values[-1], held)
+
+        with self.backward.inserting_before(reader):
+            (value,) = inline(self.backward, decode, [*payload, *seed], origin_meta(old))
+        reader.replace_input_with(old, value)
+
+    def seed(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        """The step's seed on a device: the forward's node and the backward's placeholder, made once."""
+        if device not in self.seeds:
+            stream = self.stream
+
+            def draw() -> Tensor:
+                if stream is not None:
+                    return torch.ops.xconv.seed(stream, device)
+                return torch.ops.prims.inductor_seeds.default(1, device)
+
+            first = next(node for node in self.forward.nodes if node.op != "placeholder")
+            with self.forward.inserting_before(first):
+                (node,) = inline(self.forward, draw, [])
+            self.seeds[device] = (node, self.pair.cross(node, "xconv_seed"))
+        return self.seeds[device]
+
+    # Booleans: computed in the forward from true values, held as bits.
+
+    def lift(self, mask: fx.Node, order: tuple[int, ...]) -> None:
+        """Take a comparison out of the backward: the forward computes it, and its bits cross."""
+        for reader in list(mask.users):
+            self.read_mask(self.in_forward(mask), order, mask, reader)
+        if not mask.users and mask in self.backward.nodes:
+            self.backward.erase_node(mask)
+
+    def read_mask(self, boolean: fx.Node, order: tuple[int, ...], old: fx.Node, reader: fx.Node) -> None:
+        """Give `reader` the unpacked bits of the forward's `boolean` in the place of `old`."""
+        words, held = self.pack(boolean, order)
+        self.decode([words], held, [], old, reader)
+
+    def pack(self, boolean: fx.Node, order: tuple[int, ...]) -> tuple[fx.Node, Held]:
+        if boolean not in self.packed:
+            value = tensor_of(boolean)
+            assert value is not None
+            held = Held("bitmask", tuple(int(n) for n in value.shape), torch.bool, order, 0)
+            (words,) = self.encode(boolean, held, [])
+            self.packed[boolean] = (words, held)
+        return self.packed[boolean]
+
+    def in_forward(self, node: fx.Node) -> fx.Node:
+        """The forward's node of the same value as a node of the backward that no gradient enters."""
+        if node.name in self.saved:
+            return self.saved[node.name][0]
+        arguments = fx.node.map_arg((node.args, node.kwargs), self.in_forward)
+        return self.make(node, *arguments)  # type: ignore[misc]
+
+    def make(self, like: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """An operation like `like` in the forward, behind its arguments; the same one for the same arguments."""
+        key = (like.target, _frozen(args), _frozen(kwargs))
+        if key not in self.lifted:
+            inputs = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, fx.Node)]
+            place = max(inputs).next if inputs else next(n for n in self.forward.nodes if n.op != "placeholder")
+            while place.op == "placeholder":
+                place = place.next
+            with self.forward.inserting_before(place):
+                node = self.forward.call_function(like.target, args, kwargs)
+            node.meta = dict(like.meta)
+            node.meta.pop("partitioner_tag", None)
+            self.lifted[key] = node
+        return self.lifted[key]
+
+    # Replayed residuals.
+
+    def replay(self, chain: Chain, residual: Residual, reader: fx.Node, approximate: bool) -> None:
+        """Copy the chain before `reader` and let it read the copy."""
+        masks = set(chain.masks or ()) if approximate else set()
+        values: dict[fx.Node, fx.Node] = {}
+        for node in (*chain.inputs, *chain.nodes):
+            if node in chain.nodes:
+                values[node] = self.copy(node, values, reader, residual, node in masks)
+            else:
+                values[node] = self.available(node)
+        reader.replace_input_with(residual.backward, values[chain.nodes[-1]])
+
+    def available(self, node: fx.Node) -> fx.Node:
+        """The backward's placeholder of a forward value, crossing with it if need be."""
+        if node.name not in self.saved:
+            self.saved[node.name] = (node, self.pair.cross(node, node.name))
+        return self.saved[node.name][1]
+
+    def copy(
+        self, node: fx.Node, values: dict[fx.Node, fx.Node], reader: fx.Node, residual: Residual, masked: bool
+    ) -> fx.Node:
+        """The node's copy before `reader`; a `masked` one takes its boolean from the bits of the true value."""
+        with self.backward.inserting_before(reader):
+            if not masked:
+                return self.backward.node_copy(node, lambda arg: values[arg])
+            if node.target is not aten.relu.default:
+                return self.unpack(node, residual.order)
+            bits = self.unpack(self.not_positive(node), residual.order)
+            return inline(self.backward, _rectify, [bits, values[node.all_input_nodes[0]]], origin_meta(node))[0]
+
+    def unpack(self, boolean: fx.Node, order: tuple[int, ...]) -> fx.Node:
+        """The forward's boolean, unpacked at the backward's insertion point."""
+        words, held = self.pack(boolean, order)
+        return inline(self.backward, lambda w: registry.codec("bitmask").decode((w,), w, held), [words])[0]
+
+    def not_positive(self, node: fx.Node) -> fx.Node:
+        """The forward's `node <= 0`: what ReLU's backward asks, so that both share their bits."""
+        key = (aten.le.Scalar, (node, 0), ())
+        if key not in self.lifted:
+            with self.forward.inserting_before(node.next):
+                self.lifted[key] = inline(self.forward, lambda x: aten.le.Scalar(x, 0), [node], origin_meta(node))[0]
+        return self.lifted[key]
+
+
+def _rectify(not_positive: Tensor, x: Tensor) -> Tensor:
+    return torch.where(not_positive, torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as a dictionary key."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return value

@@ -1,0 +1,72 @@
+"""Split every `convolution_backward` into its weight half and its input half.
+
+A fused node holds the layer's input until the input gradient has been allocated, which is where a backward pass
+peaks. The weight half comes first in the graph: what is held for it is released before the input gradient exists.
+The input half reads the input's shape alone, so a layer with a frozen weight needs no residual at all.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from xconv_fx.ops.conv import input_gradient
+
+from .graph import inline, origin_meta, tensor_of
+
+aten = torch.ops.aten
+
+
+def split_backward(gm: fx.GraphModule) -> None:
+    """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        if node.args[10][0]:
+            _split(gm.graph, node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    outputs = {user.args[1]: user for user in node.users}
+    with graph.inserting_before(node):
+        halves = {**_parameter_half(graph, node), 0: _input_half(graph, node)}
+    for index, old in outputs.items():
+        halves[index].meta = {**old.meta, **halves[index].meta}
+        old.replace_all_uses_with(halves[index])
+        graph.erase_node(old)
+    graph.erase_node(node)
+
+
+def _parameter_half(graph: fx.Graph, node: fx.Node) -> dict[int, fx.Node]:
+    """The gradients of weight (1) and bias (2), those that the node computes."""
+    mask = node.args[10]
+    if not mask[1]:
+        return {2: _bias_gradient(graph, node)} if mask[2] else {}
+    half = graph.call_function(node.target, (*node.args[:10], [False, True, mask[2]]))
+    value = node.meta["val"]
+    half.meta = {**origin_meta(node), "val": (None, value[1], value[2] if mask[2] else None)}
+    picked = {}
+    for index in (1, 2) if mask[2] else (1,):
+        picked[index] = graph.call_function(operator.getitem, (half, index))
+        picked[index].meta = {**origin_meta(node), "val": value[index]}
+    return picked
+
+
+def _bias_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    grad = node.args[0]
+    dims = [dim for dim in range(len(grad.meta["val"].shape)) if dim != 1]
+    return inline(graph, lambda g: aten.sum.dim_IntList(g, dims), [grad], origin_meta(node))[0]
+
+
+def _input_half(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    grad, x, weight, _, *geometry, _ = node.args
+    value = tensor_of(x)
+    assert value is not None
+    size = list(value.shape)
+
+    def half(g: Tensor, w: Tensor) -> Tensor:
+        return input_gradient(g, w, size, *geometry)
+
+    return inline(graph, half, [grad, weight], origin_meta(node))[0]

@@ -1,0 +1,133 @@
+"""Every private PyTorch interface that xconv-fx leans on, in one place.
+
+Checked against the versions in `CHECKED`; on another version `require_checked_torch` says so before anything is
+compiled, instead of failing somewhere inside a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+from .errors import UnsupportedTorchError
+
+CHECKED = ("2.13.0",)
+
+
+def require_checked_torch() -> None:
+    """Raise `UnsupportedTorchError` unless the installed torch is one that the private hooks were checked on."""
+    found = torch.__version__
+    if found.split("+")[0] not in CHECKED:
+        raise UnsupportedTorchError(
+            found, f"=={CHECKED[-1]}", f"private hooks of its compiler were checked on {', '.join(CHECKED)}"
+        )
+
+
+def deduplicate(gm: fx.GraphModule) -> None:
+    """Dead code and common subexpressions out of a joint graph, as torch's partitioner does it itself."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    gm.graph.eliminate_dead_code()
+    gm.graph = fx_graph_cse(gm.graph)
+    gm.recompile()
+
+
+def partition(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], arguments: dict[str, Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's min-cut partitioner: the joint graph to (forward, backward)."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
+
+
+def saved_descriptor(index: int) -> Any:
+    """AOTAutograd's descriptor of the forward's `index`-th saved value."""
+    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+
+    return SavedForBackwardsAOTOutput(index)
+
+
+def channels_last_convolutions(gm: fx.GraphModule) -> bool:
+    """Whether Inductor will lay out the 4d activations of this graph channels-last."""
+    from torch._inductor.graph import GraphLowering
+
+    return GraphLowering.decide_layout_opt(gm, is_inference=False)
+
+
+def source_hash() -> str:
+    """Hash of this package's sources: part of every compile cache key."""
+    digest = hashlib.sha256()
+    from . import cost_model, passes
+
+    folders = {Path(__file__).parent, Path(passes.__file__).parent, Path(cost_model.__file__).parent}
+    for folder in sorted(folders):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Partitioner(CustomPartitionerFn):
+    """`function(gm, joint_inputs, **arguments)` as Inductor's partitioner; `key` stands for it in cache keys."""
+
+    def __init__(self, function: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], key: str) -> None:
+        self.function, self.key = function, key
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+        return self.function(gm, joint_inputs, **arguments)
+
+    def uuid(self) -> str:
+        return self.key
+
+    def __reduce__(self) -> Any:
+        # Inductor pickles its whole configuration into the cache key.
+        return (str, (self.key,))
+
+
+@contextlib.contextmanager
+def ahead_of_time_backward() -> Iterator[None]:
+    """Compile the backward together with the forward, and always run our partitioner.
+
+    AOTAutograd compiles a backward lazily, at its first call: too late to raise before a step has run. Its own
+    cache would skip the partitioner, and with it the plan; Inductor's cache of generated code stays on.
+    """
+    import torch._functorch.config as functorch_config
+
+    with functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+        yield
+
+
+@contextlib.contextmanager
+def generated_code(sink: Callable[[str], None]) -> Iterator[None]:
+    """Pass the wrapper code of every graph that Inductor generates (or finds in its cache) to `sink`.
+
+    Called before any kernel is compiled; an exception from `sink` abandons the graph.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    with mock.patch.object(GraphLowering, "save_output_code", staticmethod(sink)):
+        yield
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: dict[str, Any],
+    entering: Callable[[fx.GraphModule, Sequence[Any], bool], None],
+) -> Callable[..., Any]:
+    """Inductor's compilation of a graph under `config`; `entering(gm, inputs, is_backward)` before each half."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Any:
+        entering(half, inputs, bool(arguments.get("is_backward")))
+        return compile_fx_inner(half, inputs, **arguments)
+
+    return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
