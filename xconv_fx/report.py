@@ -186,10 +186,11 @@ def render(plan: Plan, limit: int | None = None, title: str | None = None) -> Pl
 
 def as_text(plan: Plan, width: int = 100, limit: int | None = None) -> str:
     """The report as plain text without colour, for logs; lines of at most `width` characters, no trailing spaces."""
-    console = Console(file=StringIO(), width=width, color_system=None, legacy_windows=False, _environ={})
-    with console.capture() as capture:
-        console.print(PlanReport(plan, limit))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+    file = StringIO()
+    # Neither the environment (FORCE_COLOR) nor a notebook may turn a log message into something else than text.
+    console = Console(file=file, width=width, color_system=None, force_jupyter=False, legacy_windows=False, _environ={})
+    console.print(PlanReport(plan, limit))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")
 
 
 def write_json(plans: Iterable[Plan], path: str | Path) -> None:
