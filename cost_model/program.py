@@ -28,6 +28,9 @@ RELATIVE_GAP = 1e-3
 # What HiGHS lets constraints and objectives be off by, at scale 1: its bounds are worth no more than that.
 TOLERANCE = 1e-6
 
+# Constraints of bytes run up to this number, so that the tolerance is 8 bytes at 8 GB: less than a tensor.
+BYTE_RANGE = 1e3
+
 # A cost a column, and what their sum over a plan may be at most.
 Cap: TypeAlias = tuple[Costs, float]
 
@@ -48,16 +51,16 @@ class Program:
     """Constraints shared by all objectives. Variables: one a column of the table, then the scaled bytes of each step.
 
     Bytes of a step are written as those of the step before plus what begins and minus what ends there. That gives two
-    non-zeros a load instead of one for every step it lives through.
+    non-zeros a load instead of one for every step it lives through. `largest` is a number of bytes near the peak.
     """
 
-    def __init__(self, table: Table, scale: float) -> None:
+    def __init__(self, table: Table, largest: int) -> None:
         self.table = table
-        self.scale = scale
+        self.scale = max(largest, 1) / BYTE_RANGE
         steps, columns = table.loads.shape
         items, needs = len(table.sizes), table.needing.size
-        changes = np.diff(table.loads, axis=0, prepend=np.zeros((1, columns), dtype=np.int64)) / scale
-        rises = np.diff(table.base, prepend=0) / scale
+        changes = np.diff(table.loads, axis=0, prepend=np.zeros((1, columns), dtype=np.int64)) / self.scale
+        rises = np.diff(table.base, prepend=0) / self.scale
         level = sparse.eye_array(steps) - sparse.eye_array(steps, k=-1)
         one_hot = sparse.csr_array((np.ones(columns), (table.owner, np.arange(columns))), (items, columns))
         own = sparse.csr_array((np.ones(needs), (np.arange(needs), table.needing)), (needs, columns))

@@ -125,7 +125,7 @@ def minimum_peak(problem: Problem, *, time_limit: float = 2.0) -> Solution:
     top = int(table.alive(best).max())
     lowest = _floor(table)
     if top > lowest:
-        answer = Program(table, scale=max(top, 1)).lower_peak(time_limit)
+        answer = Program(table, top).lower_peak(time_limit)
         lowest = max(lowest, answer.bound * (1 - TOLERANCE))
         if answer.choice is not None and table.legal(answer.choice) and table.alive(answer.choice).max() < top:
             best = answer.choice
@@ -185,7 +185,7 @@ def _minimise(
         return _Stage(best, 0.0)
     least = _least(table, costs)
     extra = costs - least[table.owner]
-    program = Program(table, scale=max(budget, 1))
+    program = Program(table, budget)
     limit, bound = budget, 0.0
     for _ in range(6):
         if best is not None and table.cost(extra, best) * (1 - RELATIVE_GAP) <= bound:

@@ -122,6 +122,38 @@ def test_gigabytes_are_counted_to_the_byte() -> None:
         solve(problem, 4 * size - 5)
 
 
+@pytest.mark.parametrize("missing", [100, 5_000])
+def test_a_plan_a_few_bytes_over_8_gb_does_not_hide_a_better_one(missing) -> None:
+    """ "nearly" is quietest but a few bytes too large; the greedy walk goes on from it to "all", the best is a pair."""
+    size = 1_000_000_000
+    nearly, every = Option("nearly", ((0, 0, missing),), noise=1.0), Option("all", (), noise=1.5)
+    half = (Option("keep", ((0, 0, size // 2),)), Option("coded", (), noise=0.6))
+    items = (Item("a", (Option("keep", ((0, 0, size),)), nearly, every)), Item("b", half), Item("c", half))
+    assert solve(Problem((7 * size,), items), 8 * size).choice == (0, 1, 1)
+
+
+def test_a_plan_over_the_budget_is_asked_for_again_with_a_lower_limit(random_problems, monkeypatch) -> None:
+    """HiGHS may return what fits to its tolerance only; here it "keeps everything" the first time."""
+    problem = random_problems(2)
+    largest = peak(problem, [0] * 5)[0]
+    budget = (minimum_peak(problem).peak + largest) // 2
+    expected = solve(problem, budget)
+    original = Program.cheapest
+    limits: list[int] = []
+
+    def sloppy(self, costs, limit, *rest, relax=False) -> Answer:
+        if relax:
+            return Answer(None, -math.inf, infeasible=False)
+        limits.append(limit)
+        if len(limits) == 1:
+            return Answer([0] * 5, 0.0, infeasible=False)
+        return original(self, costs, limit + largest - budget, *rest)
+
+    monkeypatch.setattr(Program, "cheapest", sloppy)
+    assert solve(problem, budget).choice == expected.choice
+    assert limits[:2] == [budget, 2 * budget - largest]
+
+
 def test_without_items_there_is_only_the_base() -> None:
     problem = Problem((4, 9, 2), ())
     assert solve(problem, 9).choice == ()
