@@ -1,7 +1,7 @@
 """Numbers in, numbers out: which residuals to hold how, within a byte budget. Imports neither torch nor FX.
 
 memory   bytes alive at every step, given the choices     noise    one currency for gradient noise
-greedy   a plan in milliseconds                           timing   seconds of a kernel, by the roofline
+greedy   a plan in a fraction of a second                 timing   seconds of a kernel, by the roofline
 program  the mixed-integer program, for HiGHS             device   what a machine sustains
 solver   the best plan, and how much better one may be
 """

@@ -1,4 +1,4 @@
-"""A greedy plan: milliseconds, no solver, never wrong about fitting.
+"""A greedy plan: a fraction of a second, no solver, never wrong about fitting.
 
 From "keep everything": while a step is over the budget, look at the highest one and take, of all option changes that
 lower it, the one with the most bytes (no more than are missing) for its cost. Every change must shrink the total

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from xconv_fx.cost_model.greedy import Costs, Mask, Table, descend, relax
-from xconv_fx.cost_model.memory import Problem
+from xconv_fx.cost_model.memory import Problem, peak
 from xconv_fx.cost_model.program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Program
 
 # Plans whose first objective is within this fraction of the least are told apart by the second one. The noise model is
@@ -97,7 +97,7 @@ def solve(problem: Problem, budget: int, *, time_limit: float = 2.0, tradeoff: f
     start = relax(table, best, budget, second, no_dearer)
     final = _minimise(table, budget, second, start, extra <= cap, (extra, cap), end)
     assert final.choice is not None, "the second objective starts from a plan that fits"
-    plan = _describe(problem, table, final.choice)
+    plan = _describe(problem, final.choice)
     objective, tie = table.cost(first, final.choice), table.cost(second, final.choice)
     return replace(
         plan,
@@ -131,7 +131,7 @@ def minimum_peak(problem: Problem, *, time_limit: float = 2.0) -> Solution:
             best = answer.choice
             top = int(table.alive(best).max())
     return replace(
-        _describe(problem, table, best), objective=float(top), bound=min(lowest, top), gap=_gap(top, min(lowest, top))
+        _describe(problem, best), objective=float(top), bound=min(lowest, top), gap=_gap(top, min(lowest, top))
     )
 
 
@@ -270,18 +270,17 @@ def _floor(table: Table) -> float:
     return float((table.base + np.minimum.reduceat(table.loads, table.first, axis=1).sum(axis=1)).max())
 
 
-def _describe(problem: Problem, table: Table, choice: Sequence[int]) -> Solution:
+def _describe(problem: Problem, choice: Sequence[int]) -> Solution:
     """A solution's own numbers, without an objective."""
-    alive = table.alive(choice)
-    row = int(alive.argmax())
+    top, step = peak(problem, choice)
     taken = [item.options[index] for item, index in zip(problem.items, choice, strict=True)]
     return Solution(
         choice=tuple(int(index) for index in choice),
         objective=0.0,
         bound=0.0,
         gap=0.0,
-        peak=int(alive[row]),
-        step=table.steps[row],
+        peak=top,
+        step=step,
         noise=math.fsum(option.noise for option in taken),
         time=math.fsum(option.time for option in taken),
     )
