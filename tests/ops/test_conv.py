@@ -64,3 +64,12 @@ def test_padding_beyond_the_kernel(kernel):
     theirs, ours = case(2, kernel, 2, 3, 1, 1, False)
     for mine, reference in zip(ours, theirs, strict=True):
         close(mine, reference)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_weight_is_read_for_its_shape_alone(layout):
+    x, grad_out = (torch.randn(2, 4, 6, 6).to(memory_format=layout) for _ in range(2))
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 2)
+    weight = torch.full((4, 2, 3, 3), float("nan")).to(memory_format=layout)
+    given = weight_gradient(grad_out, x, weight.shape, *geometry, like=weight)
+    torch.testing.assert_close(given, weight_gradient(grad_out, x, weight.shape, *geometry))

@@ -45,6 +45,13 @@ def test_moments_of_the_probes(kind):
     assert correlation.abs().max() < (1e-12 if kind == "orthogonal" else 0.12)
 
 
+def test_neighbouring_gaussian_probes_share_no_draws():
+    """Draws in common leave the probes uncorrelated; their squares would correlate by 0.06."""
+    z = dense.Probes(seed(5), 1, "gaussian", 32, 4096, torch.float64).samples(slice(None))
+    squares = (z.square() - 1) / 2**0.5
+    assert abs((squares[1:] * squares[:-1]).mean()) < 5 / (4096 * 31) ** 0.5
+
+
 def test_every_probe_orthogonal_is_exact(x):
     assert (roundtrip(x, 1, 60, "orthogonal") - x).abs().max() < 1e-9
 

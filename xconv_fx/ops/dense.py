@@ -10,8 +10,8 @@ X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is lin
   matrix would span, so the projection is the same, and r = D gives X back to rounding.
 
 Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.hash`), drawn again wherever it is
-read, in blocks of at most `BLOCK` entries (or one row of r entries): besides inputs and outputs an op holds about
-eight blocks at 4 or 8 bytes an entry, 8 MB in single precision.
+read, in blocks of at most `BLOCK` entries (or one row of max(r, N) entries). Besides inputs and outputs encoding and
+decoding hold at most six such blocks, 6 MB in single precision, whatever N and D are.
 
 What it costs: D r hashed entries and 2 N D r flops to encode, and again to decode. `orthogonal` draws Z twice each
 time and adds 2 D r^2 flops in double precision for a Gram matrix, and an r x r eigendecomposition: for large D it is
@@ -147,7 +147,7 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
         z = Probes(seed, salt, kind, probes, _features(x.shape), dtype)
         pixels = _planes(x)
         sums = torch.zeros(x.shape[0], probes, dtype=dtype, device=x.device)
-        for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(probes)):
+        for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(max(probes, x.shape[0]))):
             rows = pixels[:, channels, positions].reshape(x.shape[0], last - first)
             sums.addmm_(rows.to(dtype), z.block(first, last))
         return sums
@@ -167,7 +167,7 @@ def dense_decode(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], kin
         z = Probes(seed, salt, kind, count, features, sums.dtype)
         out = torch.empty(size[0], features, dtype=dtype, device=sums.device)
         scaled = sums / count
-        step = rows_per_block(count)
+        step = rows_per_block(max(count, size[0]))
         for first in range(0, features, step):
             last = min(first + step, features)
             out[:, first:last] = scaled @ z.block(first, last).t()
