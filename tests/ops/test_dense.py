@@ -65,7 +65,7 @@ def test_seed_and_salt_change_the_draw(kind, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block", [1, 40, 100, 1000])
+@pytest.mark.parametrize("block", [1, 40, 1000])
 def test_blocks_and_layout_do_not_change_the_sums(kind, block, x, monkeypatch):
     whole = ops.dense_encode(x, seed(1), 0, 7, kind)
     again = roundtrip(x, 1, 7, kind, salt=0)
