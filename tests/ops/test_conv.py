@@ -14,6 +14,15 @@ KERNELS = {1: [(1,), (2,), (3,)], 2: [(1, 1), (2, 2), (3, 3), (3, 1)], 3: [(1, 1
 SIZES = {1: (11,), 2: (8, 9), 3: (6, 5, 7)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for the threads of other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def case(dims, kernel, stride, padding, dilation, groups, transposed, output_padding=0):
     """Gradients of ATen and ours for one geometry, as ((input, weight), (input, weight))."""
     generator = torch.Generator().manual_seed(1)

@@ -12,6 +12,15 @@ from xconv_fx.ops.dense import KINDS, dense_noise, gradient_by_probe, gradient_b
 ops = torch.ops.xconv
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for the threads of other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def seed(value):
     return torch.tensor([value])
 
