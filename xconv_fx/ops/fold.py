@@ -75,7 +75,7 @@ def unfold(
     sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The unbiased estimate of the tensor of shape `size` that `fold` summed, with strides dense in `order`."""
-    plan = layout.folding(size, order, sums.shape[1])
+    plan = layout.folding(size, order, int(sums.shape[1]))
     terms = sums.unsqueeze(1) * _signs(plan, seed, salt, sums.dtype)
     flat = terms.flatten(1)[:, : plan.length]
     return layout.to_logical(flat.reshape(plan.physical).to(dtype), order)
@@ -83,6 +83,7 @@ def unfold(
 
 @unfold.register_fake
 def _(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    layout.folding(size, order, int(sums.shape[1]))
     return sums.new_empty_strided(tuple(size), layout.dense_strides(size, order), dtype=dtype)
 
 

@@ -165,7 +165,7 @@ def pack(codes: Tensor, plan: Packing) -> Tensor:
     if missing:
         rows = torch.cat([rows, rows.new_zeros(missing, *plan.inner)])
     columns = rows.reshape(plan.words[0], plan.per_word, *plan.inner)
-    words = columns[:, 0].clone()
+    words = columns[:, 0].clone(memory_format=torch.contiguous_format)
     for position in range(1, plan.per_word):
         words |= columns[:, position] << (position * plan.bits)
     return words

@@ -145,11 +145,6 @@ def _loader(x: ir.TensorBox, order: Sequence[int], dtype: torch.dtype) -> Callab
     return lambda index: ops.to_dtype(load([index[position] for position in positions]), dtype)
 
 
-def _stored(x: ir.TensorBox, shape: Sequence[int]) -> ir.TensorBox:
-    x.realize()
-    return lowerings[torch.ops.aten.view.default](x, list(shape))
-
-
 def _decoded(
     like: ir.TensorBox,
     dtype: torch.dtype,
@@ -161,27 +156,47 @@ def _decoded(
     return lowerings[torch.ops.aten.permute.default](x, list(layout.inverse(order)))
 
 
+def _summed(
+    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index, Index], Value], shape: Sequence[int], count: int
+) -> ir.TensorBox:
+    """A buffer of `shape` that holds the sum of `body(index, [i])` over i < `count`, in a loop over i."""
+    with config.patch(unroll_reductions_threshold=1):
+        total = ir.Reduction.create(
+            device=like.get_device_or_error(),
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=body,
+            ranges=list(shape),
+            reduction_ranges=[count],
+            reduction_type="sum",
+        )
+    total.realize()
+    return total
+
+
 # Packing
 
 
 def _packed(like: ir.TensorBox, plan: layout.Packing, code: Callable[[Index], Value]) -> ir.TensorBox:
     """Words whose codes are `code(physical index)`, int32 values below 2**bits."""
     leading = plan.physical[: plan.split]
+    run = min(plan.per_word, layout.UNROLLED_TERMS)
+    runs = plan.per_word // run
 
-    def body(index: Index) -> Value:
+    def body(index: Index, within: Index) -> Value:
+        first = within[0] * run
         word = None
-        for place in range(plan.per_word):
-            row = index[0] * plan.per_word + place
-            largest = (plan.words[0] - 1) * plan.per_word + place
+        for place in range(run):
+            row = index[0] * plan.per_word + first + place
+            largest = (plan.words[0] - 1) * plan.per_word + (runs - 1) * run + place
             at = [*_unravel(row, leading), *index[1:]]
             value = _guarded(row, plan.rows, largest, code, at, 0)
             value = ops.bitwise_left_shift(value, ops.constant(place * plan.bits, torch.int32)) if place else value
             word = ops.bitwise_or(word, value) if place else value
-        return word
+        return ops.bitwise_left_shift(word, ops.index_expr(first * plan.bits, torch.int32)) if runs > 1 else word
 
-    words = ir.Pointwise.create(device=like.get_device(), dtype=torch.int32, inner_fn=body, ranges=list(plan.words))
-    words.realize()
-    return words
+    # Runs of one word share no bit: their sum is their union. A loop over runs is compiled faster than all of them.
+    return _summed(like, torch.int32, body, plan.words, runs)
 
 
 def _unpacked(words: ir.TensorBox, plan: layout.Packing) -> Callable[[Index], Value]:
@@ -328,16 +343,8 @@ def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, salt: int, probes: int, ord
             total = ops.add(total, term) if place else term
         return total
 
-    sums = ir.Reduction.create(
-        device=x.get_device_or_error(),
-        dst_dtype=wide,
-        src_dtype=wide,
-        inner_fn=body,
-        ranges=[plan.samples, plan.rows, *plan.block],
-        reduction_ranges=[plan.batches],
-        reduction_type="sum",
-    )
-    return _stored(sums, [plan.samples, probes])
+    sums = _summed(x, wide, body, [plan.samples, plan.rows, *plan.block], plan.batches)
+    return lowerings[torch.ops.aten.view.default](sums, [plan.samples, probes])
 
 
 def _lower_unfold(
