@@ -118,7 +118,7 @@ def _lifetimes(
             if source in last and source not in returned:
                 last[source] = max(last[source], step[node])
     for node in stored:
-        if is_elementwise(node) and (reused := _reusable(node, reads[node], step, last, returned)) is not None:
+        if _overwrites(node) and (reused := _reusable(node, reads[node], step, last, returned)) is not None:
             last[reused] -= 1
     buffers = tuple(
         Buffer(node, step[node], last[node], nbytes(node) or _tuple_bytes(node))
@@ -130,6 +130,11 @@ def _lifetimes(
         for source in reads[node]:
             read_at.setdefault(source, []).append(step[node])
     return Timeline(tuple(stored), buffers, tuple(node_workspace(node) for node in stored), read_at)
+
+
+def _overwrites(node: fx.Node) -> bool:
+    """Whether the operation's output may take the place of an input that dies with it."""
+    return is_elementwise(node) or "scatter" in str(node.target) or "index_put" in str(node.target)
 
 
 def _reusable(

@@ -45,6 +45,7 @@ class Pair:
         first = next(iter(self.backward.graph.nodes))
         with self.backward.graph.inserting_before(first):
             placeholder = self.backward.graph.placeholder(name)
+        placeholder.target = placeholder.name  # a name of its own: the graph made it unique
         placeholder.meta = dict(node.meta)
         return placeholder
 

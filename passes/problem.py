@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
+import torch
 from torch import fx
 
+from xconv_fx import hooks
 from xconv_fx.cost_model.device import DeviceSpec, device
 from xconv_fx.cost_model.memory import Item, Option, Problem
 from xconv_fx.cost_model.noise import Use, sensitivity
@@ -24,7 +26,7 @@ from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
 
-from .graph import is_elementwise, is_primal, is_reduction, is_tangent, nbytes, numel, output_node
+from .graph import is_elementwise, is_primal, is_reduction, is_tangent, nbytes, numel, output_node, tensor_of
 from .lifetimes import Timeline, timeline
 from .partition import Pair
 from .recompute import Chain, find_chain
@@ -63,6 +65,27 @@ def pose(pair: Pair, residuals: dict[str, Residual], options: Options, outside: 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
     """Parameters, buffers and inputs among the nodes: alive during the whole step."""
     return sum(nbytes(node) for node in nodes if is_primal(node))
+
+
+def layout_copies(forward: fx.GraphModule) -> int:
+    """Bytes of the channels-last copies that Inductor makes of convolution weights and of contiguous inputs.
+
+    It makes them when the forward begins and saves them for the backward in the place of the originals.
+    """
+    if not hooks.channels_last_convolutions(forward):
+        return 0
+    copied: dict[fx.Node, int] = {}
+    for node in forward.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
+        for operand in node.args[:2]:
+            value = tensor_of(operand)
+            if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
+                copied[operand] = nbytes(operand)
+    return sum(copied.values())
+
+
+def _is_relaid(value: torch.Tensor) -> bool:
+    """Whether channels-last is another layout than the one the tensor has."""
+    return value.shape[1] > 1 and value.shape[2] * value.shape[3] > 1 and not value.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Poser:
@@ -113,7 +136,7 @@ class _Poser:
         rest = sum(
             nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large
         )
-        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + layout_copies(self.pair.forward)
         forward = [constant + b for b in self.forward.profile()]
         backward = [constant + rest + held + tangents + b for b in self.backward.profile()]
         return forward + backward
@@ -123,7 +146,7 @@ class _Poser:
     def _candidates(self, residual: Residual) -> list[Candidate]:
         keep = self._candidate(residual, "keep", residual.bytes, decoded=False, noise=0.0, traffic=0)
         row = [keep]
-        fixed = self.options.probes.of(residual.reader) if "weight_grad" in residual.uses else None
+        fixed = self.options.probes.count_for(residual.reader) if "weight_grad" in residual.uses else None
         if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
             return [self._probe(residual, fixed, None, keep_first=True)]
         allowed = self.options.codecs

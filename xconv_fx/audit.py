@@ -29,23 +29,67 @@ _NO_OPERATIONS = ("assert_size_stride", "assert_alignment", "run_intermediate_ho
 
 
 @dataclass(frozen=True)
-class Replay:
-    """What a replay saw: the peak in bytes above the inputs that stay, where it was, and what was alive there."""
+class Peak:
+    """The most bytes alive, at which operation, and the largest buffers there as (operation, bytes)."""
 
-    peak: int
+    bytes: int
     at: str
     alive: tuple[tuple[str, int], ...]
-    output_bytes: int
+
+
+class Audit:
+    """The replay of one training step: its forward, then its backward on what the forward saved.
+
+    `resident_bytes` are alive throughout and not among the graphs' inputs.
+    """
+
+    def __init__(self, resident_bytes: int = 0) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tracker = _Tracker(resident_bytes)
+        self.inputs: list[Any] = []
+        self.results: list[Any] = []
+        self.saved: list[Any] = []
+
+    def forward(self, source: str, inputs: Sequence[Any], results: int) -> Peak:
+        """Replay the forward on fakes of `inputs`; its first `results` outputs go to the caller, who holds them."""
+        with self.mode:
+            self.inputs = [_fake(value) for value in inputs]
+            outputs = list(self._call(source, list(self.inputs)))
+        self.results, self.saved = outputs[:results], outputs[results:]
+        return self.tracker.take()
+
+    def backward(self, source: str, inputs: Sequence[Any], tangents: Sequence[bool]) -> Peak:
+        """Replay the backward on what the forward saved, in order, and fakes of the gradients (`tangents`)."""
+        with self.mode:
+            saved = iter(self.saved)
+            arguments = [
+                _fake(value) if tangent else next(saved) for value, tangent in zip(inputs, tangents, strict=True)
+            ]
+            gradients = [value for value, tangent in zip(arguments, tangents, strict=True) if tangent]
+            self.saved = []
+            del saved
+            outputs = self._call(source, arguments)
+            # The engine holds the incoming gradients until the backward returns.
+            del gradients, outputs
+        return self.tracker.take()
+
+    def _call(self, source: str, arguments: list[Any]) -> Any:
+        namespace = _load(source)
+        with self.tracker:
+            self.tracker.see(arguments, "input")
+            outputs = namespace["call"](arguments)
+            self.tracker.see(outputs, "output")
+        return outputs
 
 
 class _Tracker(TorchDispatchMode):
     """Sums the bytes of live storages after every operation."""
 
-    def __init__(self, resident: Sequence[torch.Tensor]) -> None:
+    def __init__(self, resident_bytes: int) -> None:
         super().__init__()
-        self.resident = {tensor.untyped_storage()._cdata for tensor in resident}
+        self.resident = resident_bytes
         self.live: dict[int, tuple[StorageWeakRef, int, str]] = {}
-        self.peak, self.at, self.alive = 0, "", ()  # type: ignore[var-annotated]
+        self.peak = Peak(0, "", ())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -56,38 +100,19 @@ class _Tracker(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(values):
             if isinstance(tensor, FakeTensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.resident and key not in self.live:
-                    self.live[key] = (StorageWeakRef(storage), storage.nbytes(), label)
+                row = self.live.get(storage._cdata)
+                if row is None or row[0].expired():
+                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), label)
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
-        total = sum(row[1] for row in self.live.values()) + extra
-        if total > self.peak:
+        total = self.resident + sum(row[1] for row in self.live.values()) + extra
+        if total > self.peak.bytes:
             largest = sorted(((row[2], row[1]) for row in self.live.values()), key=lambda pair: -pair[1])
-            self.peak, self.at, self.alive = total, label, tuple(largest[:8])
+            self.peak = Peak(total, label, tuple(largest[:12]))
 
-
-def replay(source: str, inputs: Sequence[Any], static: Sequence[bool], keep_inputs: Sequence[bool]) -> Replay:
-    """Run the wrapper `source` on fake tensors shaped like `inputs` and return the peak it reaches.
-
-    `static[i]`: input i is resident for the whole step (parameters, buffers, the user's inputs) and is not counted
-    here. `keep_inputs[i]`: the caller holds input i during the call, so that it counts until the end.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        arguments = [_fake(value) for value in inputs]
-        namespace = _load(source)
-        resident = [a for a, fixed in zip(arguments, static, strict=True) if fixed and isinstance(a, torch.Tensor)]
-        held = [a for a, kept in zip(arguments, keep_inputs, strict=True) if kept]
-        tracker = _Tracker(resident)
-        with tracker:
-            tracker.see(arguments, "input")
-            outputs = namespace["call"](arguments)
-            tracker.see(outputs, "output")
-        output_bytes = sum(
-            row[1] for row in tracker.live.values() if not row[0].expired() and row[2] not in ("input", "held")
-        )
-        del held
-    return Replay(tracker.peak, tracker.at, tracker.alive, output_bytes)
+    def take(self) -> Peak:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, Peak(0, "", ())
+        return peak
 
 
 def _fake(value: Any) -> Any:

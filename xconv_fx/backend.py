@@ -18,7 +18,7 @@ from torch import fx
 from xconv_fx.passes import pipeline
 
 from . import hooks
-from .audit import Replay, replay
+from .audit import Audit, Peak
 from .errors import BudgetInfeasibleError, surfaced_by_dynamo
 from .log import log, publish
 from .ops import lowering
@@ -82,9 +82,18 @@ class _Compilation:
 
     def _compile(self, gm: fx.GraphModule) -> Callable[..., Any]:
         key = f"{hooks.source_hash()} {self.options.fingerprint()} {self.correction}"
-        config = {**self.options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
-        with hooks.ahead_of_time_backward(), hooks.generated_code(self._audit):
-            return hooks.compile_graph(gm, self.example_inputs, config, self._entering)
+        settings = self.options.inductor_config()
+        config = {**settings, "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
+        kernels = hooks.Deferred()
+        with (
+            hooks.ahead_of_time_backward(),
+            hooks.separate_kernels(),
+            hooks.generated_code(self._audit),
+            kernels.collect(),
+        ):
+            compiled = hooks.compile_graph(gm, self.example_inputs, config, self._entering)
+        kernels.load(settings)
+        return compiled
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         self.job = pipeline.run(
@@ -100,31 +109,29 @@ class _Compilation:
 
     def _audit(self, code: str) -> None:
         """Compute the peak of generated code; abandon the graph when it is over the budget."""
-        if self.job is None or self.graph is None or self.job.plan is None:
+        if self.job is None or self.graph is None or self.job.plan is None or self.job.pair is None:
             return
         gm, is_backward = self.graph
-        names = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        result = replay(code, self.inputs, [is_primal(n) for n in names], [is_tangent(n) for n in names])
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        if is_backward:
+            peak = self.audit.backward(code, self.inputs, [is_tangent(node) for node in placeholders])
+        else:
+            self.audit = Audit(self.job.outside)
+            peak = self.audit.forward(code, self.inputs, self.job.pair.results)
         plan = self.job.plan
-        self.peaks[is_backward] = plan.fixed_bytes + result.peak + (self._results() if is_backward else 0)
-        self._log(result, is_backward)
+        self.peaks[is_backward] = peak.bytes
+        self._log(peak, is_backward)
         budget = plan.budget
-        if budget is not None and self.peaks[is_backward] > budget - self.options.reserve:
-            excess = self.peaks[is_backward] - (plan.predicted_peak - self.correction)
+        if budget is not None and peak.bytes > budget - self.options.reserve:
+            excess = peak.bytes - (plan.predicted_peak - self.correction)
             self.correction = max(self.correction + (budget // 100), excess)
             self.abandoned = True
             raise _OverBudget
 
-    def _results(self) -> int:
-        """Bytes of what the forward returned to the caller, who holds it during the backward."""
-        assert self.job is not None and self.job.pair is not None
-        outputs = list(self.job.pair.forward.graph.find_nodes(op="output"))[0].args[0][: self.job.pair.results]
-        return sum(nbytes(n) for n in dict.fromkeys(o for o in outputs if isinstance(o, fx.Node)) if not is_primal(n))
-
-    def _log(self, result: Replay, is_backward: bool) -> None:
+    def _log(self, peak: Peak, is_backward: bool) -> None:
         log.debug(
             "audit of the %s, attempt %d: %d bytes at %s; alive: %s",
-            "backward" if is_backward else "forward", self.attempt, self.peaks[is_backward], result.at, result.alive,
+            "backward" if is_backward else "forward", self.attempt, peak.bytes, peak.at, peak.alive,
         )  # fmt: skip
 
     def _report(self) -> None:

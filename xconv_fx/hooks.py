@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,61 @@ def compile_graph(
         return compile_fx_inner(half, inputs, **arguments)
 
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+
+
+@contextlib.contextmanager
+def separate_kernels() -> Iterator[None]:
+    """Give each scheduled loop nest on CPU a C++ function of its own.
+
+    Inductor's C++ backend otherwise gathers every loop nest between two extern kernels into one function, whose buffers
+    are then all alive at once. A call costs microseconds, the buffers megabytes.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+
+    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", 0):
+        yield
+
+
+class Deferred:
+    """Generated modules whose kernels are not compiled until `load`: an abandoned plan costs no C++ compilation."""
+
+    def __init__(self) -> None:
+        self.modules: list[_DeferredModule] = []
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """While active, Inductor gets a stand-in for every module that it would compile."""
+        from torch._inductor.codecache import PyCodeCache
+
+        load = PyCodeCache.load_by_key_path
+
+        def defer(key: str, path: str, *args: Any, **kwargs: Any) -> types.ModuleType:
+            self.modules.append(_DeferredModule(path, lambda: load(key, path, *args, **kwargs)))
+            return self.modules[-1]
+
+        with mock.patch.object(PyCodeCache, "load_by_key_path", defer):
+            yield
+
+    def load(self, config: dict[str, Any]) -> None:
+        """Compile every kernel now, under Inductor's `config`."""
+        import torch._inductor.config as inductor_config
+
+        with inductor_config.patch(config):
+            for module in self.modules:
+                module.load()
+
+
+class _DeferredModule(types.ModuleType):
+    def __init__(self, path: str, load: Callable[[], types.ModuleType]) -> None:
+        super().__init__("xconv_fx_deferred")
+        self.__file__ = path
+        self._load, self._call = load, None
+
+    def load(self) -> None:
+        self._call = self._load().call
+
+    def call(self, arguments: list[Any]) -> Any:
+        if self._call is None:
+            self.load()
+        assert self._call is not None
+        return self._call(arguments)
