@@ -100,4 +100,4 @@ class Brain:
 
 
 if __name__ == "__main__":
-    main(Brain(), steps=150, quick_steps=10)
+    main(Brain(), steps=200, quick_steps=10)
