@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import interleaved_times, training_peak
 from xconv_fx.plan import Plan
+from xconv_fx.report import read_json
 from xconv_fx.sizes import format_size
 
 SHARES = (0.80, 0.65, 0.55)
@@ -100,18 +101,19 @@ class Subject:
         self.model: nn.Module = net.build().to(dtype)
         self.inputs, self.target = net.batch(dtype=dtype)
         self.run: Callable[..., Any] = self.model
-        self.plans: list[Plan] = []
+        self.plans: tuple[Plan, ...] = ()
         if eager:
             return
         # Kept as long as the network: a recompilation writes its report again.
         self.reports = tempfile.TemporaryDirectory()
         if options is None:
             self.run = torch.compile(self.model)
-        else:
-            report = str(Path(self.reports.name) / "plan.json")
-            self.run = torch.compile(self.model, backend="xconv", options={**options, "report": report})
+            self.step()
+            return
+        report = str(Path(self.reports.name) / "plans.json")
+        self.run = torch.compile(self.model, backend="xconv", options={**options, "report": report})
         self.step()
-        self.plans = [Plan.from_json(path.read_text()) for path in sorted(Path(self.reports.name).glob("*.json"))]
+        self.plans = read_json(report)
 
     def loss(self, output: Tensor) -> Tensor:
         return self.net.loss(output, self.target)
@@ -267,7 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     chosen = parser.parse_args(arguments)
-    console = Console()
+    # A pipe has no width of its own; rich would squeeze the table into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     reports = []
     for name in chosen.net or MAIN_JOB:
         # A process a network: no memory, compiled code or allocator state is carried from one to the next.
