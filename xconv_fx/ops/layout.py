@@ -182,8 +182,8 @@ def unpack(words: Tensor, plan: Packing) -> Tensor:
 def group_extents(physical: tuple[int, ...]) -> tuple[int, ...]:
     """Extents of the boxes that share a quantisation range, one per physical dimension, about `GROUP` elements each.
 
-    A box is a contiguous run: whole inner dimensions, a part of one dimension, 1 in those further out. Parts are of
-    equal length up to rounding, and divide an innermost dimension exactly where it has a divisor near `GROUP`.
+    A box is a contiguous run: whole inner dimensions, a part of one dimension, 1 in those further out. Parts divide
+    their dimension exactly where it has a fitting divisor, and are of equal length up to rounding otherwise.
     """
     extents = [1] * len(physical)
     room = GROUP
@@ -193,18 +193,16 @@ def group_extents(physical: tuple[int, ...]) -> tuple[int, ...]:
             extents[dim] = extent
             continue
         target = max(1, room // math.prod(extents))
-        innermost = math.prod(physical[dim + 1 :]) == 1
-        extents[dim] = _part(extent, target, exact=innermost)
+        extents[dim] = _part(extent, target)
         break
     return tuple(extents)
 
 
-def _part(extent: int, target: int, exact: bool) -> int:
+def _part(extent: int, target: int) -> int:
     divisors = [part for part in range(max(1, target // 2), 2 * target + 1) if extent % part == 0]
-    if divisors and (exact or target in divisors):
+    if divisors:
         return min(divisors, key=lambda part: abs(math.log(part / target)))
-    parts = max(1, round(extent / target))
-    return -(-extent // parts)
+    return -(-extent // max(1, round(extent / target)))
 
 
 def group_counts(physical: tuple[int, ...]) -> tuple[int, ...]:
