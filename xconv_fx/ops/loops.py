@@ -1,0 +1,142 @@
+"""Inductor's private API, as the codecs' lowerings use it: loads, loops, random bits, index arithmetic.
+
+Checked with torch 2.13.0. `Value` is what Inductor calls an `OpsValue`, the result of an operation inside a loop body;
+`Index` a list of integer expressions, one a dimension. "Physical" is meant as in `layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch._inductor import config, ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from . import hash, layout
+
+Index = Sequence[sympy.Expr]
+Value = Any
+
+# A tensor computed from more buffers than this is stored before it is encoded.
+_CHEAP_READS = 2
+
+
+def linear(index: Index, extents: Sequence[int]) -> sympy.Expr:
+    """The position of `index` in a dense array of `extents`."""
+    position: sympy.Expr = sympy.S.Zero
+    for coordinate, extent in zip(index, extents, strict=True):
+        position = position * extent + coordinate
+    return position
+
+
+def unravel(position: sympy.Expr, extents: Sequence[int]) -> list[sympy.Expr]:
+    """Inverse of `linear`."""
+    index: list[sympy.Expr] = []
+    stride = 1
+    for extent in reversed(extents[1:]):
+        index.append(ModularIndexing(position, stride, extent))
+        stride *= extent
+    return [FloorDiv(position, stride), *reversed(index)] if extents else []
+
+
+VALUES = hash.Arithmetic(
+    constant=lambda value, dtype: ops.constant(value, dtype),
+    shift=lambda word, count, dtype: ops.bitwise_right_shift(word, ops.constant(count, dtype)),
+    narrow=lambda word: ops.to_dtype(word, torch.int32),
+)
+
+
+def keys(seed: ir.TensorBox, salt: int, stream: int) -> ir.TensorBox:
+    """The two keys of a stream, in a buffer: deriving them takes more operations than hashing an element."""
+    load, rank = seed.make_loader(), len(seed.get_size())
+
+    def body(index: Index) -> Value:
+        halves = hash.split_seed(load([sympy.S.Zero] * rank), VALUES)
+        first, second = hash.derive_keys(*halves, hash.salts(salt, stream), VALUES)
+        is_first = ops.eq(ops.index_expr(index[0], torch.int32), ops.constant(0, torch.int32))
+        return ops.where(is_first, first, second)
+
+    pair = ir.Pointwise.create(device=seed.get_device(), dtype=torch.int32, inner_fn=body, ranges=[2])
+    pair.realize()
+    return pair
+
+
+def random_bits(keys: ir.TensorBox, position: sympy.Expr) -> Value:
+    """`hash.random_bits` of one position, in a loop body."""
+    load = keys.make_loader()
+    pair = (load([sympy.S.Zero]), load([sympy.S.One]))
+    return hash.keyed_hash(ops.index_expr(position, torch.int32), pair, VALUES)
+
+
+def uniform(bits: Value, wide: torch.dtype) -> Value:
+    """`hash.uniform`, as `wide`."""
+    upper = ops.to_dtype(hash.logical_shift(bits, 8, VALUES), torch.float32)
+    return ops.to_dtype(ops.mul(upper, ops.constant(2.0**-24, torch.float32)), wide)
+
+
+def guarded(position: sympy.Expr, end: int, largest: int, body: Callable[[], Value], other: float) -> Value:
+    """`body()`, or `other` where `position` is `end` or more; `largest` is the greatest value `position` takes."""
+    if largest < end:
+        return body()
+    inside = ops.lt(ops.index_expr(position, torch.int32), ops.constant(end, torch.int32))
+    return ops.masked(inside, body, other)
+
+
+def readable(x: ir.TensorBox) -> ir.TensorBox:
+    """`x` such that loading each element once, in any order, recomputes little and keeps no further buffer alive."""
+    node: Any = V.graph.current_node.args[0]
+    box = x.data
+    unrealised = isinstance(box, ir.StorageBox) and isinstance(box.data, ir.Pointwise)
+    ours = x.get_dtype() == torch.bool or len(node.users) == 1
+    if not (unrealised and ours and x.num_reads() <= _CHEAP_READS and node.target in lowerings):
+        x.realize()
+        return x
+    sources = [V.graph.env[source] for source in node.all_input_nodes if source in V.graph.env]
+    if len(sources) < len(node.all_input_nodes):
+        # The interpreter has dropped what nothing reads any more: `x` keeps its expression.
+        return x
+    for source in sources:
+        source.realize()
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: V.graph.env[source])
+    return lowerings[node.target](*args, **kwargs)
+
+
+def loader(x: ir.TensorBox, order: Sequence[int], dtype: torch.dtype) -> Callable[[Index], Value]:
+    """Loads the element of `x` at a physical index, as `dtype`."""
+    load, positions = x.make_loader(), layout.inverse(order)
+    return lambda index: ops.to_dtype(load([index[position] for position in positions]), dtype)
+
+
+def decoded(
+    like: ir.TensorBox,
+    dtype: torch.dtype,
+    physical: Sequence[int],
+    order: Sequence[int],
+    body: Callable[[Index], Value],
+) -> ir.TensorBox:
+    """The tensor whose element at a physical index is `body(index)`: never stored unless a reader needs it stored."""
+    x = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=body, ranges=list(physical))
+    return lowerings[torch.ops.aten.permute.default](x, list(layout.inverse(order)))
+
+
+def summed(
+    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index, Index], Value], shape: Sequence[int], count: int
+) -> ir.TensorBox:
+    """A buffer of `shape` that holds the sum of `body(index, [i])` over i < `count`, in a loop over i."""
+    with config.patch(unroll_reductions_threshold=1):
+        total = ir.Reduction.create(
+            device=like.get_device_or_error(),
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=body,
+            ranges=list(shape),
+            reduction_ranges=[count],
+            reduction_type="sum",
+        )
+    total.realize()
+    return total
