@@ -1,6 +1,7 @@
 """The pipeline: every pass over a joint graph, in order.
 
-    joint graph -> deduplicate -> split_backward -> partition -> analyse -> plan -> rewrite -> forward, backward
+    joint graph -> deduplicate -> split_backward -> gather_pooling -> partition -> analyse -> plan -> rewrite
+                -> forward, backward
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -21,9 +22,10 @@ from xconv_fx.options import Options
 from xconv_fx.plan import Plan
 
 from . import planning
+from .gather_pooling import gather_pooling as gather_pool_backward
 from .partition import Pair
 from .partition import partition as partition_joint
-from .problem import Posed
+from .problem import Posed, link, pose
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
 from .split_backward import split_backward as split_joint
@@ -34,8 +36,8 @@ class Job:
     """One joint graph on its way through the pipeline.
 
     `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
-    `correction` what an audit found the prediction to be short of; both in bytes. `stream` names a fixed sequence of
-    seeds. `plan_only` stops before anything is rewritten. The fields below are filled by the passes.
+    `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
+    `stream` names a fixed sequence of seeds. The fields below are filled by the passes; `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
@@ -43,12 +45,13 @@ class Job:
     arguments: dict[str, Any]
     options: Options
     outside: int = 0
-    correction: int = 0
+    corrections: dict[str, int] = field(default_factory=dict)
     stream: int | None = None
     pair: Pair | None = None
     residuals: dict[str, Residual] = field(default_factory=dict)
     posed: Posed | None = None
     plan: Plan | None = None
+    phase_peaks: dict[str, int] = field(default_factory=dict)
 
 
 def deduplicate(job: Job) -> None:
@@ -58,6 +61,11 @@ def deduplicate(job: Job) -> None:
 def split_backward(job: Job) -> None:
     if job.options.mem_budget is not None:
         split_joint(job.joint)
+
+
+def gather_pooling(job: Job) -> None:
+    if job.options.mem_budget is not None:
+        gather_pool_backward(job.joint)
 
 
 def partition(job: Job) -> None:
@@ -71,7 +79,8 @@ def analyse(job: Job) -> None:
 
 def plan(job: Job) -> None:
     assert job.pair is not None
-    job.posed, job.plan = planning.plan(job.pair, job.residuals, job.options, job.outside, job.correction)
+    job.posed = link(pose(job.pair, job.residuals, job.options, job.outside, job.corrections))
+    job.plan, job.phase_peaks = planning.plan(job.posed, job.options)
 
 
 def rewrite(job: Job) -> None:
@@ -79,7 +88,7 @@ def rewrite(job: Job) -> None:
     rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
 
 
-PASSES: tuple[Callable[[Job], None], ...] = (deduplicate, split_backward, partition, analyse, plan, rewrite)
+PASSES: tuple[Callable[[Job], None], ...] = (deduplicate, split_backward, gather_pooling, partition, analyse, plan, rewrite)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

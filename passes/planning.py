@@ -11,56 +11,47 @@ from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice, Plan
 
-from .graph import tensor_of
-from .partition import Pair
-from .problem import Posed, link, pose
-from .residuals import Residual, uncompressible
+from .problem import Posed
+from .residuals import uncompressible
 
 SECONDS = 2.0
 
 
-def plan(
-    pair: Pair, residuals: dict[str, Residual], options: Options, outside: int = 0, correction: int = 0
-) -> tuple[Posed, Plan]:
-    """The plan of least noise, then least time, whose predicted peak plus `correction` is within the budget.
+def plan(posed: Posed, options: Options) -> tuple[Plan, dict[str, int]]:
+    """The plan of least noise, then least time, whose predicted peak is within the budget; and its peak in each phase.
 
     Without a budget every residual is kept. Raises `BudgetInfeasibleError`.
     """
-    posed = link(pose(pair, residuals, options, outside))
     options.probes.check({r.reader for r in posed.residuals if r.reader})
     keep = tuple(0 for _ in posed.residuals)
     baseline, _ = peak(posed.problem, keep)
-    budget = None if options.mem_budget is None else options.mem_budget.resolve(baseline)
-    if budget is None:
-        return posed, describe(posed, keep, pair, None, baseline, 0.0, correction)
-    usable = budget - options.reserve - correction
+    if options.mem_budget is None:
+        return describe(posed, keep, None, baseline, 0.0), posed.phase_peaks(keep)
+    budget = options.mem_budget.resolve(baseline)
     try:
-        solution = solve(posed.problem, usable, time_limit=SECONDS)
+        solution = solve(posed.problem, budget - options.reserve, time_limit=SECONDS)
     except Infeasible as error:
-        raise infeasible(posed, error, budget, options.reserve + correction) from None
-    return posed, describe(posed, solution.choice, pair, budget, baseline, solution.gap, correction)
+        raise infeasible(posed, error, budget, options.reserve) from None
+    return describe(posed, solution.choice, budget, baseline, solution.gap), posed.phase_peaks(solution.choice)
 
 
-def describe(
-    posed: Posed, choice: tuple[int, ...], pair: Pair, budget: int | None, baseline: int, gap: float, correction: int
-) -> Plan:
+def describe(posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float) -> Plan:
     """The plan that the solver's choice stands for."""
     chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
     bytes_at_peak, step = peak(posed.problem, choice)
     choices = tuple(_settled(candidate.choice, candidate.option.name, posed, chosen) for candidate in chosen)
-    residuals = {residual.name: residual for residual in posed.residuals}
     return Plan(
-        device=_device(pair),
+        device=posed.device,
         budget=budget,
         baseline_peak=baseline,
-        predicted_peak=bytes_at_peak + correction,
+        predicted_peak=bytes_at_peak,
         peak_at=posed.problem.labels[step],
         fixed_bytes=posed.fixed_bytes,
         choices=choices,
         noise=sum(candidate.option.noise for candidate in chosen),
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
-        notes=uncompressible(residuals),
+        notes=uncompressible({residual.name: residual for residual in posed.residuals}),
     )
 
 
@@ -84,10 +75,3 @@ def infeasible(posed: Posed, error: Infeasible, budget: int, extra: int) -> Budg
     alive.append((f"gradients and transients at {posed.problem.labels[error.step]}", rest))
     consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
     return BudgetInfeasibleError(budget=budget, smallest=error.smallest + extra, consumers=consumers)
-
-
-def _device(pair: Pair) -> str:
-    values = (tensor_of(node) for node in pair.forward.graph.nodes)
-    return next((str(value.device) for value in values if value is not None), "cpu")
-
-

@@ -8,7 +8,7 @@ decoded tensor must exist because an extern kernel reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from xconv_fx import hooks
 from xconv_fx.cost_model.device import DeviceSpec, device
-from xconv_fx.cost_model.memory import Item, Option, Problem
+from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry
@@ -35,6 +35,9 @@ from .residuals import Residual, small
 # Folds offered to the planner, and the widths in which the folded sums are held: below 16-fold, plain codes are better.
 FOLDS = (4, 8, 16, 32, 64)
 SUM_BITS = (2, 4)
+# Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
+# entropy the log-probabilities and two gradients.
+LOSS_COPIES = 3
 TRAVEL_KIND = {"weight_grad": "weight", "norm": "norm", "other": "other"}
 
 
@@ -55,11 +58,29 @@ class Posed:
     candidates: tuple[tuple[Candidate, ...], ...]
     chains: dict[str, Chain]
     fixed_bytes: int
+    device: str
+    turn: int
+
+    def phase_peaks(self, choice: tuple[int, ...]) -> dict[str, int]:
+        """The predicted peak of the forward, the loss and the backward."""
+        alive = profile(self.problem, choice)
+        parts = {"forward": alive[: self.turn], "loss": alive[self.turn : self.turn + 1], "backward": alive[self.turn + 1 :]}
+        return {phase: int(part.max(initial=0)) for phase, part in parts.items()}
 
 
-def pose(pair: Pair, residuals: dict[str, Residual], options: Options, outside: int = 0) -> Posed:
-    """The planning problem of the pair. `outside` is what is alive throughout besides this graph's tensors, in bytes."""
-    return _Poser(pair, residuals, options, outside).pose()
+def pose(
+    pair: Pair,
+    residuals: dict[str, Residual],
+    options: Options,
+    outside: int = 0,
+    corrections: Mapping[str, int] | None = None,
+) -> Posed:
+    """The planning problem of the pair.
+
+    `outside` is what is alive throughout besides this graph's tensors, `corrections` what audits found the model to be
+    short of in each phase; both in bytes.
+    """
+    return _Poser(pair, residuals, options, outside, corrections or {}).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -89,14 +110,21 @@ def _is_relaid(value: torch.Tensor) -> bool:
 
 
 class _Poser:
-    def __init__(self, pair: Pair, residuals: dict[str, Residual], options: Options, outside: int) -> None:
-        self.pair, self.options = pair, options
+    def __init__(
+        self,
+        pair: Pair,
+        residuals: dict[str, Residual],
+        options: Options,
+        outside: int,
+        corrections: Mapping[str, int],
+    ) -> None:
+        self.pair, self.options, self.corrections = pair, options, corrections
         total = sum(residual.bytes for residual in residuals.values())
         self.large = {name: r for name, r in residuals.items() if not small(r, total)}
         self.index = {name: i for i, name in enumerate(self.large)}
         self.forward = timeline(pair.forward.graph, [r.forward for r in self.large.values()])
         self.backward = timeline(pair.backward.graph)
-        self.turn = len(self.forward.steps)
+        self.turn = len(self.forward.steps) + 1
         self.end = self.turn + len(self.backward.steps) - 1
         self.last_in_forward = {buffer.node: buffer.last for buffer in self.forward.buffers}
         saved = set(pair.saved())
@@ -109,7 +137,8 @@ class _Poser:
         self.machine: DeviceSpec = device(self._device())
 
     def _device(self) -> str:
-        return next((r.value.device.type for r in self.large.values()), "cpu")
+        values = (tensor_of(node) for node in self.pair.forward.graph.nodes)
+        return next((str(value.device) for value in values if value is not None), "cpu")
 
     def _chain(self, residual: Residual, saved: set[str]) -> Chain | None:
         chain = find_chain(residual.forward, saved - {residual.name})
@@ -124,9 +153,11 @@ class _Poser:
             for residual, row in zip(self.large.values(), rows, strict=True)
         )
         base = self._base()
-        labels = tuple(node.name for node in (*self.forward.steps, *self.backward.steps))
+        labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
         fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
-        return Posed(Problem(tuple(base), items, labels), tuple(self.large.values()), rows, self.chains, fixed)
+        problem = Problem(tuple(base), items, labels)
+        residuals = tuple(self.large.values())
+        return Posed(problem, residuals, rows, self.chains, fixed, self._device(), self.turn - 1)
 
     def _base(self) -> list[int]:
         results = output_node(self.pair.forward.graph).args[0][: self.pair.results]  # type: ignore[index]
@@ -137,9 +168,11 @@ class _Poser:
             nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large
         )
         constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + layout_copies(self.pair.forward)
-        forward = [constant + b for b in self.forward.profile()]
-        backward = [constant + rest + held + tangents + b for b in self.backward.profile()]
-        return forward + backward
+        more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
+        forward = [more["forward"] + b for b in self.forward.profile()]
+        backward = [more["backward"] + rest + held + tangents + b for b in self.backward.profile()]
+        loss = more["loss"] + rest + held + LOSS_COPIES * tangents
+        return [*forward, loss, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from xconv_fx.ops.conv import input_gradient
 
-from .graph import inline, origin_meta, tensor_of
+from .graph import inline, is_tangent, origin_meta, tensor_of
 
 aten = torch.ops.aten
 
@@ -23,9 +23,21 @@ def split_backward(gm: fx.GraphModule) -> None:
     """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
         if node.args[10][0]:
+            _share_layout(gm.graph, node)
             _split(gm.graph, node)
     gm.graph.lint()
     gm.recompile()
+
+
+def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
+    """One channels-last copy of an incoming gradient for both halves, where Inductor would make one for each."""
+    grad = node.args[0]
+    value = tensor_of(grad)
+    if not is_tangent(grad) or value is None or value.dim() != 4 or value.is_contiguous(memory_format=torch.channels_last):
+        return
+    with graph.inserting_before(node):
+        (copied,) = inline(graph, lambda g: g.clone(memory_format=torch.channels_last), [grad], origin_meta(node))
+    node.replace_input_with(grad, copied)
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:

@@ -58,6 +58,11 @@ class Audit:
         self.results, self.saved = outputs[:results], outputs[results:]
         return self.tracker.take()
 
+    def loss(self, result_bytes: int) -> Peak:
+        """Between forward and backward: what is alive then, and `result_bytes` that a loss outside the graph takes."""
+        self.tracker.see((), "the loss", result_bytes)
+        return self.tracker.take()
+
     def backward(self, source: str, inputs: Sequence[Any], tangents: Sequence[bool]) -> Peak:
         """Replay the backward on what the forward saved, in order, and fakes of the gradients (`tangents`)."""
         with self.mode:

@@ -2,7 +2,7 @@
 
 One call compiles one graph: parse the options, run the pipeline inside Inductor's partitioner, let Inductor generate
 code for forward and backward, audit the peak of that code, and plan again, tighter, while it is over the budget.
-Nothing runs before the audited peak fits.
+Kernels are compiled only for the plan that fits, and nothing runs before it does.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from .errors import BudgetInfeasibleError, surfaced_by_dynamo
 from .log import log, publish
 from .ops import lowering
 from .options import Options
-from .passes.graph import is_primal, is_tangent, nbytes
+from .passes.graph import is_tangent, nbytes
+from .passes.instance_norm import reshape_free_instance_norm
+from .passes.problem import LOSS_COPIES
 from .plan import Plan
-from .report import as_text
+from .schedule import GraphOrder, LocalFusion
+from .session import Session
 
 # Plans tried before giving up on a budget that the audit keeps finding exceeded.
-ATTEMPTS = 5
+ATTEMPTS = 8
 
 
 @surfaced_by_dynamo
@@ -47,48 +50,57 @@ def xconv(
     hooks.require_checked_torch()
     chosen = Options.parse(options, mode)
     lowering.install()
-    return _Compilation(gm, example_inputs, chosen).run()
+    hooks.specialise(example_inputs)
+    return Compilation(gm, example_inputs, chosen, Session.of(chosen)).run()
 
 
 class _OverBudget(Exception):
     """Abandons a graph whose generated code exceeds the budget."""
 
 
-class _Compilation:
+class Compilation:
     """The attempts to compile one graph within the budget."""
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
-        self.gm, self.example_inputs, self.options = gm, example_inputs, options
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session) -> None:
+        self.gm, self.example_inputs, self.options, self.session = gm, example_inputs, options, session
+        self.outside = session.outside(gm)
         self.job: pipeline.Job | None = None
-        self.graph: tuple[fx.GraphModule, bool] | None = None
-        self.peaks: dict[bool, int] = {}
-        self.correction = 0
-        self.attempt = 1
+        self.audit = Audit(self.outside)
+        self.half: tuple[fx.GraphModule, Sequence[Any], bool] | None = None
+        self.peaks: dict[str, int] = {}
+        self.corrections: dict[str, int] = {}
         self.abandoned = False
 
     def run(self) -> Callable[..., Any]:
-        for self.attempt in range(1, ATTEMPTS + 1):
-            self.abandoned = False
-            self.peaks = {}
+        """The compiled graph of the first plan whose audited peak is within the budget."""
+        for attempt in range(1, ATTEMPTS + 1):
+            self.abandoned, self.job, self.peaks = False, None, {}
             try:
-                compiled = self._compile(copy.deepcopy(self.gm) if self.options.mem_budget else self.gm)
+                compiled = self._compile(copy.deepcopy(self.gm))
             except Exception:
                 if not self.abandoned:
                     raise
                 continue
-            self._report()
+            self._report(attempt)
             return compiled
-        raise self._gave_up()
+        raise self._infeasible()
 
     def _compile(self, gm: fx.GraphModule) -> Callable[..., Any]:
-        key = f"{hooks.source_hash()} {self.options.fingerprint()} {self.correction}"
+        if self.options.mem_budget is not None:
+            reshape_free_instance_norm(gm)
+        budgeted = self.options.mem_budget is not None
         settings = self.options.inductor_config()
+        key = f"{hooks.source_hash()} {self.options.fingerprint()} {self.outside} {self.corrections}"
         config = {**settings, "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
+        if budgeted:
+            order = GraphOrder(hooks.source_hash())
+            config.update(reorder_for_peak_memory=False, reorder_for_locality=False, _post_fusion_custom_pass=order)
         kernels = hooks.Deferred()
         with (
             hooks.ahead_of_time_backward(),
-            hooks.separate_kernels(),
-            hooks.generated_code(self._audit),
+            hooks.separate_kernels(budgeted),
+            hooks.fusion_rules(LocalFusion() if budgeted else None),
+            hooks.generated_code(self._generated),
             kernels.collect(),
         ):
             compiled = hooks.compile_graph(gm, self.example_inputs, config, self._entering)
@@ -96,59 +108,85 @@ class _Compilation:
         return compiled
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
-        self.job = pipeline.run(
-            pipeline.Job(gm, joint_inputs, arguments, self.options, correction=self.correction)
-        )
+        job = pipeline.Job(gm, joint_inputs, arguments, self.options, self.outside, dict(self.corrections))
+        job.stream = self.session.stream
+        self.job = pipeline.run(job)
         assert self.job.pair is not None
         return self.job.pair.forward, self.job.pair.backward
 
     def _entering(self, gm: fx.GraphModule, example_inputs: Sequence[Any], is_backward: bool) -> None:
-        """Inductor is about to generate code for this graph."""
-        self.graph = (gm, is_backward)
-        self.inputs = list(example_inputs)
+        """Inductor is about to generate code for this half."""
+        self.half = (gm, list(example_inputs), is_backward)
 
-    def _audit(self, code: str) -> None:
-        """Compute the peak of generated code; abandon the graph when it is over the budget."""
-        if self.job is None or self.graph is None or self.job.plan is None or self.job.pair is None:
-            return
-        gm, is_backward = self.graph
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        if is_backward:
-            peak = self.audit.backward(code, self.inputs, [is_tangent(node) for node in placeholders])
-        else:
-            self.audit = Audit(self.job.outside)
-            peak = self.audit.forward(code, self.inputs, self.job.pair.results)
-        plan = self.job.plan
-        self.peaks[is_backward] = peak.bytes
-        self._log(peak, is_backward)
-        budget = plan.budget
-        if budget is not None and peak.bytes > budget - self.options.reserve:
-            excess = peak.bytes - (plan.predicted_peak - self.correction)
-            self.correction = max(self.correction + (budget // 100), excess)
+    def _generated(self, code: str) -> None:
+        """Audit generated code; abandon the graph when it is over the budget."""
+        if self.job is None or self.job.plan is None or self.half is None:
+            return  # A graph without a backward: nothing was planned.
+        for where, peak in self._replay(code, *self.half):
+            self.peaks[where] = peak.bytes
+            log.debug("audit: %s reaches %d bytes at %s; alive: %s", where, peak.bytes, peak.at, peak.alive)
+        budget, worst = self.job.plan.budget, max(self.peaks.values())
+        if budget is not None and worst > budget - self.options.reserve:
+            self._tighten(budget - self.options.reserve)
             self.abandoned = True
             raise _OverBudget
 
-    def _log(self, peak: Peak, is_backward: bool) -> None:
-        log.debug(
-            "audit of the %s, attempt %d: %d bytes at %s; alive: %s",
-            "backward" if is_backward else "forward", self.attempt, peak.bytes, peak.at, peak.alive,
-        )  # fmt: skip
+    def _tighten(self, usable: int) -> None:
+        """Correct the prediction of every phase by what the audit found; where it is over, by a hundredth at least."""
+        assert self.job is not None
+        for phase, audited in self.peaks.items():
+            before = self.corrections.get(phase, 0)
+            found = audited - (self.job.phase_peaks[phase] - before)
+            self.corrections[phase] = max(found, before + usable // 100) if audited > usable else max(found, before)
 
-    def _report(self) -> None:
+    def _replay(
+        self, code: str, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool
+    ) -> list[tuple[str, Peak]]:
+        assert self.job is not None and self.job.pair is not None
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        if is_backward:
+            return [("backward", self.audit.backward(code, inputs, [is_tangent(node) for node in placeholders]))]
+        self.audit = Audit(self.outside)
+        tangents = [node for node in self.job.pair.backward.graph.find_nodes(op="placeholder") if is_tangent(node)]
+        forward = self.audit.forward(code, inputs, self.job.pair.results)
+        return [("forward", forward), ("loss", self.audit.loss(LOSS_COPIES * sum(map(nbytes, tangents))))]
+
+    def _report(self, attempt: int) -> None:
         if self.job is None or self.job.plan is None:
+            log.info("a graph without a backward: plain Inductor")
             return
-        plan = replace(self.job.plan, attempts=self.attempt, audited_peak=max(self.peaks.values(), default=None))
+        plan = replace(self.job.plan, attempts=attempt, audited_peak=max(self.peaks.values(), default=None))
         publish(plan)
-        if self.options.report is not None:
-            self.options.report.write_text(plan.to_json())
-        recent.append(plan)
+        self.session.add(plan, self.gm)
 
-    def _gave_up(self) -> BudgetInfeasibleError:
-        assert self.job is not None and self.job.plan is not None
+    def _infeasible(self) -> BudgetInfeasibleError:
+        assert self.job is not None and self.job.plan is not None and self.job.plan.budget is not None
         plan = self.job.plan
-        return BudgetInfeasibleError(plan.budget or 0, max(self.peaks.values()), ())
+        consumers = sorted(((c.layer or c.residual, c.bytes_after) for c in plan.choices), key=lambda row: -row[1])
+        smallest = max(self.peaks.values()) + self.options.reserve
+        return BudgetInfeasibleError(plan.budget or 0, smallest, consumers[:5])
 
 
-recent: list[Plan] = []
+def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session) -> Plan | None:
+    """The plan of one graph, without generating code; None for a graph without a backward."""
+    compilation = _PlanOnly(gm, example_inputs, options, session)
+    return compilation.plan()
 
-__all__ = ["as_text", "recent", "torch", "xconv"]
+
+class _PlanOnly(Compilation):
+    def plan(self) -> Plan | None:
+        try:
+            self._compile(copy.deepcopy(self.gm))
+        except Exception:
+            if not self.abandoned:
+                raise
+        if self.job is None or self.job.plan is None:
+            return None
+        self.session.add(self.job.plan, self.gm)
+        return self.job.plan
+
+    def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+        job = pipeline.Job(gm, joint_inputs, arguments, self.options, self.outside, dict(self.corrections))
+        self.job = pipeline.run(job, disabled=("rewrite",))
+        self.abandoned = True
+        raise _OverBudget

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -134,8 +135,65 @@ def compile_graph(
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
 
 
+def compile_call() -> object | None:
+    """The `torch.compile` call on whose behalf a backend is running: one object for all graphs of that call."""
+    return next((value for value in _callers() if isinstance(value, torch._TorchCompileWrapper)), None)
+
+
+def compiled_module() -> torch.nn.Module | None:
+    """The outermost module that is being compiled, or None (a compiled function)."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    found = [value._orig_mod for value in _callers() if isinstance(value, OptimizedModule)]
+    return found[-1] if found else None
+
+
+def _callers() -> Iterator[object]:
+    """`self` of every method on the Python stack, innermost first."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_locals:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def frame() -> Hashable:
+    """What tells the graphs of one step apart: Dynamo's number of the frame, the same when it is compiled again."""
+    identity = torch._guards.CompileContext.current_compile_id()
+    return None if identity is None else identity.frame_id
+
+
+def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
+    """Bytes of the parameters (and buffers) among a Dynamo graph's inputs, counted once each."""
+    sizes: dict[int, int] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        tensor = getattr(node.meta.get("grapharg"), "example", None)
+        if isinstance(tensor, torch.nn.Parameter) or (buffers and "buffers" in node.name and tensor is not None):
+            sizes[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
+
+
+def specialise(example_inputs: Sequence[Any]) -> None:
+    """Fix every symbolic size to its value: a plan is made of bytes. Another size compiles another graph."""
+    for value in example_inputs:
+        if isinstance(value, torch.SymInt):
+            int(value)
+        elif isinstance(value, torch.Tensor):
+            for size in (*value.shape, *value.stride()):
+                int(size)
+
+
 @contextlib.contextmanager
-def separate_kernels() -> Iterator[None]:
+def fusion_rules(rules: Any) -> Iterator[None]:
+    """Let `rules`, an `InductorChoices`, decide on fusions; None leaves Inductor's own."""
+    from torch._inductor.virtualized import V
+
+    with V.set_choices_handler(rules) if rules is not None else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def separate_kernels(enabled: bool = True) -> Iterator[None]:
     """Give each scheduled loop nest on CPU a C++ function of its own.
 
     Inductor's C++ backend otherwise gathers every loop nest between two extern kernels into one function, whose buffers
@@ -143,7 +201,8 @@ def separate_kernels() -> Iterator[None]:
     """
     from torch._inductor.codegen.cpp import CppScheduling
 
-    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", 0):
+    limit = 0 if enabled else CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", limit):
         yield
 
 

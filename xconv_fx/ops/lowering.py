@@ -19,6 +19,7 @@ Known gap: none of this is dynamic; sizes are integers.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from . import fold, layout, loops, quantize
+from . import fold, layout, loops, pool, quantize  # noqa: F401 (pool defines its operator)
 from .loops import Index, Value
 
 CHECKED_VERSION = "2.13.0"
@@ -260,6 +261,63 @@ def _lower_unfold(
     return loops.decoded(sums, dtype, plan.physical, order, body)
 
 
+# Pooling
+
+
+def _lower_max_pool_backward(
+    grad: ir.TensorBox,
+    offsets: ir.TensorBox,
+    input_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> ir.TensorBox:
+    for tensor in (grad, offsets):
+        tensor.realize()
+    load_grad, load_offset = grad.make_loader(), offsets.make_loader()
+    pooled = [int(extent) for extent in grad.get_size()[2:]]
+    windows = list(itertools.product(*(range(-(-k // s)) for k, s in zip(kernel, stride, strict=True))))
+
+    def won(index: Index, back: Sequence[int]) -> Value:
+        """The gradient of the window `back` windows before the last one that starts at or before the position."""
+        shifted = [at + pad for at, pad in zip(index[2:], padding, strict=True)]
+        window = [FloorDiv(at, step) - b for at, step, b in zip(shifted, stride, back, strict=True)]
+        place: sympy.Expr = sympy.S.Zero
+        conditions = []
+        for at, first, extent, step, count in zip(shifted, window, kernel, stride, pooled, strict=True):
+            inside = at - first * step
+            place = place * extent + inside
+            conditions += [(first, 0, count), (inside, 0, extent)]
+
+        def value() -> Value:
+            at = [*index[:2], *window]
+            chosen = ops.eq(ops.to_dtype(load_offset(at), torch.int32), ops.index_expr(place, torch.int32))
+            return ops.where(chosen, load_grad(at), ops.constant(0.0, grad.get_dtype()))
+
+        return ops.masked(_within(conditions), value, 0.0)
+
+    def body(index: Index) -> Value:
+        total = won(index, windows[0])
+        for back in windows[1:]:
+            total = ops.add(total, won(index, back))
+        return total
+
+    ranges = [*grad.get_size()[:2], *input_size]
+    return ir.Pointwise.create(device=grad.get_device(), dtype=grad.get_dtype(), inner_fn=body, ranges=ranges)
+
+
+def _within(conditions: Sequence[tuple[sympy.Expr, int, int]]) -> Value:
+    """Whether first <= position < end holds for every (position, first, end)."""
+    result = None
+    for position, first, end in conditions:
+        value = ops.index_expr(position, torch.int32)
+        inside = ops.and_(
+            ops.ge(value, ops.constant(first, torch.int32)), ops.lt(value, ops.constant(end, torch.int32))
+        )
+        result = inside if result is None else ops.and_(result, inside)
+    return result
+
+
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.pack_mask.default: _lower_pack_mask,
     torch.ops.xconv.unpack_mask.default: _lower_unpack_mask,
@@ -267,4 +325,5 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.dequantize.default: _lower_dequantize,
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,
+    torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,
 }

@@ -1,0 +1,31 @@
+"""Seeds of a fixed sequence: the option `seed` makes every random draw of a compiled model repeatable on its own.
+
+Without it a step's seed comes from torch's generator, which `torch.manual_seed` rules and which other code advances.
+A stream is a generator of ours: the n-th step of a stream draws the n-th seed, whatever else the process does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_generators: dict[int, torch.Generator] = {}
+
+
+def start(stream: int, seed: int) -> None:
+    """Begin the sequence that `seed` determines under the name `stream`."""
+    _generators[stream] = torch.Generator().manual_seed(seed)
+
+
+@torch.library.custom_op("xconv::seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def seed(stream: int, device: torch.device) -> Tensor:
+    """The next seed of a stream: int64, one element. Raises `ValueError` for a stream that was never started."""
+    if stream not in _generators:
+        raise ValueError(f"stream {stream} was not started in this process")
+    drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, generator=_generators[stream])
+    return drawn.to(device, non_blocking=True)
+
+
+@seed.register_fake
+def _(stream: int, device: torch.device) -> Tensor:
+    return torch.empty((1,), dtype=torch.int64, device=device)
