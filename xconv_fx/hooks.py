@@ -192,17 +192,31 @@ def fusion_rules(rules: Any) -> Iterator[None]:
         yield
 
 
+# Loop nests that allocate and release less than this together share a C++ function.
+GATHERED_BYTES = 1 << 16
+
+
 @contextlib.contextmanager
 def separate_kernels(enabled: bool = True) -> Iterator[None]:
-    """Give each scheduled loop nest on CPU a C++ function of its own.
+    """End a C++ function after every loop nest that allocates or releases much.
 
     Inductor's C++ backend otherwise gathers every loop nest between two extern kernels into one function, whose buffers
     are then all alive at once. A call costs microseconds, the buffers megabytes.
     """
     from torch._inductor.codegen.cpp import CppScheduling
+    from torch._inductor.virtualized import V
 
-    limit = 0 if enabled else CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
-    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", limit):
+    generate = CppScheduling.codegen_node
+
+    def codegen_node(self: Any, node: Any) -> Any:
+        result = generate(self, node)
+        names = {*node.get_buffer_names(), *node.last_usage}
+        sizes = (V.graph.get_numel(name) * V.graph.get_dtype(name).itemsize for name in names)
+        if sum(int(size) for size in sizes) > GATHERED_BYTES:
+            self._set_flush_status(True)
+        return result
+
+    with mock.patch.object(CppScheduling, "codegen_node", codegen_node) if enabled else contextlib.nullcontext():
         yield
 
 

@@ -93,7 +93,8 @@ def readable(x: ir.TensorBox) -> ir.TensorBox:
     box = x.data
     unrealised = isinstance(box, ir.StorageBox) and isinstance(box.data, ir.Pointwise)
     ours = x.get_dtype() == torch.bool or len(node.users) == 1
-    if not (unrealised and ours and x.num_reads() <= _CHEAP_READS and node.target in lowerings):
+    cheap = x.num_reads() <= _CHEAP_READS or all(_stored_anyway(source) for source in node.all_input_nodes)
+    if not (unrealised and ours and cheap and node.target in lowerings):
         x.realize()
         return x
     sources = [V.graph.env[source] for source in node.all_input_nodes if source in V.graph.env]
@@ -104,6 +105,16 @@ def readable(x: ir.TensorBox) -> ir.TensorBox:
         source.realize()
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: V.graph.env[source])
     return lowerings[node.target](*args, **kwargs)
+
+
+def _stored_anyway(node: torch.fx.Node) -> bool:
+    """Whether something other than a loop reads the node, so that Inductor will give it a buffer in any case."""
+    return any(
+        isinstance(user.target, torch._ops.OpOverload)
+        and torch.Tag.pointwise not in user.target.tags
+        and user.target.namespace != "xconv"
+        for user in node.users
+    )
 
 
 def loader(x: ir.TensorBox, order: Sequence[int], dtype: torch.dtype) -> Callable[[Index], Value]:
