@@ -38,7 +38,9 @@ VIEWS = {
 }
 
 COMPARISONS = {
-    getattr(getattr(aten, name), overload) for name in ("le", "lt", "ge", "gt", "eq", "ne") for overload in ("Scalar", "Tensor")
+    getattr(getattr(aten, name), overload)
+    for name in ("le", "lt", "ge", "gt", "eq", "ne")
+    for overload in ("Scalar", "Tensor")
 } | {aten.logical_not.default, aten.bitwise_not.default}
 
 
@@ -102,7 +104,18 @@ def is_reduction(node: fx.Node) -> bool:
     return torch.Tag.reduction in node.target.tags or node.target.overloadpacket in _REDUCTIONS
 
 
-_REDUCTIONS = {aten.sum, aten.mean, aten.var_mean, aten.var, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all}
+_REDUCTIONS = {
+    aten.sum,
+    aten.mean,
+    aten.var_mean,
+    aten.var,
+    aten.amax,
+    aten.amin,
+    aten.max,
+    aten.min,
+    aten.any,
+    aten.all,
+}
 
 
 def layer_of(node: fx.Node) -> str:
@@ -155,7 +168,10 @@ def inline(
     for node in traced.graph.nodes:
         if node.op == "call_function":
             environment[node] = graph.node_copy(node, lambda old: environment[old])
-            environment[node].meta = {**(meta or {}), **{k: v for k, v in node.meta.items() if k in ("val", "tensor_meta")}}
+            environment[node].meta = {
+                **(meta or {}),
+                **{k: v for k, v in node.meta.items() if k in ("val", "tensor_meta")},
+            }
     result = output_node(traced.graph).args[0]
     results = result if isinstance(result, (list, tuple)) else [result]
     return [map_arg(item, lambda old: environment[old]) for item in results]  # type: ignore[arg-type, misc]

@@ -108,9 +108,7 @@ def _is_stored(node: fx.Node, reads: int, returned: set[fx.Node], roots: dict[fx
     )
 
 
-def _lifetimes(
-    stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node]
-) -> Timeline:
+def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node]) -> Timeline:
     step = {node: index for index, node in enumerate(stored)}
     last = {node: len(stored) - 1 if node in returned else index for node, index in step.items()}
     for node in stored:
@@ -138,7 +136,11 @@ def _overwrites(node: fx.Node) -> bool:
 
 
 def _reusable(
-    node: fx.Node, sources: tuple[fx.Node, ...], step: dict[fx.Node, int], last: dict[fx.Node, int], returned: set[fx.Node]
+    node: fx.Node,
+    sources: tuple[fx.Node, ...],
+    step: dict[fx.Node, int],
+    last: dict[fx.Node, int],
+    returned: set[fx.Node],
 ) -> fx.Node | None:
     """A buffer of the node's size that dies where the node is computed: it is overwritten in place."""
     for source in sources:

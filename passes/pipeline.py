@@ -88,7 +88,15 @@ def rewrite(job: Job) -> None:
     rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
 
 
-PASSES: tuple[Callable[[Job], None], ...] = (deduplicate, split_backward, gather_pooling, partition, analyse, plan, rewrite)
+PASSES: tuple[Callable[[Job], None], ...] = (
+    deduplicate,
+    split_backward,
+    gather_pooling,
+    partition,
+    analyse,
+    plan,
+    rewrite,
+)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-
 from xconv_fx.cost_model.memory import peak, profile
 from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError

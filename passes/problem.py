@@ -64,7 +64,11 @@ class Posed:
     def phase_peaks(self, choice: tuple[int, ...]) -> dict[str, int]:
         """The predicted peak of the forward, the loss and the backward."""
         alive = profile(self.problem, choice)
-        parts = {"forward": alive[: self.turn], "loss": alive[self.turn : self.turn + 1], "backward": alive[self.turn + 1 :]}
+        parts = {
+            "forward": alive[: self.turn],
+            "loss": alive[self.turn : self.turn + 1],
+            "backward": alive[self.turn + 1 :],
+        }
         return {phase: int(part.max(initial=0)) for phase, part in parts.items()}
 
 
@@ -106,7 +110,11 @@ def layout_copies(forward: fx.GraphModule) -> int:
 
 def _is_relaid(value: torch.Tensor) -> bool:
     """Whether channels-last is another layout than the one the tensor has."""
-    return value.shape[1] > 1 and value.shape[2] * value.shape[3] > 1 and not value.is_contiguous(memory_format=torch.channels_last)
+    return (
+        value.shape[1] > 1
+        and value.shape[2] * value.shape[3] > 1
+        and not value.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 class _Poser:
@@ -128,9 +136,7 @@ class _Poser:
         self.end = self.turn + len(self.backward.steps) - 1
         self.last_in_forward = {buffer.node: buffer.last for buffer in self.forward.buffers}
         saved = set(pair.saved())
-        self.chains = {
-            name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None
-        }
+        self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.outside = outside
         layers = [r for r in self.large.values() if "weight_grad" in r.uses]
         self.share = 1 / max(1, len(layers))
@@ -161,12 +167,12 @@ class _Poser:
 
     def _base(self) -> list[int]:
         results = output_node(self.pair.forward.graph).args[0][: self.pair.results]  # type: ignore[index]
-        held = sum(nbytes(node) for node in dict.fromkeys(n for n in results if isinstance(n, fx.Node)) if not is_primal(node))
+        held = sum(
+            nbytes(node) for node in dict.fromkeys(n for n in results if isinstance(n, fx.Node)) if not is_primal(node)
+        )
         placeholders = self.pair.backward.graph.find_nodes(op="placeholder")
         tangents = sum(nbytes(node) for node in placeholders if is_tangent(node))
-        rest = sum(
-            nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large
-        )
+        rest = sum(nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large)
         constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + layout_copies(self.pair.forward)
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
         forward = [more["forward"] + b for b in self.forward.profile()]
@@ -187,7 +193,11 @@ class _Poser:
             row.append(self._bitmask(residual))
         if "recompute" in allowed and residual.name in self.chains:
             row += self._recomputed(residual, self.chains[residual.name])
-        if residual.uses <= {"mask"} or "nonlinear" in residual.uses or ("mask" in residual.uses and "bitmask" not in allowed):
+        if (
+            residual.uses <= {"mask"}
+            or "nonlinear" in residual.uses
+            or ("mask" in residual.uses and "bitmask" not in allowed)
+        ):
             return row
         if "quantize" in allowed:
             row += [self._coded(residual, Held("quantize", **self._held(residual), bits=bits)) for bits in allowed.bits]
@@ -250,14 +260,17 @@ class _Poser:
     def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
         sources = [(self.index[name], self.large[name]) for name in chain.sources]
         row = [self._replay(residual, chain, sources, exact=True)]
-        lossy = "quantize" in self.options.codecs and sources and chain.masks is not None and "nonlinear" not in residual.uses
+        lossy = (
+            "quantize" in self.options.codecs
+            and sources
+            and chain.masks is not None
+            and "nonlinear" not in residual.uses
+        )
         if lossy and "bitmask" in self.options.codecs and all("nonlinear" not in s.uses for _, s in sources):
             row.append(self._replay(residual, chain, sources, exact=False))
         return row
 
-    def _replay(
-        self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], exact: bool
-    ) -> Candidate:
+    def _replay(self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], exact: bool) -> Candidate:
         size, noise, name = chain.extra_bytes, 0.0, "recompute"
         if not exact:
             size += _packed_bytes(residual.forward) * len({*residual.masks, *(chain.masks or ())})
@@ -352,5 +365,7 @@ def _allowed(row: tuple[Candidate, ...], name: str) -> frozenset[int]:
     if name == "recompute":
         return frozenset(i for i, c in enumerate(row) if c.option.name in exact)
     return frozenset(
-        i for i, c in enumerate(row) if c.option.name in exact or (c.choice.codec == "quantize" and (c.choice.bits or 0) >= 2)
+        i
+        for i, c in enumerate(row)
+        if c.option.name in exact or (c.choice.codec == "quantize" and (c.choice.bits or 0) >= 2)
     )

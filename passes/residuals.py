@@ -245,4 +245,3 @@ def uncompressible(residuals: dict[str, Residual]) -> tuple[str, ...]:
         for residual in residuals.values()
         if "nonlinear" in residual.uses and not small(residual, total)
     )
-

@@ -33,7 +33,12 @@ def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
     """One channels-last copy of an incoming gradient for both halves, where Inductor would make one for each."""
     grad = node.args[0]
     value = tensor_of(grad)
-    if not is_tangent(grad) or value is None or value.dim() != 4 or value.is_contiguous(memory_format=torch.channels_last):
+    if (
+        not is_tangent(grad)
+        or value is None
+        or value.dim() != 4
+        or value.is_contiguous(memory_format=torch.channels_last)
+    ):
         return
     with graph.inserting_before(node):
         (copied,) = inline(graph, lambda g: g.clone(memory_format=torch.channels_last), [grad], origin_meta(node))
