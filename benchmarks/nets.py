@@ -70,7 +70,7 @@ def vgg() -> nn.Module:
     layers: list[nn.Module] = []
     channels = 3
     for width in (32, 64, 128):
-        for _ in range(2):
+        for _ in range(3):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
@@ -123,7 +123,7 @@ MAIN_JOB: dict[str, Net] = {
         Net("resnet", resnet, (16, 3, 128, 128), classes=10, dense=False),
         Net("vgg", vgg, (16, 3, 64, 64), classes=10, dense=False),
         Net("plain_unet2d", plain_unet2d, (8, 1, 128, 128), classes=4, dense=True),
-        Net("unet3d", unet3d, (1, 1, 48, 48, 48), classes=3, dense=True),
+        Net("unet3d", unet3d, (2, 1, 48, 48, 48), classes=3, dense=True),
     )
 }
 NETS: dict[str, Net] = {

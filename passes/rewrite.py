@@ -71,6 +71,8 @@ class _Writer:
         self.pair, self.chains, self.how, self.stream = pair, chains, how, stream
         self.forward, self.backward = pair.forward.graph, pair.backward.graph
         self.saved = pair.saved()
+        # The partitioner copies nodes under the joint graph's names: what both halves compute has one name in both.
+        self.computed = {node.name: node for node in self.forward.nodes if node.op == "call_function"}
         self.salts = {name: number for number, name in enumerate(residuals, start=1)}
         self.seeds: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
         self.packed: dict[fx.Node, tuple[fx.Node, Held]] = {}
@@ -175,6 +177,9 @@ class _Writer:
         """The forward's node of the same value as a node of the backward that no gradient enters."""
         if node.name in self.saved:
             return self.saved[node.name][0]
+        twin = self.computed.get(node.name)
+        if twin is not None and twin.target is node.target:
+            return twin
         arguments = fx.node.map_arg((node.args, node.kwargs), self.in_forward)
         return self.make(node, *arguments)  # type: ignore[misc]
 

@@ -28,6 +28,7 @@ from .passes.problem import LOSS_COPIES
 from .plan import Plan
 from .schedule import GraphOrder, LocalFusion
 from .session import Session
+from .sizes import Budget
 
 # Plans tried before giving up on a budget that the audit keeps finding exceeded.
 ATTEMPTS = 8
@@ -69,9 +70,11 @@ class Compilation:
         self.peaks: dict[str, int] = {}
         self.corrections: dict[str, int] = {}
         self.abandoned = False
+        self.unbudgeted: int | None = None
 
     def run(self) -> Callable[..., Any]:
         """The compiled graph of the first plan whose audited peak is within the budget."""
+        self._resolve_budget()
         for attempt in range(1, ATTEMPTS + 1):
             self.abandoned, self.job, self.peaks = False, None, {}
             try:
@@ -84,7 +87,18 @@ class Compilation:
             return compiled
         raise self._infeasible()
 
-    def _compile(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def _resolve_budget(self) -> None:
+        """Turn a budget given as a fraction into bytes of the audited peak of plain Inductor's code."""
+        budget = self.options.mem_budget
+        if budget is None or budget.fraction is None:
+            return
+        plain = Compilation(self.gm, self.example_inputs, replace(self.options, mem_budget=None), self.session)
+        plain._compile(copy.deepcopy(self.gm), load=False)
+        if plain.peaks:
+            self.unbudgeted = max(plain.peaks.values())
+            self.options = replace(self.options, mem_budget=Budget(bytes=budget.resolve(self.unbudgeted)))
+
+    def _compile(self, gm: fx.GraphModule, load: bool = True) -> Callable[..., Any]:
         if self.options.mem_budget is not None:
             reshape_free_instance_norm(gm)
         budgeted = self.options.mem_budget is not None
@@ -103,7 +117,8 @@ class Compilation:
             kernels.collect(),
         ):
             compiled = hooks.compile_graph(gm, self.example_inputs, config, self._entering)
-        kernels.load(settings)
+        if load:
+            kernels.load(settings)
         return compiled
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
@@ -155,6 +170,8 @@ class Compilation:
             log.info("a graph without a backward: plain Inductor")
             return
         plan = replace(self.job.plan, attempts=attempt, audited_peak=max(self.peaks.values(), default=None))
+        if self.unbudgeted is not None:
+            plan = replace(plan, baseline_peak=self.unbudgeted)
         publish(plan)
         self.session.add(plan, self.gm)
 
