@@ -7,7 +7,7 @@ from torch import fx
 
 from xconv_fx.ops.pool import overlapping_windows
 
-from .graph import is_view, origin_meta, tensor_of
+from .graph import arguments, is_view, origin_meta, tensor_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -24,12 +24,12 @@ def gather_pooling(gm: fx.GraphModule) -> None:
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    base, _, index, grad = node.args
+    base, _, index, grad = arguments(node)
     indices, pooled = _through_views(index), _through_views(grad, stop=4)
     views = [user for user in node.users if is_view(user)]
     if indices.target is not prims._low_memory_max_pool_offsets_to_indices.default or len(views) != len(node.users):
         return
-    offsets, kernel, size, stride, padding, dilation = indices.args
+    offsets, kernel, size, stride, padding, dilation = arguments(indices)
     value, source = tensor_of(offsets), tensor_of(pooled)
     if value is None or source is None or source.shape != value.shape or base.target is not aten.full.default:
         return
@@ -38,9 +38,11 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     full = torch.Size([*value.shape[:2], *size])
     if any(tensor_of(view).shape != full for view in views):  # type: ignore[union-attr]
         return
-    arguments = (pooled, offsets, list(size), list(kernel), list(stride), list(padding))
     with graph.inserting_before(node):
-        gathered = graph.call_function(torch.ops.xconv.max_pool_backward.default, arguments)
+        gathered = graph.call_function(
+            torch.ops.xconv.max_pool_backward.default,
+            (pooled, offsets, list(size), list(kernel), list(stride), list(padding)),
+        )
     gathered.meta = {**origin_meta(node), "val": views[0].meta["val"], "partitioner_tag": "is_backward"}
     for view in views:
         view.replace_all_uses_with(gathered)

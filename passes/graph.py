@@ -44,6 +44,11 @@ COMPARISONS = {
 } | {aten.logical_not.default, aten.bitwise_not.default}
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The node's positional arguments: what each one is follows from the operation, which a type checker cannot see."""
+    return node.args
+
+
 def tensor_of(node: fx.Node) -> torch.Tensor | None:
     """The fake tensor that a node stands for, or None (symbols, tuples, nothing)."""
     value = node.meta.get("val")
@@ -179,5 +184,6 @@ def inline(
 
 def origin_meta(node: fx.Node) -> dict[str, Any]:
     """The part of a node's metadata that says where it came from."""
-    keys = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node")
+    keys = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node",
+            "fwd_nn_module_stack", "fwd_source_fn_stack")  # fmt: skip
     return {key: node.meta[key] for key in keys if key in node.meta}

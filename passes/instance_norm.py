@@ -56,7 +56,9 @@ def reshape_free_instance_norm(gm: fx.GraphModule) -> None:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    arguments = dict(zip(("x", "running_mean", "running_var", "weight", "bias", "use_input_stats"), node.args))
+    arguments = dict(
+        zip(("x", "running_mean", "running_var", "weight", "bias", "use_input_stats"), node.args, strict=False)
+    )
     arguments.update({"x": arguments.get("x", node.kwargs.get("input")), **node.kwargs})
     given = arguments.get("use_input_stats", True)
     value = arguments["x"].meta.get("example_value") if isinstance(arguments["x"], fx.Node) else None

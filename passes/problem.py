@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +27,17 @@ from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
 
-from .graph import is_elementwise, is_primal, is_reduction, is_tangent, nbytes, numel, output_node, tensor_of
+from .graph import (
+    arguments,
+    is_elementwise,
+    is_primal,
+    is_reduction,
+    is_tangent,
+    nbytes,
+    numel,
+    output_node,
+    tensor_of,
+)
 from .lifetimes import Timeline, timeline
 from .partition import Pair
 from .recompute import Chain, find_chain
@@ -166,7 +177,7 @@ class _Poser:
         return Posed(problem, residuals, rows, self.chains, fixed, self._device(), self.turn - 1)
 
     def _base(self) -> list[int]:
-        results = output_node(self.pair.forward.graph).args[0][: self.pair.results]  # type: ignore[index]
+        results = arguments(output_node(self.pair.forward.graph))[0][: self.pair.results]
         held = sum(
             nbytes(node) for node in dict.fromkeys(n for n in results if isinstance(n, fx.Node)) if not is_primal(node)
         )
@@ -205,7 +216,7 @@ class _Poser:
             row += self._probes(residual)
         return row
 
-    def _held(self, residual: Residual) -> dict[str, object]:
+    def _held(self, residual: Residual) -> dict[str, Any]:
         salt = self.index[residual.name] + 1
         return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order, "salt": salt}
 
@@ -298,8 +309,9 @@ class _Poser:
             loads += [(step, step, residual.bytes) for step in self._materialised(residual)]
         weight = self._sensitivity(residual)
         time = seconds(0, traffic, self.machine) if traffic else 0.0
+        dtype = str(residual.value.dtype).removeprefix("torch.")
         choice = Choice(
-            residual.name, residual.layer, residual.source, residual.shape, str(residual.value.dtype).removeprefix("torch."),
+            residual.name, residual.layer, residual.source, residual.shape, dtype,
             tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=noise, time=time,
         )  # fmt: skip
         return Candidate(choice, Option(codec, tuple(loads), noise * weight, time))

@@ -25,6 +25,7 @@ from xconv_fx import hooks
 
 from .graph import (
     COMPARISONS,
+    arguments,
     closure,
     is_tangent,
     is_view,
@@ -161,7 +162,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
     if reader.target is aten.convolution_backward.default:
-        return reader.args[1] is value and reader.args[0] is not value and not reader.args[10][0]
+        return reader.args[1] is value and reader.args[0] is not value and not arguments(reader)[10][0]
     if reader.target in _MATMULS:
         return any(node in tangents for node in reader.all_input_nodes) and _leaves_the_graph(reader)
     return False
@@ -219,7 +220,7 @@ def _keeps_linearity(node: fx.Node, inputs: list[fx.Node], total: int) -> bool:
     if node.target is aten.div.Tensor:
         return node.args[1] not in inputs
     if node.target in _BILINEAR:
-        operands = [arg for arg in node.args if arg in inputs]
+        operands = [arg for arg in arguments(node) if arg in inputs]
         large = [arg for arg in operands if numel(arg) * REDUCED > total]
         return len(large) <= 1
     if node.target is aten.max_pool2d_with_indices_backward.default:

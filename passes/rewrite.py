@@ -121,9 +121,7 @@ class _Writer:
             payload = inline(self.forward, encode, [node, *seed], origin_meta(node))
         return [self.pair.cross(part, f"{node.name}_{held.codec}") for part in payload]
 
-    def decode(
-        self, payload: list[fx.Node], held: Held, seed: list[fx.Node], old: fx.Node, reader: fx.Node
-    ) -> None:
+    def decode(self, payload: list[fx.Node], held: Held, seed: list[fx.Node], old: fx.Node, reader: fx.Node) -> None:
         """Give `reader` a decoded value in the place of `old`."""
         codec = registry.codec(held.codec)
 
@@ -192,7 +190,7 @@ class _Writer:
             while place.op == "placeholder":
                 place = place.next
             with self.forward.inserting_before(place):
-                node = self.forward.call_function(like.target, args, kwargs)
+                node = self.forward.create_node("call_function", like.target, args, kwargs)
             node.meta = dict(like.meta)
             node.meta.pop("partitioner_tag", None)
             self.lifted[key] = node

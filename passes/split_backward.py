@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from xconv_fx.ops.conv import input_gradient
 
-from .graph import inline, is_tangent, origin_meta, tensor_of
+from .graph import arguments, inline, is_tangent, origin_meta, tensor_of
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 def split_backward(gm: fx.GraphModule) -> None:
     """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
-        if node.args[10][0]:
+        if arguments(node)[10][0]:
             _share_layout(gm.graph, node)
             _split(gm.graph, node)
     gm.graph.lint()
@@ -31,7 +31,7 @@ def split_backward(gm: fx.GraphModule) -> None:
 
 def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
     """One channels-last copy of an incoming gradient for both halves, where Inductor would make one for each."""
-    grad = node.args[0]
+    grad = arguments(node)[0]
     value = tensor_of(grad)
     if (
         not is_tangent(grad)
@@ -46,7 +46,7 @@ def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
-    outputs = {user.args[1]: user for user in node.users}
+    outputs = {arguments(user)[1]: user for user in node.users}
     with graph.inserting_before(node):
         halves = {**_parameter_half(graph, node), 0: _input_half(graph, node)}
     for index, old in outputs.items():
@@ -58,10 +58,10 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
 
 def _parameter_half(graph: fx.Graph, node: fx.Node) -> dict[int, fx.Node]:
     """The gradients of weight (1) and bias (2), those that the node computes."""
-    mask = node.args[10]
+    mask = arguments(node)[10]
     if not mask[1]:
         return {2: _bias_gradient(graph, node)} if mask[2] else {}
-    half = graph.call_function(node.target, (*node.args[:10], [False, True, mask[2]]))
+    half = graph.call_function(aten.convolution_backward.default, (*node.args[:10], [False, True, mask[2]]))
     value = node.meta["val"]
     half.meta = {**origin_meta(node), "val": (None, value[1], value[2] if mask[2] else None)}
     picked = {}
@@ -72,13 +72,13 @@ def _parameter_half(graph: fx.Graph, node: fx.Node) -> dict[int, fx.Node]:
 
 
 def _bias_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    grad = node.args[0]
+    grad = arguments(node)[0]
     dims = [dim for dim in range(len(grad.meta["val"].shape)) if dim != 1]
     return inline(graph, lambda g: aten.sum.dim_IntList(g, dims), [grad], origin_meta(node))[0]
 
 
 def _input_half(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    grad, x, weight, _, *geometry, _ = node.args
+    grad, x, weight, _, *geometry, _ = arguments(node)
     value = tensor_of(x)
     assert value is not None
     size = list(value.shape)

@@ -68,7 +68,7 @@ def channels_last_convolutions(gm: fx.GraphModule) -> bool:
 def source_hash() -> str:
     """Hash of this package's sources: part of every compile cache key."""
     digest = hashlib.sha256()
-    from . import cost_model, passes
+    from . import cost_model, passes  # type: ignore[attr-defined]
 
     folders = {Path(__file__).parent, Path(passes.__file__).parent, Path(cost_model.__file__).parent}
     for folder in sorted(folders):
@@ -132,7 +132,9 @@ def compile_graph(
         entering(half, inputs, bool(arguments.get("is_backward")))
         return compile_fx_inner(half, inputs, **arguments)
 
-    return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+    compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+    assert callable(compiled)
+    return compiled
 
 
 def compile_call() -> object | None:

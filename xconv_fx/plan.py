@@ -23,9 +23,9 @@ class Choice:
     `xconv_fx.options.CODECS`; `probes` is set for "probe", `bits` where what is held has fewer bits than the tensor.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
-    masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held exactly;
-    `bits` the width of codes or of a probe's values. `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
-    lossless codecs); `time` the predicted extra seconds a step.
+    masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held
+    exactly; `bits` the width of codes or of a probe's values. `noise` is the predicted variance that the choice adds,
+    relative to the energy of the residual (0 for lossless codecs); `time` the predicted extra seconds a step.
     """
 
     residual: str

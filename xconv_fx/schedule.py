@@ -54,7 +54,7 @@ def _apart(node1: Any, node2: Any) -> bool:
 
 def _places() -> dict[Any, int]:
     """Position of every node of the graph that is being lowered; kept with the graph."""
-    graph = V.graph
+    graph: Any = V.graph
     if not hasattr(graph, "xconv_places"):
         graph.xconv_places = {node: index for index, node in enumerate(graph.graph.nodes)}
     return graph.xconv_places

@@ -21,7 +21,7 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
         return _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, 1)
     if func is aten.convolution_backward.default:
-        grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
+        _, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = args
         work = _convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups, 1)
         # The weight gradient is produced in the library's blocked layout and copied out of it.
         return work + (weight.numel() * weight.element_size() if mask[1] else 0)
@@ -55,7 +55,7 @@ def _convolution(
     )
     if "Slow" not in backend:
         return copies * weight_bytes
-    columns = weight.numel() // weight.size(0) if not transposed else weight.numel() // weight.size(0)
+    columns = weight.numel() // weight.size(0)
     positions = _positions(x, weight, stride, padding, dilation, transposed, output_padding)
     samples = x.size(0) if "3d" in backend and not transposed else 1
     return columns * positions * samples * x.element_size()

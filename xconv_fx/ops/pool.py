@@ -28,7 +28,8 @@ def max_pool_backward(
     padding: Sequence[int],
 ) -> Tensor:
     """Input gradient (N, C, *`input_size`) from the pooled gradient; windows that share a winner add up."""
-    places, rest = [], offsets.long()
+    places: list[Tensor] = []
+    rest = offsets.long()
     for extent in reversed(kernel):
         places.insert(0, rest % extent)
         rest = rest // extent
