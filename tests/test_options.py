@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from xconv_fx.errors import OptionError
+from xconv_fx.ops import dense, fold, registry
+from xconv_fx.ops.layout import CODE_BITS
 from xconv_fx.options import (
     BITS,
     CODECS,
+    EXACT_CODECS,
     MODES,
+    NOISY_CODECS,
     PARSERS,
     PROBE_KINDS,
     RESERVED_INDUCTOR,
@@ -296,3 +300,23 @@ class TestFingerprint:
 
         assert with_pass(Pass("a")) == with_pass(Pass("a")) != with_pass(Pass("b"))
         assert with_pass(print) == with_pass(print) != with_pass(len)
+
+
+class TestAgreementWithTheCodecs:
+    """Options are parsed without importing torch, so they repeat names that the codecs define."""
+
+    def test_every_codec_can_be_chosen(self):
+        # Keeping and recomputing hold nothing in a tensor's place, so they have no row in the table of codecs.
+        assert set(registry.names()) == set(CODECS) - {"keep", "recompute"}
+
+    def test_exact_means_lossless(self):
+        assert {name for name in registry.names() if registry.codec(name).lossless} == set(EXACT_CODECS) & set(
+            registry.names()
+        )
+        assert set(NOISY_CODECS).isdisjoint(EXACT_CODECS)
+
+    def test_every_width_can_be_encoded(self):
+        assert set(BITS) == {bits for bits in CODE_BITS if bits <= 8}
+
+    def test_probe_kinds(self):
+        assert PROBE_KINDS == fold.KINDS and set(PROBE_KINDS) == {"fold", *dense.KINDS}

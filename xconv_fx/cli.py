@@ -241,7 +241,7 @@ def _explain(model: torch.nn.Module, specs: Sequence[InputSpec], options: dict[s
         raise
     except Exception as error:
         # The compiler reports a wrong shape at length; the model itself, run on the same inputs, says it in a line.
-        cause = _eager_failure(model, inputs) or error
+        cause = _eager_failure(model, inputs) or getattr(error, "inner_exception", None) or error
         given = " ".join(f"--input {spec}" for spec in specs)
         where = _layer_of(model, cause)
         hint = "another --input if the shape or dtype is wrong; --debug shows the whole error"

@@ -1,11 +1,13 @@
 """`explain`: the plan of a model for a budget, without training it.
 
 The model is traced and planned graph by graph; no kernel is generated or run. Memory is reserved for parameters and
-inputs but not touched when they are on the meta device, so that a model larger than the machine can be planned.
+inputs but not touched when they are on the meta device, so that a model larger than the machine can be planned, if no
+single tensor of it is: of that size, systems refuse even to reserve.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +90,10 @@ def _empty_like(value: Tensor) -> Tensor:
 
 
 def _placed(value: Any) -> Any:
-    """A module or tensor on the meta device, moved to untouched memory on the CPU; anything else as it is."""
+    """A copy of a module or tensor on the meta device in untouched memory on the CPU; anything else as it is."""
     if isinstance(value, nn.Module):
         on_meta = any(t.is_meta for t in (*value.parameters(), *value.buffers()))
-        return value.to_empty(device="cpu") if on_meta else value
+        return copy.deepcopy(value).to_empty(device="cpu") if on_meta else value
     if isinstance(value, Tensor) and value.is_meta:
         return torch.empty_like(value, device="cpu").requires_grad_(value.requires_grad)
     return value

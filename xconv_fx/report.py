@@ -106,7 +106,7 @@ def _columns(choices: Sequence[Choice]) -> list[str]:
 
 def _cells(choice: Choice) -> dict[str, Text | Name | str]:
     return {
-        "layer": Name(choice.layer),
+        "layer": Name(choice.layer or choice.residual),
         "residual": Name(choice.residual),
         "shape": "x".join(map(str, choice.shape)) or "scalar",
         "codec": Text(_codec(choice), style=CODEC_STYLES.get(choice.codec, "")),
