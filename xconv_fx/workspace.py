@@ -1,8 +1,8 @@
 """Bytes that extern kernels allocate inside a call, where they are known.
 
 On CPU, ATen's convolution has several backends. oneDNN's allocates little through the tensor allocator (reordered
-weights); the native 3d path unfolds the whole input (im2col): C k^3 x output positions x 4 bytes, which can dwarf
-every activation. Which backend runs is asked of torch itself.
+weights); the native ones, which run in float64, without oneDNN's support for bfloat16, and often in 3d, unfold the
+input (im2col): C k^d x output positions, which can dwarf every activation. Which backend runs is asked of torch itself.
 """
 
 from __future__ import annotations
@@ -55,10 +55,20 @@ def _convolution(
     )
     if "Slow" not in backend:
         return copies * weight_bytes
+    if backend.endswith("Slow2d") and _is_pointwise(weight, stride, padding):
+        return 0  # Unfolding such an input is a view of it.
     columns = weight.numel() // weight.size(0)
     positions = _positions(x, weight, stride, padding, dilation, transposed, output_padding)
-    samples = x.size(0) if "3d" in backend and not transposed else 1
+    samples = x.size(0) if backend.endswith(_WHOLE_BATCH) else 1
     return columns * positions * samples * x.element_size()
+
+
+# The native backends that unfold the whole batch at once; the others (dilated, transposed 3d) go sample by sample.
+_WHOLE_BATCH = (".Slow2d", ".Slow3d", ".SlowTranspose2d")
+
+
+def _is_pointwise(weight: torch.Tensor, stride: Any, padding: Any) -> bool:
+    return set(weight.shape[2:]) == {1} and set(stride) == {1} and set(padding) == {0}
 
 
 def _positions(
