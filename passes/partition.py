@@ -70,3 +70,17 @@ def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: A
     """The pair that PyTorch's min-cut partitioner chooses for the joint graph."""
     forward, backward = hooks.partition(gm, joint_inputs, arguments)
     return Pair(forward, backward, arguments["num_fwd_outputs"])
+
+
+def hoist(graph: fx.Graph) -> None:
+    """Compute what the backward alone reads as soon as the forward can.
+
+    A value that autograd asked for in the backward (the comparison behind ReLU's mask) stands at the end of the joint
+    graph. Saved by the forward it would be computed there, and keep what it reads alive until then.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward" and node.all_input_nodes:
+            latest = max(node.all_input_nodes)
+            if latest.op == "placeholder":
+                continue
+            latest.append(node)

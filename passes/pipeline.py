@@ -1,7 +1,7 @@
 """The pipeline: every pass over a joint graph, in order.
 
-    joint graph -> deduplicate -> split_backward -> gather_pooling -> partition -> analyse -> plan -> rewrite
-                -> forward, backward
+    joint graph -> deduplicate -> split_backward -> gather_pooling
+                -> partition -> forward, backward -> hoist -> analyse -> plan -> rewrite
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -24,6 +24,7 @@ from xconv_fx.plan import Plan
 from . import planning
 from .gather_pooling import gather_pooling as gather_pool_backward
 from .partition import Pair
+from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
 from .problem import Posed, link, pose
 from .residuals import Residual, find_residuals
@@ -59,17 +60,20 @@ def deduplicate(job: Job) -> None:
 
 
 def split_backward(job: Job) -> None:
-    if job.options.mem_budget is not None:
-        split_joint(job.joint)
+    split_joint(job.joint)
 
 
 def gather_pooling(job: Job) -> None:
-    if job.options.mem_budget is not None:
-        gather_pool_backward(job.joint)
+    gather_pool_backward(job.joint)
 
 
 def partition(job: Job) -> None:
     job.pair = partition_joint(job.joint, job.joint_inputs, **job.arguments)
+
+
+def hoist(job: Job) -> None:
+    assert job.pair is not None
+    hoist_saved(job.pair.forward.graph)
 
 
 def analyse(job: Job) -> None:
@@ -88,20 +92,26 @@ def rewrite(job: Job) -> None:
     rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
 
 
-PASSES: tuple[Callable[[Job], None], ...] = (
+Pass = Callable[[Job], None]
+
+BUDGETED: tuple[Pass, ...] = (
     deduplicate,
     split_backward,
     gather_pooling,
     partition,
+    hoist,
     analyse,
     plan,
     rewrite,
 )
+# Without a budget: Inductor's own forward and backward, and the report on what they hold.
+PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:
     """Run every pass that is not disabled by name, in order."""
-    for step in PASSES:
+    passes = PLAIN if job.options.mem_budget is None else BUDGETED
+    for step in passes:
         if step.__name__ in disabled:
             continue
         start = time.perf_counter()

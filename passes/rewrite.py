@@ -115,7 +115,7 @@ class _Writer:
         codec = registry.codec(held.codec)
 
         def encode(x: Tensor, *seed: Tensor) -> tuple[Tensor, ...]:
-            return codec.encode(x, seed[0] if seed else x, held)
+            return codec.encode(torch.ops.xconv.stored(x), seed[0], held) if seed else codec.encode(x, x, held)
 
         with self.forward.inserting_before(max([node, *seed]).next):
             payload = inline(self.forward, encode, [node, *seed], origin_meta(node))

@@ -31,7 +31,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from . import fold, layout, loops, pool, quantize  # noqa: F401 (pool defines its operator)
+from . import fold, layout, loops, pool, quantize, stored  # noqa: F401 (pool defines its operator)
 from .loops import Index, Value
 
 CHECKED_VERSION = "2.13.0"
@@ -318,6 +318,11 @@ def _within(conditions: Sequence[tuple[sympy.Expr, int, int]]) -> Value:
     return result
 
 
+def _lower_stored(x: ir.TensorBox) -> ir.TensorBox:
+    x.realize()
+    return x
+
+
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.pack_mask.default: _lower_pack_mask,
     torch.ops.xconv.unpack_mask.default: _lower_unpack_mask,
@@ -326,4 +331,5 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,
     torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,
+    torch.ops.xconv.stored.default: _lower_stored,
 }
