@@ -26,7 +26,7 @@ from .passes.graph import is_tangent, nbytes
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.problem import LOSS_COPIES
 from .plan import Plan
-from .schedule import GraphOrder, LocalFusion
+from .schedule import LocalFusion, in_order
 from .session import Session
 from .sizes import Budget
 
@@ -49,6 +49,8 @@ def xconv(
     """
     hooks.require_checked_torch()
     chosen = Options.parse(options, mode)
+    if not hooks.needs_backward(example_inputs):
+        chosen = replace(chosen, mem_budget=None)  # Nothing is held for a backward: plain Inductor.
     lowering.install()
     hooks.specialise(example_inputs)
     return Compilation(gm, example_inputs, chosen, Session.of(chosen)).run()
@@ -99,15 +101,14 @@ class Compilation:
             self.options = replace(self.options, mem_budget=Budget(bytes=budget.resolve(self.unbudgeted)))
 
     def _compile(self, gm: fx.GraphModule, load: bool = True) -> Callable[..., Any]:
-        if self.options.mem_budget is not None:
-            reshape_free_instance_norm(gm)
         budgeted = self.options.mem_budget is not None
+        if budgeted:
+            reshape_free_instance_norm(gm)
         settings = self.options.inductor_config()
         key = f"{hooks.source_hash()} {self.options.fingerprint()} {self.outside} {self.corrections}"
         config = {**settings, "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
-            order = GraphOrder(hooks.source_hash())
-            config.update(reorder_for_peak_memory=False, reorder_for_locality=False, _post_fusion_custom_pass=order)
+            config.update(in_order(hooks.source_hash()))
         kernels = hooks.Deferred()
         with (
             hooks.ahead_of_time_backward(),

@@ -175,6 +175,13 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
     return sum(sizes.values())
 
 
+def needs_backward(example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph that Dynamo traced will be differentiated."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+
+
 def specialise(example_inputs: Sequence[Any]) -> None:
     """Fix every symbolic size to its value: a plan is made of bytes. Another size compiles another graph."""
     for value in example_inputs:

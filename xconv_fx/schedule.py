@@ -35,6 +35,15 @@ _EXTERN = {
 }
 
 
+def in_order(key: str) -> dict[str, Any]:
+    """Inductor settings that keep the graph's order; `key` stands for this file in its cache keys."""
+    return {
+        "reorder_for_peak_memory": False,
+        "reorder_for_locality": False,
+        "_post_fusion_custom_pass": GraphOrder(key),
+    }
+
+
 class LocalFusion(InductorChoices):
     """Inductor's choices, but for horizontal fusion across extern kernels."""
 
