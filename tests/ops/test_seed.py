@@ -1,0 +1,66 @@
+"""Streams of seeds: the same seeds for the same start, whatever else draws random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xconv_fx.ops import seed as seeds
+
+CPU = torch.device("cpu")
+draw = torch.ops.xconv.seed
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    """No streams but this test's own."""
+    monkeypatch.setattr(seeds, "_generators", {})
+
+
+def take(stream, count=5):
+    return [draw(stream, CPU).item() for _ in range(count)]
+
+
+def test_a_stream_repeats_from_its_start():
+    seeds.start(1, 42)
+    first = take(1)
+    torch.manual_seed(7)
+    seeds.start(1, 42)
+    assert take(1) == first
+    assert len(set(first)) == len(first)
+
+
+def test_streams_do_not_disturb_each_other_nor_torchs_generator():
+    seeds.start(1, 42)
+    seeds.start(2, 42)
+    seeds.start(3, 43)
+    torch.manual_seed(0)
+    alone = torch.rand(3)
+    torch.manual_seed(0)
+    one, *_ = interleaved = [(draw(1, CPU).item(), draw(2, CPU).item(), draw(3, CPU).item()) for _ in range(4)]
+    assert torch.equal(torch.rand(3), alone)
+    assert all(a == b for a, b, _ in interleaved)
+    assert one[0] != one[2]
+
+
+def test_seeds_use_all_bits():
+    seeds.start(1, 0)
+    drawn = take(1, 200)
+    assert min(drawn) < -(2**62) and max(drawn) > 2**62
+
+
+def test_a_stream_that_never_started_is_an_error():
+    with pytest.raises(ValueError, match="stream 9 was not started"):
+        draw(9, CPU)
+
+
+def test_what_is_drawn():
+    seeds.start(1, 0)
+    drawn = draw(1, CPU)
+    assert (drawn.dtype, drawn.shape, drawn.device) == (torch.int64, (1,), CPU)
+    # Draws differ from call to call, so of opcheck's tests only those that compare no values apply.
+    torch.library.opcheck(draw.default, (1, CPU), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_compiler_may_not_merge_draws():
+    assert torch.Tag.nondeterministic_seeded in draw.default.tags
