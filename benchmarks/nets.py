@@ -6,7 +6,8 @@ deal with: activations are at least ten times the parameters (`python benchmarks
 them the networks have batch, instance and no normalisation, in-place activations, 2D and 3D convolutions, pooling,
 strided and transposed convolutions, and skip connections that live through half of the step.
 
-The packages are installed with requirements/nets.txt; none is imported before its network is built.
+The packages are installed with the extra `nets` and requirements/nets.txt; none is imported before its network is
+built.
 """
 
 from __future__ import annotations

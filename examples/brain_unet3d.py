@@ -7,7 +7,7 @@ and the test from the front; the score tells whether a budget harms learning, no
 
     python examples/brain_unet3d.py --budget 60% --seeds 3
 
-needs requirements/extra.txt and requirements/nets.txt.
+needs the extra `nets` and requirements/nets.txt.
 """
 
 from __future__ import annotations
