@@ -21,7 +21,7 @@ from .audit import Audit, Peak
 from .errors import BudgetInfeasibleError, surfaced_by_dynamo
 from .log import log, publish
 from .ops import lowering
-from .options import Options
+from .options import Options, Probes
 from .passes.graph import is_tangent, nbytes
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.problem import LOSS_COPIES
@@ -72,11 +72,14 @@ class Compilation:
         self.peaks: dict[str, int] = {}
         self.corrections: dict[str, int] = {}
         self.abandoned = False
+        # The audited peak of plain Inductor, and the budget that a graph compiled plainly fits as it is.
         self.unbudgeted: int | None = None
+        self.budget: int | None = None
 
     def run(self) -> Callable[..., Any]:
         """The compiled graph of the first plan whose audited peak is within the budget."""
-        self._resolve_budget()
+        if self.options.mem_budget is not None and (plain := self._plain()) is not None:
+            return plain.run()
         for attempt in range(1, ATTEMPTS + 1):
             self.abandoned, self.job, self.peaks = False, None, {}
             try:
@@ -89,16 +92,18 @@ class Compilation:
             return compiled
         raise self._infeasible()
 
-    def _resolve_budget(self) -> None:
-        """Turn a budget given as a fraction into bytes of the audited peak of plain Inductor's code."""
-        budget = self.options.mem_budget
-        if budget is None or budget.fraction is None:
-            return
+    def _plain(self) -> Compilation | None:
+        """Audit plain Inductor's code: what a budget in percent is a fraction of. Returned when it fits the budget."""
+        assert self.options.mem_budget is not None
         plain = Compilation(self.gm, self.example_inputs, replace(self.options, mem_budget=None), self.session)
         plain._compile(copy.deepcopy(self.gm), load=False)
-        if plain.peaks:
-            self.unbudgeted = max(plain.peaks.values())
-            self.options = replace(self.options, mem_budget=Budget(bytes=budget.resolve(self.unbudgeted)))
+        self.unbudgeted = max(plain.peaks.values(), default=0)
+        budget = self.options.mem_budget.resolve(self.unbudgeted)
+        self.options = replace(self.options, mem_budget=Budget(bytes=budget))
+        if self.unbudgeted > budget - self.options.reserve or self.options.probes != Probes():
+            return None
+        plain.budget, plain.unbudgeted = budget, self.unbudgeted
+        return plain
 
     def _compile(self, gm: fx.GraphModule, load: bool = True) -> Callable[..., Any]:
         budgeted = self.options.mem_budget is not None
@@ -173,6 +178,8 @@ class Compilation:
         plan = replace(self.job.plan, attempts=attempt, audited_peak=max(self.peaks.values(), default=None))
         if self.unbudgeted is not None:
             plan = replace(plan, baseline_peak=self.unbudgeted)
+        if self.budget is not None:
+            plan = replace(plan, budget=self.budget)
         publish(plan)
         self.session.add(plan, self.gm)
 

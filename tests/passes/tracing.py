@@ -125,3 +125,19 @@ def targets(graph: fx.Graph) -> list[str]:
 
 def returned(graph: fx.Graph) -> list[Any]:
     return list(torch.utils._pytree.tree_leaves(output_node(graph).args[0]))
+
+
+def text(graph: fx.Graph) -> str:
+    """The graph as short lines: operations without their namespaces, values by name, sizes and flags left out."""
+    lines = []
+    for node in graph.nodes:
+        inputs = ", ".join(arg.name for arg in node.all_input_nodes)
+        if node.op == "placeholder":
+            lines.append(f"input {node.name}")
+        elif node.op == "output":
+            lines.append(f"return {', '.join(str(value) for value in returned(graph))}")
+        elif getattr(node.target, "__name__", "") == "getitem":
+            lines.append(f"{node.name} = {inputs}[{node.args[1]}]")
+        else:
+            lines.append(f"{node.name} = {str(node.target).rsplit('.', 1)[0]}({inputs})")
+    return "\n".join(lines) + "\n"
