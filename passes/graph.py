@@ -73,6 +73,16 @@ def is_view(node: fx.Node) -> bool:
     return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
 
 
+def storage_root(node: fx.Node, into_tuples: bool = False) -> fx.Node:
+    """The node whose memory a view shows; the node itself where it is none.
+
+    `into_tuples` goes on from an element of a tuple to the operation that returned the tuple.
+    """
+    while is_view(node) and node.all_input_nodes and (into_tuples or node.target in VIEWS):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from xconv_fx.workspace import node_workspace
 
-from .graph import is_elementwise, is_reduction, is_view, nbytes, output_node
+from .graph import is_elementwise, is_reduction, is_view, nbytes, output_node, storage_root
 
 # Inductor inlines a value with several readers until it reads this many buffers itself.
 MANY_READS = 4
@@ -61,7 +61,7 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
 
     `dropped` are returned values to treat as if they were not: they die after their last reader.
     """
-    roots = {node: _root(node) for node in graph.nodes}
+    roots = {node: storage_root(node, into_tuples=True) for node in graph.nodes}
     gone = set(dropped)
     returned = {roots[node] for node in output_node(graph).all_input_nodes if node not in gone}
     reads: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -78,12 +78,6 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
         if _is_stored(node, len(inputs), returned, roots):
             stored.append(node)
     return _lifetimes(stored, reads, returned)
-
-
-def _root(node: fx.Node) -> fx.Node:
-    while is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

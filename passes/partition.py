@@ -10,7 +10,7 @@ from torch import fx
 
 from xconv_fx import hooks
 
-from .graph import is_primal, output_node
+from .graph import is_primal, output_node, storage_root
 
 
 @dataclass
@@ -33,8 +33,15 @@ class Pair:
         return {node.name: (node, placeholders[node.name]) for node in crossing if node.name in placeholders}
 
     def residuals(self) -> dict[str, tuple[fx.Node, fx.Node]]:
-        """The saved values that the forward computed: parameters and inputs are alive anyway."""
-        return {name: pair for name, pair in self.saved().items() if not is_primal(pair[0])}
+        """The saved values that memory is spent on: parameters, inputs and results are alive anyway."""
+        outputs = output_node(self.forward.graph).args[0]
+        assert isinstance(outputs, (list, tuple))
+        results = {storage_root(node) for node in outputs[: self.results] if isinstance(node, fx.Node)}
+        return {
+            name: pair
+            for name, pair in self.saved().items()
+            if not is_primal(storage_root(pair[0])) and storage_root(pair[0]) not in results
+        }
 
     def cross(self, node: fx.Node, name: str) -> fx.Node:
         """Save one more value of the forward: the backward's new placeholder for it."""
