@@ -1,0 +1,304 @@
+"""What rewritten pairs look like (`EXPECTTEST_ACCEPT=1 pytest` renews the texts) and what they compute.
+
+Both halves run in eager mode. Lossless choices must not change a bit; for stochastic ones the mean error of `DRAWS`
+steps, projected on fixed random directions, is compared with its standard error. Of a hundred such z one exceeds
+`LARGEST_Z` by chance once in a thousand times, and draws are seeded.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expecttest import TestCase
+from torch import nn
+from tracing import run_pair, text, trace
+
+from xconv_fx.errors import BudgetInfeasibleError
+
+DRAWS, LARGEST_Z = 64, 4.5
+
+
+def conv(before, after):
+    return nn.Conv2d(before, after, 3, padding=1)
+
+
+def tiny():
+    torch.manual_seed(0)
+    return trace(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8)), torch.randn(2, 3, 16, 16))
+
+
+def curved():
+    torch.manual_seed(0)
+    return trace(nn.Sequential(conv(3, 8), nn.SiLU(), conv(8, 8)), torch.randn(2, 3, 16, 16))
+
+
+def smallest(traced, **options):
+    """The job of the smallest feasible budget."""
+    with pytest.raises(BudgetInfeasibleError) as raised:
+        traced.job(mem_budget=1, **options)
+    return traced.job(mem_budget=raised.value.smallest, **options)
+
+
+class TestText(TestCase):
+    def test_quantize_and_bitmask(self):
+        pair = smallest(tiny(), codecs=["quantize:4", "bitmask"]).pair
+        self.assertExpectedInline(
+            text(pair.forward.graph),
+            """\
+input primals_1
+input primals_2
+input primals_3
+input primals_4
+input primals_5
+inductor_seeds = prims.inductor_seeds()
+convolution = aten.convolution(primals_3, primals_1, primals_2)
+relu = aten.relu(convolution)
+stored = xconv.stored(relu)
+quantize = xconv.quantize(stored, inductor_seeds)
+getitem = quantize[0]
+getitem_1 = quantize[1]
+le_scalar = aten.le(relu)
+pack_mask = xconv.pack_mask(le_scalar)
+convolution_1 = aten.convolution(relu, primals_4, primals_5)
+return convolution_1, getitem_1, getitem, inductor_seeds, pack_mask, primals_1, primals_3, primals_4
+""",
+        )
+        self.assertExpectedInline(
+            text(pair.backward.graph),
+            """\
+input relu_quantize_1
+input relu_quantize
+input xconv_seed
+input le_scalar_bitmask
+input primals_1
+input primals_3
+input primals_4
+input tangents_1
+clone = aten.clone(tangents_1)
+dequantize = xconv.dequantize(relu_quantize, relu_quantize_1)
+convolution_backward_default = aten.convolution_backward(clone, dequantize, primals_4)
+getitem_6 = convolution_backward_default[1]
+getitem_7 = convolution_backward_default[2]
+convolution_2 = aten.convolution(clone, primals_4)
+full_default = aten.full()
+unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
+where = aten.where(unpack_mask, full_default, convolution_2)
+convolution_backward_1 = aten.convolution_backward(where, primals_3, primals_1)
+getitem_4 = convolution_backward_1[1]
+getitem_5 = convolution_backward_1[2]
+return getitem_4, getitem_5, None, getitem_6, getitem_7
+""",
+        )
+
+    def test_probe(self):
+        pair = tiny().job(mem_budget="1GB", probes=16).pair
+        self.assertExpectedInline(
+            text(pair.forward.graph),
+            """\
+input primals_1
+input primals_2
+input primals_3
+input primals_4
+input primals_5
+inductor_seeds = prims.inductor_seeds()
+convolution = aten.convolution(primals_3, primals_1, primals_2)
+relu = aten.relu(convolution)
+stored = xconv.stored(relu)
+mean = aten.mean(stored)
+sub = aten.sub(stored, mean)
+fold = xconv.fold(sub, inductor_seeds)
+le_scalar = aten.le(relu)
+pack_mask = xconv.pack_mask(le_scalar)
+convolution_1 = aten.convolution(relu, primals_4, primals_5)
+return convolution_1, mean, fold, inductor_seeds, pack_mask, primals_1, primals_3, primals_4
+""",
+        )
+        self.assertExpectedInline(
+            text(pair.backward.graph),
+            """\
+input relu_probe_1
+input relu_probe
+input xconv_seed
+input le_scalar_bitmask
+input primals_1
+input primals_3
+input primals_4
+input tangents_1
+clone = aten.clone(tangents_1)
+unfold = xconv.unfold(relu_probe, xconv_seed)
+add = aten.add(unfold, relu_probe_1)
+convert_element_type = prims.convert_element_type(add)
+convolution_backward_default = aten.convolution_backward(clone, convert_element_type, primals_4)
+getitem_6 = convolution_backward_default[1]
+getitem_7 = convolution_backward_default[2]
+convolution_2 = aten.convolution(clone, primals_4)
+full_default = aten.full()
+unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
+where = aten.where(unpack_mask, full_default, convolution_2)
+convolution_backward_1 = aten.convolution_backward(where, primals_3, primals_1)
+getitem_4 = convolution_backward_1[1]
+getitem_5 = convolution_backward_1[2]
+return getitem_4, getitem_5, None, getitem_6, getitem_7
+""",
+        )
+
+    def test_recompute(self):
+        pair = smallest(curved(), codecs="exact").pair
+        self.assertExpectedInline(
+            text(pair.forward.graph),
+            """\
+input primals_1
+input primals_2
+input primals_3
+input primals_4
+input primals_5
+convolution = aten.convolution(primals_3, primals_1, primals_2)
+neg = aten.neg(convolution)
+exp = aten.exp(neg)
+add = aten.add(exp)
+div = aten.div(convolution, add)
+convolution_1 = aten.convolution(div, primals_4, primals_5)
+return convolution_1, primals_1, primals_3, primals_4, convolution
+""",
+        )
+        self.assertExpectedInline(
+            text(pair.backward.graph),
+            """\
+input primals_1
+input primals_3
+input primals_4
+input convolution
+input tangents_1
+clone = aten.clone(tangents_1)
+neg = aten.neg(convolution)
+exp = aten.exp(neg)
+add = aten.add(exp)
+div_1 = aten.div(convolution, add)
+convolution_backward_default = aten.convolution_backward(clone, div_1, primals_4)
+getitem_6 = convolution_backward_default[1]
+getitem_7 = convolution_backward_default[2]
+convolution_2 = aten.convolution(clone, primals_4)
+sigmoid = aten.sigmoid(convolution)
+mul = aten.mul(convolution_2, sigmoid)
+sub = aten.sub(sigmoid)
+mul_1 = aten.mul(convolution, sub)
+add_1 = aten.add(mul_1)
+mul_2 = aten.mul(mul, add_1)
+convolution_backward_1 = aten.convolution_backward(mul_2, primals_3, primals_1)
+getitem_4 = convolution_backward_1[1]
+getitem_5 = convolution_backward_1[2]
+return getitem_4, getitem_5, None, getitem_6, getitem_7
+""",
+        )
+
+
+class Skip(nn.Module):
+    """Joins an upsampled value and an earlier one, as a decoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.down, self.last = conv(3, 8), nn.Conv2d(8, 8, 3, 2, 1), conv(16, 8)
+
+    def forward(self, x):
+        high = torch.relu(self.first(x))
+        low = nn.functional.interpolate(torch.relu(self.down(high)), scale_factor=2)
+        return self.last(torch.cat((high, low), 1).relu())
+
+
+LOSSLESS = {
+    "relu": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8)),
+    "batch norm": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8)),
+    "instance norm": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(), conv(8, 8)),
+    "pooling": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8)),
+    "dropout": lambda: nn.Sequential(conv(3, 8), nn.Dropout(), nn.ReLU6(), conv(8, 8)),
+    "gelu": lambda: nn.Sequential(conv(3, 8), nn.GELU(), conv(8, 8)),
+    "skip": Skip,
+    "linear": lambda: nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)),
+}
+
+
+@pytest.mark.parametrize("net", LOSSLESS)
+def test_lossless_choices_change_no_bit(net):
+    traced = trace(LOSSLESS[net](), torch.randn(2, 3, 16, 16))
+    job = smallest(traced, codecs="exact")
+    held = {choice.codec for choice in job.plan.choices}
+    torch.manual_seed(1)
+    plain = run_pair(traced.pair(), traced.primals, traced.tangents())
+    torch.manual_seed(1)
+    rewritten = run_pair(job.pair, traced.primals, traced.tangents())
+    for before, after in zip(plain, rewritten, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert one is other is None or torch.equal(one, other)
+    if net not in ("relu", "linear"):
+        assert held - {"keep"}, "nothing was rewritten"
+
+
+def test_keeping_everything_leaves_the_pair_as_it_was():
+    traced = curved()
+    pair, job = traced.pair(), traced.job(mem_budget="1GB")
+    assert text(job.pair.forward.graph) == text(pair.forward.graph)
+    assert text(job.pair.backward.graph) == text(pair.backward.graph)
+
+
+STOCHASTIC = {
+    "1 bit": (LOSSLESS["relu"], {"codecs": ["quantize:1", "bitmask"]}),
+    "2 bits and replay": (LOSSLESS["batch norm"], {"codecs": ["quantize:2", "bitmask", "recompute"]}),
+    "replay through a join": (Skip, {"codecs": ["quantize:2", "bitmask", "recompute"]}),
+    "4 bits, instance norm": (LOSSLESS["instance norm"], {"codecs": ["quantize:4", "bitmask", "recompute"]}),
+    "fold": (LOSSLESS["batch norm"], {"codecs": ["probe:fold", "bitmask"], "probes": 64}),
+    "gaussian": (LOSSLESS["relu"], {"codecs": ["probe:gaussian", "bitmask"], "probes": 64}),
+    "linear": (LOSSLESS["linear"], {"codecs": ["probe:fold", "bitmask"], "probes": 16}),
+}
+
+
+@pytest.fixture
+def one_thread():
+    """Many small operations: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", STOCHASTIC)
+def test_stochastic_choices_are_right_in_the_mean(case, one_thread):
+    make, options = STOCHASTIC[case]
+    traced = trace(make(), torch.randn(2, 3, 12, 16))
+    job = traced.job(mem_budget="1GB", **options) if "probes" in options else smallest(traced, **options)
+    assert {choice.codec for choice in job.plan.choices} & {"quantize", "probe"}
+    results, exact = run_pair(traced.pair(), traced.primals, traced.tangents())
+    draws = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        same, gradients = run_pair(job.pair, traced.primals, traced.tangents())
+        assert all(torch.equal(one, other) for one, other in zip(same, results, strict=True)), "the forward is exact"
+        draws.append(gradients)
+    scale = max(float(gradient.norm()) for gradient in exact if gradient is not None)
+    noisy = 0
+    for number, gradient in enumerate(exact):
+        if gradient is None:
+            continue
+        errors = torch.stack([(draw[number] - gradient).flatten().double() for draw in draws])
+        directions = torch.randn(errors.shape[1], 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        along = errors @ (directions / directions.norm(dim=0))
+        noisy += bool(along.std() > 1e-4 * scale)
+        standard_error = (along.var(0) / DRAWS + (1e-6 * scale) ** 2).sqrt()
+        assert (along.mean(0) / standard_error).abs().max() < LARGEST_Z, f"gradient {number}"
+    assert noisy
+
+
+def test_a_stream_repeats_its_draws():
+    from xconv_fx.ops import seed
+    from xconv_fx.passes import pipeline
+
+    traced = tiny()
+    job = traced.job(disabled=("rewrite",), mem_budget="1GB", probes=16)
+    job.stream = 77
+    job = pipeline.run(job, disabled=tuple({step.__name__ for step in pipeline.BUDGETED} - {"rewrite"}))
+    steps = []
+    for _ in range(2):
+        seed.start(77, 5)
+        steps.append([run_pair(job.pair, traced.primals, traced.tangents())[1] for _ in range(2)])
+    first, second = steps[0]
+    assert all(one is None or torch.equal(one, other) for one, other in zip(first, steps[1][0], strict=True))
+    assert any(one is not None and not torch.equal(one, other) for one, other in zip(first, second, strict=True))
