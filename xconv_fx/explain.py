@@ -58,7 +58,8 @@ def explain(
     @surfaced_by_dynamo
     def planner(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         hooks.specialise(example_inputs)
-        plan_graph(gm, example_inputs, chosen, session)
+        if hooks.needs_backward(example_inputs):
+            plan_graph(gm, example_inputs, chosen, session)
         return _Unrun(gm)
 
     with torch.enable_grad():
