@@ -244,7 +244,7 @@ STOCHASTIC = {
     "1 bit": (LOSSLESS["relu"], {"codecs": ["quantize:1", "bitmask"]}),
     "2 bits and replay": (LOSSLESS["batch norm"], {"codecs": ["quantize:2", "bitmask", "recompute"]}),
     "replay through a join": (Skip, {"codecs": ["quantize:2", "bitmask", "recompute"]}),
-    "4 bits, instance norm": (LOSSLESS["instance norm"], {"codecs": ["quantize:4", "bitmask", "recompute"]}),
+    "4 bits, instance norm": (LOSSLESS["instance norm"], {"codecs": ["quantize:4", "bitmask"]}),
     "fold": (LOSSLESS["batch norm"], {"codecs": ["probe:fold", "bitmask"], "probes": 64}),
     "gaussian": (LOSSLESS["relu"], {"codecs": ["probe:gaussian", "bitmask"], "probes": 64}),
     "linear": (LOSSLESS["linear"], {"codecs": ["probe:fold", "bitmask"], "probes": 16}),

@@ -1,0 +1,147 @@
+"""The private interfaces that the backend leans on, where they can be tried without compiling."""
+
+from __future__ import annotations
+
+import pickle
+import types
+
+import pytest
+import torch
+from torch import fx, nn
+
+from xconv_fx import hooks
+from xconv_fx.errors import UnsupportedTorchError
+
+# Raised by torch 2.13 itself, while it imports Inductor.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("version", [*hooks.CHECKED, hooks.CHECKED[-1] + "+cu126"])
+def test_checked_versions(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    hooks.require_checked_torch()
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.13.1", "3.0.0.dev20270101"])
+def test_other_versions_are_refused_by_name(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UnsupportedTorchError, match=hooks.CHECKED[-1]):
+        hooks.require_checked_torch()
+
+
+def test_deduplication():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first, second = (graph.call_function(aten.sin.default, (x,)) for _ in range(2))
+    graph.call_function(aten.cos.default, (x,))
+    graph.output((graph.call_function(aten.add.Tensor, (first, second)),))
+    gm = fx.GraphModule(nn.Module(), graph)
+    hooks.deduplicate(gm)
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [aten.sin.default, aten.add.Tensor]
+    value = torch.randn(3)
+    assert torch.equal(gm(value)[0], 2 * value.sin())
+
+
+def test_every_source_file_is_part_of_the_hash(tmp_path, monkeypatch):
+    before = hooks.source_hash()
+    assert before == hooks.source_hash()
+    from xconv_fx import passes
+
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(passes, "__file__", str(tmp_path / "__init__.py"))
+    empty = hooks.source_hash()
+    (tmp_path / "new_pass.py").write_text("x = 1\n")
+    added = hooks.source_hash()
+    (tmp_path / "new_pass.py").write_text("x = 2\n")
+    assert len({before, empty, added, hooks.source_hash()}) == 4
+
+
+def test_a_partitioner_stands_for_its_key():
+    partitioner = hooks.Partitioner(lambda gm, inputs, **arguments: (gm, inputs, arguments), "key")
+    assert partitioner("graph", [1], num_fwd_outputs=2) == ("graph", [1], {"num_fwd_outputs": 2})
+    assert partitioner.uuid() == "key"
+    # Inductor pickles its configuration into cache keys; the function inside cannot be pickled.
+    assert pickle.loads(pickle.dumps(partitioner)) == "key"
+
+
+def test_modules_are_loaded_when_they_are_wanted(monkeypatch):
+    from torch._inductor.codecache import PyCodeCache
+
+    loaded = []
+
+    def load(key, path, *args, **kwargs):
+        loaded.append(path)
+        return types.SimpleNamespace(call=lambda arguments: [path, *arguments])
+
+    monkeypatch.setattr(PyCodeCache, "load_by_key_path", load)
+    deferred = hooks.Deferred()
+    with deferred.collect():
+        modules = [PyCodeCache.load_by_key_path("key", path) for path in ("one", "two")]
+    assert not loaded and [module.__file__ for module in modules] == ["one", "two"]
+    deferred.load({})
+    assert loaded == ["one", "two"]
+    assert modules[1].call([3]) == ["two", 3]
+    assert PyCodeCache.load_by_key_path is load
+
+
+def test_generated_code_goes_to_the_sink_and_nowhere_else_after():
+    from torch._inductor.graph import GraphLowering
+
+    seen = []
+    before = GraphLowering.save_output_code
+    with hooks.generated_code(seen.append):
+        GraphLowering.save_output_code("code")
+    assert seen == ["code"] and GraphLowering.save_output_code is before
+
+
+def test_frames_and_callers():
+    """Inside a backend: the `torch.compile` call, the module, and the number of the frame."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(
+            (
+                hooks.compile_call(),
+                hooks.compiled_module(),
+                hooks.frame(),
+                hooks.parameter_bytes(gm),
+                hooks.parameter_bytes(gm, buffers=True),
+            )
+        )
+        return gm
+
+    assert (hooks.compile_call(), hooks.compiled_module(), hooks.frame()) == (None, None, None)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    compiled(torch.randn(3, 4))
+    compiled(torch.randn(5, 4))  # Compiled again: the same frame of the same call.
+    (call, module, frame, parameters, buffers), *again = found
+    assert isinstance(call, torch._TorchCompileWrapper) and module is model and frame is not None
+    assert parameters == (16 + 4 + 4 + 4) * 4
+    assert buffers == parameters + (4 + 4) * 4 + 8
+    assert len(again) == 1 and again[0][:3] == (call, model, frame)
+
+
+def test_channels_last_is_inductors_decision():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graph, mode = fx.Graph(), FakeTensorMode()
+    operands = [graph.placeholder("x"), graph.placeholder("w")]
+    geometry = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    with mode:
+        values = torch.empty(2, 8, 16, 16), torch.empty(8, 8, 3, 3)
+        result = aten.convolution.default(*values, *geometry)
+    for operand, value in zip(operands, values, strict=True):
+        operand.meta["val"] = value
+    graph.output((operands[0],))
+    gm = fx.GraphModule(nn.Module(), graph)
+    assert not hooks.channels_last_convolutions(gm)
+    with gm.graph.inserting_before(next(reversed(gm.graph.nodes))):
+        x, weight = gm.graph.find_nodes(op="placeholder")
+        node = gm.graph.call_function(aten.convolution.default, (x, weight, *geometry))
+    node.meta["val"] = result
+    next(reversed(gm.graph.nodes)).args = ((node,),)
+    assert hooks.channels_last_convolutions(gm)
