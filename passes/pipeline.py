@@ -104,13 +104,13 @@ BUDGETED: tuple[Pass, ...] = (
     plan,
     rewrite,
 )
-# Without a budget: Inductor's own forward and backward, and the report on what they hold.
+# Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
 PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:
     """Run every pass that is not disabled by name, in order."""
-    passes = PLAIN if job.options.mem_budget is None else BUDGETED
+    passes = PLAIN if job.options.plain else BUDGETED
     for step in passes:
         if step.__name__ in disabled:
             continue

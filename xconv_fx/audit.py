@@ -103,7 +103,8 @@ class _Tracker(TorchDispatchMode):
 
     def see(self, values: Any, label: str, extra: int = 0) -> None:
         for tensor in torch.utils._pytree.tree_leaves(values):
-            if isinstance(tensor, FakeTensor):
+            # A sparse tensor owns nothing: its indices and values are tensors of their own, seen when they were made.
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
                 row = self.live.get(storage._cdata)
                 if row is None or row[0].expired():

@@ -18,7 +18,7 @@ from xconv_fx.passes import pipeline
 
 from . import hooks
 from .audit import Audit, Peak
-from .errors import BudgetInfeasibleError, surfaced_by_dynamo
+from .errors import BudgetInfeasibleError, XConvError, find_ours, surfaced_by_dynamo
 from .log import log, publish
 from .ops import lowering
 from .options import Options, Probes
@@ -72,30 +72,73 @@ class Compilation:
         self.peaks: dict[str, int] = {}
         self.corrections: dict[str, int] = {}
         self.abandoned = False
-        # The audited peak of plain Inductor, and the budget that a graph compiled plainly fits as it is.
+        # The audited peak of plain Inductor; the budget to report where another was planned for; and whether code
+        # over the budget is abandoned.
         self.unbudgeted: int | None = None
         self.budget: int | None = None
+        self.enforced = True
 
     def run(self) -> Callable[..., Any]:
         """The compiled graph of the first plan whose audited peak is within the budget."""
         if self.options.mem_budget is not None and (plain := self._plain()) is not None:
             return plain.run()
+        infeasible = None
         for attempt in range(1, ATTEMPTS + 1):
             self.abandoned, self.job, self.peaks = False, None, {}
             try:
                 compiled = self._compile(copy.deepcopy(self.gm))
-            except Exception:
-                if not self.abandoned:
+            except Exception as error:
+                if self.abandoned:
+                    continue
+                infeasible = find_ours(error)
+                if not isinstance(infeasible, BudgetInfeasibleError):
                     raise
-                continue
+                break
             self._report(attempt)
             return compiled
-        raise self._infeasible()
+        return self._least(None if self.corrections else infeasible, attempt)
+
+    def _least(self, infeasible: XConvError | None, attempts: int) -> Callable[..., Any]:
+        """The code of the plan of least predicted peak, which what the audit found of other plans does not rule out.
+
+        `infeasible` names that peak, if it is known. Raises `BudgetInfeasibleError` when this code is over the budget
+        as well, with its audited peak as the smallest budget: one that is known to work.
+        """
+        assert self.options.mem_budget is not None
+        budget = self.options.mem_budget.resolve(0)
+        error = infeasible if isinstance(infeasible, BudgetInfeasibleError) else self._predicted_least()
+        least = self._with_budget(error.smallest)
+        least.enforced = False
+        least._compile(copy.deepcopy(self.gm), load=False)
+        smallest = max(least.peaks.values()) + self.options.reserve
+        if smallest > budget:
+            raise BudgetInfeasibleError(budget, smallest, error.consumers)
+        compiled = least._compile(copy.deepcopy(self.gm))
+        least.budget, least.unbudgeted = budget, self.unbudgeted
+        least._report(attempts + 1)
+        return compiled
+
+    def _predicted_least(self) -> BudgetInfeasibleError:
+        """What the planner says to a budget that nothing fits."""
+        try:
+            self._with_budget(1)._compile(copy.deepcopy(self.gm), load=False)
+        except Exception as error:
+            ours = find_ours(error)
+            if isinstance(ours, BudgetInfeasibleError):
+                return ours
+            raise
+        raise AssertionError("a plan for one byte")
+
+    def _with_budget(self, size: int) -> Compilation:
+        options = replace(self.options, mem_budget=Budget(bytes=size))
+        return Compilation(self.gm, self.example_inputs, options, self.session)
 
     def _plain(self) -> Compilation | None:
         """Audit plain Inductor's code: what a budget in percent is a fraction of. Returned when it fits the budget."""
         assert self.options.mem_budget is not None
-        plain = Compilation(self.gm, self.example_inputs, replace(self.options, mem_budget=None), self.session)
+        plain = Compilation(
+            self.gm, self.example_inputs, replace(self.options, mem_budget=None, probes=Probes()), self.session
+        )
         plain._compile(copy.deepcopy(self.gm), load=False)
         self.unbudgeted = max(plain.peaks.values(), default=0)
         budget = self.options.mem_budget.resolve(self.unbudgeted)
@@ -106,7 +149,7 @@ class Compilation:
         return plain
 
     def _compile(self, gm: fx.GraphModule, load: bool = True) -> Callable[..., Any]:
-        budgeted = self.options.mem_budget is not None
+        budgeted = not self.options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
         settings = self.options.inductor_config()
@@ -146,7 +189,7 @@ class Compilation:
             self.peaks[where] = peak.bytes
             log.debug("audit: %s reaches %d bytes at %s; alive: %s", where, peak.bytes, peak.at, peak.alive)
         budget, worst = self.job.plan.budget, max(self.peaks.values())
-        if budget is not None and worst > budget - self.options.reserve:
+        if self.enforced and budget is not None and worst > budget - self.options.reserve:
             self._tighten(budget - self.options.reserve)
             self.abandoned = True
             raise _OverBudget
@@ -182,13 +225,6 @@ class Compilation:
             plan = replace(plan, budget=self.budget)
         publish(plan)
         self.session.add(plan, self.gm)
-
-    def _infeasible(self) -> BudgetInfeasibleError:
-        assert self.job is not None and self.job.plan is not None and self.job.plan.budget is not None
-        plan = self.job.plan
-        consumers = sorted(((c.layer or c.residual, c.bytes_after) for c in plan.choices), key=lambda row: -row[1])
-        smallest = max(self.peaks.values()) + self.options.reserve
-        return BudgetInfeasibleError(plan.budget or 0, smallest, consumers[:5])
 
 
 def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session) -> Plan | None:

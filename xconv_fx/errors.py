@@ -157,7 +157,7 @@ def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:
         try:
             return backend(*args, **kwargs)
         except Exception as error:
-            ours = _find_ours(error)
+            ours = find_ours(error)
             if ours is None:
                 raise
             raise _surfacing(ours, sys._getframe()).with_traceback(error.__traceback__) from ours.__cause__
@@ -165,7 +165,8 @@ def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-def _find_ours(error: BaseException | None) -> XConvError | None:
+def find_ours(error: BaseException | None) -> XConvError | None:
+    """The error itself, or the one that Dynamo or Inductor has wrapped in it, if it is this package's."""
     while error is not None and not isinstance(error, XConvError):
         error = getattr(error, "inner_exception", None)
     return error

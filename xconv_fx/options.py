@@ -207,6 +207,11 @@ class Options:
         parsed = {name: PARSERS[name](value) for name, value in given.items()}
         return Options(**parsed)
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for that Inductor does not do by itself."""
+        return self.mem_budget is None and self.probes == Probes()
+
     def inductor_config(self) -> dict[str, Any]:
         """Inductor settings of `mode`, overridden by those of `inductor`."""
         from torch._inductor import list_mode_options
