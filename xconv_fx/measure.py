@@ -87,13 +87,15 @@ def training_peak(
     """The physical peak of one forward and backward of `model`, which may be compiled.
 
     Resident are parameters, buffers, `inputs` and the further tensors in `resident` (targets, optimiser state).
+    The model's output is held during the backward, as the usual training loop holds it in a variable.
     `warmup` steps run before (a compiled model compiles in the first). Gradients are None when the measured step
     begins, so they are part of what it allocates, and None again afterwards.
     """
     args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
     def step() -> None:
-        loss(model(*args)).backward()
+        output = model(*args)
+        loss(output).backward()
 
     for _ in range(warmup):
         step()

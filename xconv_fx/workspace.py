@@ -1,31 +1,87 @@
-"""Bytes that extern kernels allocate inside a call, where they are known.
+"""Bytes that extern kernels allocate inside a call, where they can be known.
 
-On CPU, ATen's convolution has several backends. oneDNN's allocates little through the tensor allocator (reordered
-weights); the native ones, which run in float64, without oneDNN's support for bfloat16, and often in 3d, unfold the
-input (im2col): C k^d x output positions, which can dwarf every activation. Which backend runs is asked of torch itself.
+On CPU, ATen's convolution has several backends, and torch itself says which one runs:
+
+* the native ones unfold their input (im2col), C k^d x output positions, which can dwarf every activation;
+* oneDNN on channels-last activations reorders the weights only;
+* oneDNN on contiguous 3d activations copies them into blocked layouts of its own, in pieces that depend on the strides
+  and on the processor's vectors. No rule of ours fits all cases, so the call is made once on tensors of the same
+  shapes and the allocator is watched (`measured`, cached; above `LARGEST` bytes a rough rule is used instead).
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .measure import physical_peak, storage_bytes
 
 aten = torch.ops.aten
 
 
+# The largest operands, in bytes, on which a call is made to see what it allocates.
+LARGEST = 1 << 28
+
+
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
+    if func in (aten.convolution.default, aten.convolution_backward.default) and _is_blocked(func, args):
+        return measured(func, *_signature(args))
     if func is aten.convolution.default:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
-        return _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, 1)
+        return _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     if func is aten.convolution_backward.default:
         _, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = args
-        work = _convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups, 1)
+        work = _convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
         # The weight gradient is produced in the library's blocked layout and copied out of it.
         return work + (weight.numel() * weight.element_size() if mask[1] else 0)
     return 0
+
+
+def _is_blocked(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether oneDNN will copy 3d activations into its own layout."""
+    x, weight, *_ = args if func is aten.convolution.default else (args[1], args[2])
+    geometry = args[3:9] if func is aten.convolution.default else args[4:10]
+    if x.dim() != 5 or x.device.type != "cpu" or x.is_contiguous(memory_format=torch.channels_last_3d):
+        return False
+    small = sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, torch.Tensor)) < LARGEST
+    return small and "Mkldnn" in str(torch._C._select_conv_backend(x, weight, None, *geometry))
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without data: tensors by their shape, strides and dtype."""
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _Shaped(tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype)
+        return tuple(value) if isinstance(value, (list, tuple)) else value
+
+    return tuple(map(describe, args))
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def real(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype).zero_()
+
+
+@functools.cache
+def measured(func: Any, *signature: Any) -> int:
+    """Bytes that one call allocates beyond its outputs, by the allocator's own events."""
+    with _disable_current_modes(), torch.no_grad():
+        args = [value.real() if isinstance(value, _Shaped) else value for value in signature]
+        peak = physical_peak(lambda: func(*args)).transient
+        outputs = [out for out in torch.utils._pytree.tree_leaves(func(*args)) if isinstance(out, torch.Tensor)]
+    return max(0, peak - storage_bytes(outputs))
 
 
 def node_workspace(node: torch.fx.Node) -> int:
@@ -45,7 +101,6 @@ def _convolution(
     transposed: bool,
     output_padding: Any,
     groups: int,
-    copies: int,
 ) -> int:
     if x.device.type != "cpu":
         return 0
@@ -54,7 +109,7 @@ def _convolution(
         torch._C._select_conv_backend(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     )
     if "Slow" not in backend:
-        return copies * weight_bytes
+        return weight_bytes
     if backend.endswith("Slow2d") and _is_pointwise(weight, stride, padding):
         return 0  # Unfolding such an input is a view of it.
     columns = weight.numel() // weight.size(0)

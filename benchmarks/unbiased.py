@@ -1,0 +1,155 @@
+"""Is the mean gradient the exact one? 64 draws of every network of the main job under the tightest budget there is.
+
+In float64, so that rounding does not blur the comparison with plain autograd; the budget is the smallest feasible one,
+where every large residual is held approximately. For every parameter the error of the mean
+of the draws is projected on random directions and divided by its own standard error: under no bias each of these is a
+t value with 63 degrees of freedom. The table shows the largest of them next to what chance alone exceeds once in
+twenty tables, and the share of single coordinates whose 95% confidence interval holds the exact value. Parameters whose
+gradient does not vary between draws must agree to 1e-9.
+
+    python benchmarks/unbiased.py --net vgg
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from nets import MAIN_JOB
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from torch import Tensor, nn
+
+from xconv_fx.errors import BudgetInfeasibleError
+
+DIRECTIONS = 4
+DOUBT = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the draws of one network say. `limit` is the two-sided Bonferroni bound on `largest`."""
+
+    net: str
+    tensors: int
+    noisy: int
+    noise: float
+    largest: float
+    limit: float
+    coverage: float
+    exact_error: float
+
+    @property
+    def unbiased(self) -> bool:
+        return self.largest <= self.limit and self.exact_error <= 1e-9
+
+
+def gradients(model: nn.Module, run: nn.Module, inputs: Tensor, loss: object) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss(run(inputs)).backward()  # type: ignore[operator]
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def lowest(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """The model compiled at the smallest budget that the backend accepts."""
+    budget: int | str = "1KB"
+    for _ in range(6):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="xconv", options={"mem_budget": budget})
+        try:
+            compiled(inputs)
+        except BudgetInfeasibleError as error:
+            budget = error.smallest
+        else:
+            return cast(nn.Module, compiled)
+    raise RuntimeError(f"no feasible budget found up to {budget} bytes")
+
+
+def judge(name: str, draws: int) -> Verdict:
+    """Run one network; in a process of its own."""
+    net = MAIN_JOB[name]
+    torch.manual_seed(0)
+    model = net.build().double()
+    inputs, target = net.batch(dtype=torch.float64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def loss(output: Tensor) -> Tensor:
+        return net.loss(output, target)
+
+    exact = gradients(model, model, inputs, loss)
+    model.load_state_dict(state)
+    compiled = lowest(model, inputs)
+    torch.manual_seed(1)
+    total = [torch.zeros_like(g) for g in exact]
+    square = [torch.zeros_like(g) for g in exact]
+    for _ in range(draws):
+        model.load_state_dict(state)
+        for sums, squares, grad, reference in zip(
+            total, square, gradients(model, compiled, inputs, loss), exact, strict=True
+        ):
+            error = grad - reference
+            sums += error
+            squares += error.square()
+    return verdict(name, exact, total, square, draws)
+
+
+def verdict(name: str, exact: list[Tensor], total: list[Tensor], square: list[Tensor], draws: int) -> Verdict:
+    """Test the accumulated errors of the draws.
+
+    Coordinates are nearly independent given the data, so a projection's standard error follows from theirs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scores, inside, counted, noise, fixed = [], 0, 0, [], 0.0
+    quantile = float(stats.t.ppf(0.975, draws - 1))
+    for reference, sums, squares in zip(exact, total, square, strict=True):
+        mean = sums / draws
+        spread = ((squares / draws - mean.square()) * draws / (draws - 1)).clamp(min=0).sqrt()
+        scale = float(reference.norm())
+        if float(spread.norm()) <= 1e-9 * max(scale, 1e-12):
+            fixed = max(fixed, float(mean.norm()) / max(scale, 1e-12))
+            continue
+        noise.append(float(spread.norm()) / max(scale, 1e-12))
+        error = spread / draws**0.5
+        varying = error > 0
+        inside += int((mean.abs()[varying] <= quantile * error[varying]).sum())
+        counted += int(varying.sum())
+        for _ in range(DIRECTIONS):
+            signs = torch.randint(0, 2, mean.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            scores.append(float((signs * mean).sum() / error.square().sum().sqrt()))
+    limit = float(stats.t.ppf(1 - DOUBT / 2 / max(1, len(scores)), draws - 1))
+    return Verdict(
+        name, len(exact), len(noise), float(np.median(noise)) if noise else 0.0,
+        max((abs(score) for score in scores), default=0.0), limit, inside / max(1, counted), fixed,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", action="append", choices=sorted(MAIN_JOB), help="a network (repeatable; default: all)")
+    parser.add_argument("--draws", type=int, default=64)
+    chosen = parser.parse_args(arguments)
+    table = Table(title=f"{chosen.draws} draws at the smallest feasible budget, float64")
+    for column in ("network", "parameters", "with noise", "noise of a draw", "largest |t|", "limit", "within 95% CI"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    good = True
+    for name in chosen.net or list(MAIN_JOB):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            row = pool.submit(judge, name, chosen.draws).result()
+        good &= row.unbiased
+        table.add_row(
+            row.net, str(row.tensors), str(row.noisy), f"{row.noise:.1e}", f"{row.largest:.2f}", f"{row.limit:.2f}",
+            f"{row.coverage:.1%}",
+        )  # fmt: skip
+    Console(width=110).print(table)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
