@@ -75,12 +75,12 @@ def test_windows_over_one_position():
     assert overlapping_windows((2,), (5,)) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_generated_kernels_compute_what_the_reference_does(dtype):
-    """All shapes in one graph: one compilation."""
+@pytest.mark.parametrize(("dtype", "cases"), [(torch.float64, CASES[::2]), (torch.bfloat16, CASES[1:10:4])], ids=str)
+def test_generated_kernels_compute_what_the_reference_does(dtype, cases):
+    """Several shapes in one graph: one compilation."""
     lowering.install()
     torch._dynamo.reset()
-    problems = [problem(case, dtype) for case in CASES]
+    problems = [problem(case, dtype) for case in cases]
     fixed = [arguments[2:] for _, arguments in problems]
 
     def gathers(*tensors):
@@ -90,7 +90,7 @@ def test_generated_kernels_compute_what_the_reference_does(dtype):
     tensors = [tensor for _, arguments in problems for tensor in arguments[:2]]
     with fresh_cache():
         found, (code,) = run_and_get_code(torch.compile(gathers, backend="inductor", dynamic=False), *tensors)
-    assert "xconv.max_pool_backward" not in code.split("def call", 1)[1].replace("# ", "")
+    assert "torch.ops.xconv" not in code, "a lowering must have replaced the eager reference"
     for (expected, _), gathered in zip(problems, found, strict=True):
         # A kernel adds up to nine windows in float32 and rounds once; the reference rounds after each.
         tolerance = 1e-13 if dtype == torch.float64 else 0.05
