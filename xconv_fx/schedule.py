@@ -15,9 +15,9 @@ Leans on private API of Inductor's scheduler, checked against torch 2.13.0.
 
 from __future__ import annotations
 
-import heapq
 from typing import Any
 
+import networkx as nx
 import torch
 from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
@@ -87,25 +87,12 @@ def in_graph_order(nodes: list[Any]) -> list[Any]:
     place = _places()
     rank = {node: (_position(node, place), index) for index, node in enumerate(nodes)}
     producer = {name: node for node in nodes for name in node.get_buffer_names()}
-    waiting: dict[Any, int] = {}
-    readers: dict[Any, list[Any]] = {}
+    order = nx.DiGraph()
+    order.add_nodes_from(nodes)
     for node in nodes:
-        needs = {producer[dep.name] for dep in node.unmet_dependencies if dep.name in producer} - {node}
-        waiting[node] = len(needs)
-        for need in needs:
-            readers.setdefault(need, []).append(node)
-    ready = [(rank[node], node) for node in nodes if not waiting[node]]
-    heapq.heapify(ready)
-    ordered = []
-    while ready:
-        _, node = heapq.heappop(ready)
-        ordered.append(node)
-        for reader in readers.get(node, ()):
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                heapq.heappush(ready, (rank[reader], reader))
-    assert len(ordered) == len(nodes), "the scheduler's dependencies form a cycle"
-    return ordered
+        needs = (producer[dep.name] for dep in node.unmet_dependencies if dep.name in producer)
+        order.add_edges_from((need, node) for need in needs if need is not node)
+    return list(nx.lexicographical_topological_sort(order, key=rank.__getitem__))
 
 
 def _position(node: Any, place: dict[Any, int]) -> int:
