@@ -198,7 +198,7 @@ class _Poser:
         row = [keep]
         fixed = self.options.probes.count_for(residual.reader) if "weight_grad" in residual.uses else None
         if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
-            return [self._probe(residual, fixed, None, keep_first=True)]
+            return [self._probe(residual, fixed, None)]
         allowed = self.options.codecs
         if "bitmask" in allowed and residual.uses == {"mask"}:
             row.append(self._bitmask(residual))
@@ -258,9 +258,7 @@ class _Poser:
                 row += [self._probe(residual, ceil(length / fold), None, kind=kind) for kind in kinds]
         return row
 
-    def _probe(
-        self, residual: Residual, probes: int, bits: int | None, kind: str | None = None, keep_first: bool = False
-    ) -> Candidate:
+    def _probe(self, residual: Residual, probes: int, bits: int | None, kind: str | None = None) -> Candidate:
         kinds = self.options.codecs.kinds
         chosen = kind or ("fold" if "fold" in kinds or not kinds else kinds[0])
         length = numel(residual.forward) // residual.shape[0]
