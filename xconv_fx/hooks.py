@@ -220,13 +220,22 @@ def separate_kernels(enabled: bool = True) -> Iterator[None]:
     def codegen_node(self: Any, node: Any) -> Any:
         result = generate(self, node)
         names = {*node.get_buffer_names(), *node.last_usage}
-        sizes = (V.graph.get_numel(name) * V.graph.get_dtype(name).itemsize for name in names)
-        if sum(int(size) for size in sizes) > GATHERED_BYTES:
+        if sum(_buffer_bytes(name) for name in names) > GATHERED_BYTES:
             self._set_flush_status(True)
         return result
 
     with mock.patch.object(CppScheduling, "codegen_node", codegen_node) if enabled else contextlib.nullcontext():
         yield
+
+
+def _buffer_bytes(name: str) -> int:
+    """Bytes of a buffer of the graph that is being lowered; 0 for a tuple of tensors, which are buffers themselves."""
+    from torch._inductor.ir import MultiOutputLayout
+    from torch._inductor.virtualized import V
+
+    if isinstance(getattr(V.graph.name_to_buffer.get(name), "layout", None), MultiOutputLayout):
+        return 0
+    return int(V.graph.get_numel(name)) * V.graph.get_dtype(name).itemsize
 
 
 class Deferred:
