@@ -8,6 +8,7 @@ Kernels are compiled only for the plan that fits, and nothing runs before it doe
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,7 @@ class Compilation:
         least = self._with_budget(error.smallest)
         least.enforced = False
         least._compile(copy.deepcopy(self.gm), load=False)
-        smallest = max(least.peaks.values()) + self.options.reserve
+        smallest = min(max(least.peaks.values()), self.unbudgeted or sys.maxsize) + self.options.reserve
         if smallest > budget:
             raise BudgetInfeasibleError(budget, smallest, error.consumers)
         compiled = least._compile(copy.deepcopy(self.gm))

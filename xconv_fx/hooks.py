@@ -182,6 +182,13 @@ def needs_backward(example_inputs: Sequence[Any]) -> bool:
     )
 
 
+def input_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of a Dynamo graph's inputs that are neither parameters nor buffers."""
+    values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder"))
+    every = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+    return max(0, int(every) - parameter_bytes(gm, buffers=True))
+
+
 def specialise(example_inputs: Sequence[Any]) -> None:
     """Fix every symbolic size to its value: a plan is made of bytes. Another size compiles another graph."""
     for value in example_inputs:
@@ -213,7 +220,6 @@ def separate_kernels(enabled: bool = True) -> Iterator[None]:
     are then all alive at once. A call costs microseconds, the buffers megabytes.
     """
     from torch._inductor.codegen.cpp import CppScheduling
-    from torch._inductor.virtualized import V
 
     generate = CppScheduling.codegen_node
 

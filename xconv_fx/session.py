@@ -33,6 +33,7 @@ class Session:
     stream: int | None = None
     plans: dict[Hashable, Plan] = field(default_factory=dict)
     parameters: dict[Hashable, int] = field(default_factory=dict)
+    inputs: dict[Hashable, int] = field(default_factory=dict)
 
     @staticmethod
     def of(options: Options) -> Session:
@@ -53,11 +54,12 @@ class Session:
     def outside(self, gm: fx.GraphModule) -> int:
         """Bytes alive while this graph runs that are none of its tensors.
 
-        The parameters and buffers of the module's other graphs; what earlier graphs hold for their backward; and the
-        gradients of later graphs, which their backward has left when this one's runs.
+        The parameters and buffers of the module's other graphs; what earlier graphs hold for their backward, and their
+        inputs; and the gradients of later graphs, which their backward has left when this one's runs.
         """
-        earlier = {frame: plan for frame, plan in self.plans.items() if frame != hooks.frame()}
-        held = sum(plan.saved_after for plan in earlier.values())
+        # Graphs are compiled in the order in which they run, and keep their place when compiled again.
+        earlier = list(itertools.takewhile(lambda frame: frame != hooks.frame(), self.plans))
+        held = sum(self.plans[frame].saved_after + self.inputs[frame] for frame in earlier)
         if self.module is None:
             return held
         mine = hooks.parameter_bytes(gm)
@@ -73,5 +75,6 @@ class Session:
         frame = hooks.frame()
         self.plans[frame] = plan
         self.parameters[frame] = hooks.parameter_bytes(gm)
+        self.inputs[frame] = hooks.input_bytes(gm)
         if self.options.report is not None:
             write_json(self.plans.values(), self.options.report)
