@@ -1,0 +1,82 @@
+"""Fixtures that compile a model with the backend and tell what it planned.
+
+Dynamo counts compilations per line of code, across models and tests, and stops compiling at its limit; so every test
+starts from an empty Dynamo. Compiled code that several tests look at is kept as its results, by module fixtures.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.plan import Plan
+from xconv_fx.report import read_json
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model and the file that its plans are written to."""
+
+    model: nn.Module
+    report: Path
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of its graphs so far; none before the first call."""
+        return read_json(self.report) if self.report.exists() else ()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of its only graph."""
+        (only,) = self.plans
+        return only
+
+
+Compile = Callable[..., Compiled]
+
+
+@pytest.fixture(scope="session")
+def compile_model(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """`compile_model(model, **options)`: `torch.compile` with this backend and a report."""
+    folder, numbers = tmp_path_factory.mktemp("plans"), itertools.count()
+
+    def compiled(model: nn.Module, **options: Any) -> Compiled:
+        report = folder / f"{next(numbers)}.json"
+        return Compiled(torch.compile(model, backend="xconv", options={"report": report, **options}), report)
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def compile_tightly(compile_model: Compile) -> Compile:
+    """`compile_tightly(model, *inputs, **options)`: compiled on the least budget for these inputs.
+
+    The percentage of a network's peak that can be saved depends on what the machine's convolutions allocate inside,
+    the least budget does not: on it, something is always compressed that could be.
+    """
+
+    def compiled(model: nn.Module, *inputs: Any, **options: Any) -> Compiled:
+        with pytest.raises(BudgetInfeasibleError) as caught:
+            torch.compile(copy.deepcopy(model), backend="xconv", options={**options, "mem_budget": "1kB"})(*inputs)
+        return compile_model(model, mem_budget=caught.value.smallest, **options)
+
+    return compiled
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
