@@ -100,15 +100,10 @@ class _Writer:
     def hold(self, residual: Residual, held: Held) -> None:
         """Encode after the producer, cross with the payload, decode before every reader."""
         codec = registry.codec(held.codec)
-        if codec.lossless:
-            payload = self.encode(residual.forward, held, [])
-            for reader in list(residual.backward.users):
-                self.decode(payload, held, [], residual.backward, reader)
-            return
-        seed, seed_in_backward = self.seed(residual.value.device)
-        payload = self.encode(residual.forward, held, [seed])
+        seeds = [] if codec.lossless else [self.seed(residual.value.device)]
+        payload = self.encode(residual.forward, held, [forward for forward, _ in seeds])
         for reader in list(residual.backward.users):
-            self.decode(payload, held, [seed_in_backward], residual.backward, reader)
+            self.decode(payload, held, [backward for _, backward in seeds], residual.backward, reader)
 
     def encode(self, node: fx.Node, held: Held, seed: list[fx.Node]) -> list[fx.Node]:
         """The payload's placeholders in the backward."""
