@@ -1,0 +1,167 @@
+"""How fast the codecs' generated kernels are: milliseconds of encode and decode, and how many plain copies that is.
+
+Every row is one codec on one tensor, compiled by Inductor with our lowerings. A copy reads the tensor and writes
+another one that exists already; encode reads the tensor and allocates its payload; decode reads the payload and writes
+into a tensor that exists already, so that no allocator is timed. A bit mask is encoded from a comparison (`x > 0`)
+and decoded into the gradient it masks (`where(mask, g, 0)`), which is how masks occur. All kernels of a tensor and its
+copy are timed in turn, and ratios are ratios of their medians: absolute times depend on what else the machine does.
+
+    python benchmarks/codecs.py --quick
+    python benchmarks/codecs.py --tensor volume --codec quantize --dtype float32 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+
+from xconv_fx.measure import interleaved_times
+from xconv_fx.ops import Held, aligned_probes, codec, layout, lowering
+from xconv_fx.sizes import format_size
+
+CHANNELS_LAST = (0, 2, 3, 1)
+FOLD = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADINGS = ("encode ms", "of a copy", "decode ms", "of a copy", "payload", "of tensor", "compile s")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor to encode. `order`: its dimensions from the outermost in memory to the innermost."""
+
+    size: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+# About 8 million elements each, which no cache holds in float32. Extents of the odd ones divide by no word or group.
+TENSORS = {
+    "contiguous": Shape((16, 64, 88, 88), (0, 1, 2, 3)),
+    "channels_last": Shape((16, 64, 88, 88), CHANNELS_LAST),
+    "volume": Shape((2, 16, 64, 64, 64), (0, 1, 2, 3, 4)),
+    "odd": Shape((13, 61, 97, 101), (0, 1, 2, 3)),
+    "odd_channels_last": Shape((13, 61, 97, 101), CHANNELS_LAST),
+}
+QUICK = ("channels_last", "odd")
+
+# Name, and the fields of `Held` besides those that say which tensor.
+CODECS: dict[str, dict[str, Any]] = {
+    "bitmask": {"codec": "bitmask"},
+    **{f"quantize {bits}": {"codec": "quantize", "bits": bits} for bits in (8, 4, 2, 1)},
+    "probe": {"codec": "probe"},
+    **{f"probe {bits}": {"codec": "probe", "bits": bits} for bits in (4, 2)},
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compiled encode and decode of one tensor by one codec, as functions of nothing."""
+
+    encode: Callable[[], tuple[Tensor, ...]]
+    decode: Callable[[], object]
+    payload_bytes: int
+    compile_seconds: float
+
+
+def tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Normal values that lie in memory as `shape` says."""
+    return layout.to_logical(torch.randn(layout.physical_size(shape.size, shape.order)).to(dtype), shape.order)
+
+
+def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
+    probes = aligned_probes(shape.size, shape.order, FOLD) if fields["codec"] == "probe" else None
+    return Held(size=shape.size, dtype=dtype, order=shape.order, salt=1, probes=probes, **fields)
+
+
+def build(held: Held, x: Tensor, seed: Tensor, result: Tensor) -> Kernels:
+    """Compiles and runs both directions once. `result` is what decode writes into; it reads `x` as a gradient."""
+    row = codec(held.codec)
+
+    def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        return row.encode(x > 0 if held.codec == "bitmask" else x, seed, held)
+
+    def decode(payload: tuple[Tensor, ...], seed: Tensor, gradient: Tensor, result: Tensor) -> None:
+        decoded = row.decode(payload, seed, held)
+        result.copy_(torch.where(decoded, gradient, 0) if held.codec == "bitmask" else decoded)
+
+    torch._dynamo.reset()
+    fast_encode, fast_decode = (torch.compile(function, dynamic=False, fullgraph=True) for function in (encode, decode))
+    started = time.perf_counter()
+    payload = fast_encode(x, seed)
+    fast_decode(payload, seed, x, result)
+    return Kernels(
+        encode=lambda: fast_encode(x, seed),
+        decode=lambda: fast_decode(payload, seed, x, result),
+        payload_bytes=sum(part.nbytes for part in payload),
+        compile_seconds=time.perf_counter() - started,
+    )
+
+
+def time_tensor(name: str, dtype: torch.dtype, codecs: list[str], repeats: int, table: Table) -> None:
+    """Adds the rows of one tensor."""
+    torch.manual_seed(0)
+    shape, seed = TENSORS[name], torch.tensor([1234567890123456789])
+    x = tensor(shape, dtype)
+    result = torch.empty_like(x)
+    kernels = {label: build(held_as(shape, dtype, CODECS[label]), x, seed, result) for label in codecs}
+    functions: dict[str, Callable[[], object]] = {"copy": lambda: result.copy_(x)}
+    for label, both in kernels.items():
+        functions |= {f"{label} encode": both.encode, f"{label} decode": both.decode}
+    seconds = interleaved_times(functions, repeats=repeats)
+    what = (name, "x".join(map(str, shape.size)), str(dtype).removeprefix("torch."))
+    table.add_section()
+    table.add_row("copy", *what, "", "", f"{seconds['copy'] * 1e3:.2f}", "1.00", format_size(x.nbytes), "1", "")
+    for label, both in kernels.items():
+        times = [seconds[f"{label} {way}"] for way in ("encode", "decode")]
+        cells = [cell for taken in times for cell in (f"{taken * 1e3:.2f}", f"{taken / seconds['copy']:.2f}")]
+        share = f"1/{x.nbytes / both.payload_bytes:.1f}"
+        table.add_row(label, *what, *cells, format_size(both.payload_bytes), share, f"{both.compile_seconds:.1f}")
+
+
+def empty_table(threads: int) -> Table:
+    capability = torch.backends.cpu.get_cpu_capability()
+    title = f"Codec kernels, {threads} thread{'s' * (threads > 1)}, {capability}, probes fold {FOLD} elements"
+    table = Table(title=title, title_justify="left")
+    for heading in ("codec", "tensor", "size", "dtype"):
+        table.add_column(heading)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tensor", action="append", choices=TENSORS, help="may be given several times; default: all")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given several times; default: all")
+    parser.add_argument("--codec", action="append", choices=CODECS, help="may be given several times; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of the generated kernels; default: 1")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds of which the medians are taken; default: 15")
+    parser.add_argument("--quick", action="store_true", help=f"float32 only, and only {' and '.join(QUICK)}")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    lowering.install()
+    tensors = chosen.tensor or (QUICK if chosen.quick else tuple(TENSORS))
+    dtypes = chosen.dtype or (["float32"] if chosen.quick else list(DTYPES))
+    # A pipe has no width of its own; rich would squeeze the table into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = empty_table(chosen.threads)
+    # Inductor's caches do not know the sources of our lowerings.
+    with fresh_cache():
+        for name in tensors:
+            for dtype in dtypes:
+                time_tensor(name, DTYPES[dtype], chosen.codec or list(CODECS), chosen.repeats, table)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
