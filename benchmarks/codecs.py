@@ -1,10 +1,10 @@
 """How fast the codecs' generated kernels are: milliseconds of encode and decode, and how many plain copies that is.
 
-Every row is one codec on one tensor, compiled by Inductor with our lowerings. A copy reads the tensor and writes
-another one that exists already; encode reads the tensor and allocates its payload; decode reads the payload and writes
-into a tensor that exists already, so that no allocator is timed. A bit mask is encoded from a comparison (`x > 0`)
-and decoded into the gradient it masks (`where(mask, g, 0)`), which is how masks occur. All kernels of a tensor and its
-copy are timed in turn, and ratios are ratios of their medians: absolute times depend on what else the machine does.
+Every row is one codec on one tensor, compiled by Inductor with our lowerings. A copy is `x.clone()`; the row "negate"
+is `-x` compiled by Inductor, which is what one pass over memory costs a generated kernel. A bit mask is encoded from a
+comparison (`x > 0`) and decoded into the gradient it masks (`where(mask, g, 0)`), which is how masks occur. All kernels
+of a tensor and its copy are timed in turn, and ratios are ratios of their medians: absolute times depend on what else
+the machine does.
 
     python benchmarks/codecs.py --quick
     python benchmarks/codecs.py --tensor volume --codec quantize --dtype float32 --dtype bfloat16
@@ -13,6 +13,7 @@ copy are timed in turn, and ratios are ratios of their medians: absolute times d
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ FOLD = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADINGS = ("encode ms", "of a copy", "decode ms", "of a copy", "payload", "of tensor", "compile s")
 
+# Numbers of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -43,11 +47,12 @@ class Shape:
     order: tuple[int, ...]
 
 
-# About 8 million elements each, which no cache holds in float32. Extents of the odd ones divide by no word or group.
+# Some 30 MB each in float32, read and written: more than most caches hold. Extents of the odd ones divide by no word
+# or group.
 TENSORS = {
     "contiguous": Shape((16, 64, 88, 88), (0, 1, 2, 3)),
     "channels_last": Shape((16, 64, 88, 88), CHANNELS_LAST),
-    "volume": Shape((2, 16, 64, 64, 64), (0, 1, 2, 3, 4)),
+    "volume": Shape((2, 16, 48, 64, 72), (0, 1, 2, 3, 4)),
     "odd": Shape((13, 61, 97, 101), (0, 1, 2, 3)),
     "odd_channels_last": Shape((13, 61, 97, 101), CHANNELS_LAST),
 }
@@ -66,7 +71,7 @@ CODECS: dict[str, dict[str, Any]] = {
 class Kernels:
     """Compiled encode and decode of one tensor by one codec, as functions of nothing."""
 
-    encode: Callable[[], tuple[Tensor, ...]]
+    encode: Callable[[], object]
     decode: Callable[[], object]
     payload_bytes: int
     compile_seconds: float
@@ -82,25 +87,25 @@ def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
     return Held(size=shape.size, dtype=dtype, order=shape.order, salt=1, probes=probes, **fields)
 
 
-def build(held: Held, x: Tensor, seed: Tensor, result: Tensor) -> Kernels:
-    """Compiles and runs both directions once. `result` is what decode writes into; it reads `x` as a gradient."""
+def build(held: Held, x: Tensor, seed: Tensor) -> Kernels:
+    """Compiles and runs both directions once. A mask is applied to `x` itself."""
     row = codec(held.codec)
 
     def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
         return row.encode(x > 0 if held.codec == "bitmask" else x, seed, held)
 
-    def decode(payload: tuple[Tensor, ...], seed: Tensor, gradient: Tensor, result: Tensor) -> None:
+    def decode(payload: tuple[Tensor, ...], seed: Tensor, gradient: Tensor) -> Tensor:
         decoded = row.decode(payload, seed, held)
-        result.copy_(torch.where(decoded, gradient, 0) if held.codec == "bitmask" else decoded)
+        return torch.where(decoded, gradient, 0) if held.codec == "bitmask" else decoded
 
     torch._dynamo.reset()
     fast_encode, fast_decode = (torch.compile(function, dynamic=False, fullgraph=True) for function in (encode, decode))
     started = time.perf_counter()
-    payload = fast_encode(x, seed)
-    fast_decode(payload, seed, x, result)
+    payload: Any = fast_encode(x, seed)
+    fast_decode(payload, seed, x)
     return Kernels(
         encode=lambda: fast_encode(x, seed),
-        decode=lambda: fast_decode(payload, seed, x, result),
+        decode=lambda: fast_decode(payload, seed, x),
         payload_bytes=sum(part.nbytes for part in payload),
         compile_seconds=time.perf_counter() - started,
     )
@@ -111,20 +116,30 @@ def time_tensor(name: str, dtype: torch.dtype, codecs: list[str], repeats: int, 
     torch.manual_seed(0)
     shape, seed = TENSORS[name], torch.tensor([1234567890123456789])
     x = tensor(shape, dtype)
-    result = torch.empty_like(x)
-    kernels = {label: build(held_as(shape, dtype, CODECS[label]), x, seed, result) for label in codecs}
-    functions: dict[str, Callable[[], object]] = {"copy": lambda: result.copy_(x)}
+    kernels = {label: build(held_as(shape, dtype, CODECS[label]), x, seed) for label in codecs}
+    negate = torch.compile(torch.neg, dynamic=False)
+    functions: dict[str, Callable[[], object]] = {"copy": x.clone, "negate": lambda: negate(x)}
     for label, both in kernels.items():
         functions |= {f"{label} encode": both.encode, f"{label} decode": both.decode}
     seconds = interleaved_times(functions, repeats=repeats)
     what = (name, "x".join(map(str, shape.size)), str(dtype).removeprefix("torch."))
     table.add_section()
-    table.add_row("copy", *what, "", "", f"{seconds['copy'] * 1e3:.2f}", "1.00", format_size(x.nbytes), "1", "")
+    for label in ("copy", "negate"):
+        ratio = seconds[label] / seconds["copy"]
+        table.add_row(label, *what, "", "", f"{seconds[label] * 1e3:.2f}", f"{ratio:.2f}", format_size(x.nbytes))
     for label, both in kernels.items():
         times = [seconds[f"{label} {way}"] for way in ("encode", "decode")]
         cells = [cell for taken in times for cell in (f"{taken * 1e3:.2f}", f"{taken / seconds['copy']:.2f}")]
         share = f"1/{x.nbytes / both.payload_bytes:.1f}"
         table.add_row(label, *what, *cells, format_size(both.payload_bytes), share, f"{both.compile_seconds:.1f}")
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc reuse large blocks instead of mapping new ones: page faults cost more than what is timed here."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            library.mallopt(option, 1 << 30)
 
 
 def empty_table(threads: int) -> Table:
@@ -148,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"float32 only, and only {' and '.join(QUICK)}")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     lowering.install()
     tensors = chosen.tensor or (QUICK if chosen.quick else tuple(TENSORS))
     dtypes = chosen.dtype or (["float32"] if chosen.quick else list(DTYPES))
