@@ -92,31 +92,43 @@ def judge(name: str, draws: int, probes: int | None) -> Verdict:
     model.load_state_dict(state)
     compiled = lowest(model, inputs, probes)
     torch.manual_seed(1)
-    total = [torch.zeros_like(g) for g in exact]
-    square = [torch.zeros_like(g) for g in exact]
+    errors = [Errors(g) for g in exact]
     for _ in range(draws):
         model.load_state_dict(state)
-        for sums, squares, grad, reference in zip(
-            total, square, gradients(model, compiled, inputs, loss), exact, strict=True
-        ):
-            error = grad - reference
-            sums += error
-            squares += error.square()
-    return verdict(name, exact, total, square, draws)
+        for seen, grad in zip(errors, gradients(model, compiled, inputs, loss), strict=True):
+            seen.add(grad)
+    return verdict(name, errors, draws)
 
 
-def verdict(name: str, exact: list[Tensor], total: list[Tensor], square: list[Tensor], draws: int) -> Verdict:
+class Errors:
+    """The errors of one parameter's gradient: their sums, their squares, and every draw's projections on DIRECTIONS."""
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self.sums, self.squares = torch.zeros_like(exact), torch.zeros_like(exact)
+        generator = torch.Generator().manual_seed(exact.numel())
+        self.signs = torch.randint(0, 2, (DIRECTIONS, exact.numel()), generator=generator).to(exact.dtype) * 2 - 1
+        self.projections: list[Tensor] = []
+
+    def add(self, grad: Tensor) -> None:
+        error = grad - self.exact
+        self.sums += error
+        self.squares += error.square()
+        self.projections.append(self.signs @ error.flatten())
+
+
+def verdict(name: str, errors: list[Errors], draws: int) -> Verdict:
     """Test the accumulated errors of the draws.
 
-    Coordinates are nearly independent given the data, so a projection's standard error follows from theirs.
+    Each projection has its own standard error, from its own draws: what a normalisation layer passes on is correlated
+    between the coordinates of a gradient.
     """
-    generator = torch.Generator().manual_seed(0)
     scores, inside, counted, noise, fixed = [], 0, 0, [], 0.0
     quantile = float(stats.t.ppf(0.975, draws - 1))
-    for reference, sums, squares in zip(exact, total, square, strict=True):
-        mean = sums / draws
-        spread = ((squares / draws - mean.square()) * draws / (draws - 1)).clamp(min=0).sqrt()
-        scale = float(reference.norm())
+    for seen in errors:
+        mean = seen.sums / draws
+        spread = ((seen.squares / draws - mean.square()) * draws / (draws - 1)).clamp(min=0).sqrt()
+        scale = float(seen.exact.norm())
         if float(spread.norm()) <= 1e-9 * max(scale, 1e-12):
             fixed = max(fixed, float(mean.norm()) / max(scale, 1e-12))
             continue
@@ -125,12 +137,11 @@ def verdict(name: str, exact: list[Tensor], total: list[Tensor], square: list[Te
         varying = error > 0
         inside += int((mean.abs()[varying] <= quantile * error[varying]).sum())
         counted += int(varying.sum())
-        for _ in range(DIRECTIONS):
-            signs = torch.randint(0, 2, mean.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            scores.append(float((signs * mean).sum() / error.square().sum().sqrt()))
+        projected = torch.stack(seen.projections)
+        scores += (projected.mean(0) / (projected.std(0) / draws**0.5)).tolist()
     limit = float(stats.t.ppf(1 - DOUBT / 2 / max(1, len(scores)), draws - 1))
     return Verdict(
-        name, len(exact), len(noise), float(np.median(noise)) if noise else 0.0,
+        name, len(errors), len(noise), float(np.median(noise)) if noise else 0.0,
         max((abs(score) for score in scores), default=0.0), limit, inside / max(1, counted), fixed,
     )  # fmt: skip
 
