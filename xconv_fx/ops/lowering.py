@@ -74,7 +74,7 @@ def _packed(like: ir.TensorBox, plan: layout.Packing, code: Callable[[Index, sym
 
 
 def _unpacked(words: ir.TensorBox, plan: layout.Packing) -> Callable[[Index], Value]:
-    load = words.make_loader()
+    load = loops.word_loader(words)
     leading = plan.physical[: plan.split]
 
     def code(index: Index) -> Value:
