@@ -5,7 +5,7 @@ where every large residual is held approximately. For every parameter the error 
 of the draws is projected on random directions and divided by its own standard error: under no bias each of these is a
 t value with 63 degrees of freedom. The table shows the largest of them next to what chance alone exceeds once in
 twenty tables, and the share of single coordinates whose 95% confidence interval holds the exact value. Parameters whose
-gradient does not vary between draws must agree to 1e-9.
+gradient does not vary between draws must agree to 1e-9 of it, or of the largest gradient where it is all but zero.
 
 The smallest budget approximates few tensors where one transient sets the peak. `--probes N` also holds the input of
 every layer as N probes a sample, so that every weight gradient is noisy.
@@ -124,15 +124,17 @@ def verdict(name: str, errors: list[Errors], draws: int) -> Verdict:
     between the coordinates of a gradient.
     """
     scores, inside, counted, noise, fixed = [], 0, 0, [], 0.0
+    # The gradient of a bias in front of a normalisation is zero, and rounding all that is seen of it.
+    rounding = 1e-12 * max(float(seen.exact.norm()) for seen in errors)
     quantile = float(stats.t.ppf(0.975, draws - 1))
     for seen in errors:
         mean = seen.sums / draws
         spread = ((seen.squares / draws - mean.square()) * draws / (draws - 1)).clamp(min=0).sqrt()
         scale = float(seen.exact.norm())
-        if float(spread.norm()) <= 1e-9 * max(scale, 1e-12):
-            fixed = max(fixed, float(mean.norm()) / max(scale, 1e-12))
+        if float(spread.norm()) <= max(1e-9 * scale, rounding):
+            fixed = max(fixed, float(mean.norm()) / max(scale, 1e3 * rounding))
             continue
-        noise.append(float(spread.norm()) / max(scale, 1e-12))
+        noise.append(float(spread.norm()) / scale)
         error = spread / draws**0.5
         varying = error > 0
         inside += int((mean.abs()[varying] <= quantile * error[varying]).sum())
