@@ -1,4 +1,4 @@
-"""The networks that the benchmarks train: four of the main job, and one whose graph breaks.
+"""The networks that the benchmarks train: four of the main job, one whose graph breaks, and six that peers train.
 
 Each is the published architecture from the package that users install it from, made narrow and shallow enough that a
 training step takes a fraction of a second on two CPU cores. What is kept from the full size is what the planner has to
@@ -6,12 +6,17 @@ deal with: activations are at least ten times the parameters (`python benchmarks
 them the networks have batch, instance and no normalisation, in-place activations, 2D and 3D convolutions, pooling,
 strided and transposed convolutions, and skip connections that live through half of the step.
 
+`PEER_NETS` is what `benchmarks/peers.py` compares methods on: the same families at sizes where a step of plain Inductor
+takes 100 to 300 MB and about a second on one core, nnU-Net's network also in 3D, and ConvNeXt, whose depthwise
+convolutions, layer norms and GELUs no other network has.
+
 The packages are installed with the extra `nets` and requirements/nets.txt; none is imported before its network is
 built.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +47,13 @@ class Net:
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean cross entropy."""
         return F.cross_entropy(output, target)
+
+
+@dataclass(frozen=True)
+class PeerNet(Net):
+    """A network with its blocks: the modules that checkpointing recomputes as one, by a pattern of their full names."""
+
+    blocks: str
 
 
 class _Logits(nn.Module):
@@ -118,6 +130,44 @@ def basic_unet() -> nn.Module:
     return BasicUNet(spatial_dims=3, in_channels=1, out_channels=2, features=(8, 8, 16, 16, 32, 8))
 
 
+def vgg_stages() -> nn.Module:
+    """`vgg`, grouped: its three stages and its head are the children, so that a stage can be checkpointed."""
+    layers = list(vgg())
+    bounds = [0, *(place + 1 for place, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)), len(layers)]
+    return nn.Sequential(*(nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(bounds)))
+
+
+def plain_unet3d() -> nn.Module:
+    """nnU-Net's PlainConvUNet in 3D, configured as `plain_unet2d`: nnU-Net's own choices, at half its first width."""
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    return PlainConvUNet(
+        input_channels=1,
+        n_stages=3,
+        features_per_stage=(16, 32, 64),
+        conv_op=nn.Conv3d,
+        kernel_sizes=3,
+        strides=(1, 2, 2),
+        n_conv_per_stage=2,
+        num_classes=3,
+        n_conv_per_stage_decoder=2,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+
+
+def convnext() -> nn.Module:
+    """ConvNeXt (arXiv 2201.03545) from transformers: depthwise 7x7 convolutions, layer norm, GELU, linear layers."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(num_channels=3, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], num_stages=3)
+    config.num_labels = 10
+    return _Logits(ConvNextForImageClassification(config))
+
+
 MAIN_JOB: dict[str, Net] = {
     net.name: net
     for net in (
@@ -130,6 +180,18 @@ MAIN_JOB: dict[str, Net] = {
 NETS: dict[str, Net] = {
     **MAIN_JOB,
     "basic_unet": Net("basic_unet", basic_unet, (1, 1, 32, 32, 32), classes=2, dense=True),
+}
+# Batches as these networks are trained: 8 to 16 images, two volumes (nnU-Net's default).
+PEER_NETS: dict[str, PeerNet] = {
+    net.name: net
+    for net in (
+        PeerNet("resnet", resnet, (16, 3, 192, 192), 10, False, r"model\.resnet\.encoder\.stages\.\d+\.layers\.\d+"),
+        PeerNet("vgg", vgg_stages, (16, 3, 96, 96), 10, False, r"[012]"),
+        PeerNet("plain_unet2d", plain_unet2d, (8, 1, 128, 128), 4, True, r"(en|de)coder\.stages\.\d+"),
+        PeerNet("plain_unet3d", plain_unet3d, (2, 1, 40, 40, 40), 3, True, r"(en|de)coder\.stages\.\d+"),
+        PeerNet("unet3d", unet3d, (2, 1, 64, 64, 64), 3, True, r"model(\.1\.submodule)?\.[02]|.*(\.1\.submodule){2}"),
+        PeerNet("convnext", convnext, (8, 3, 192, 192), 10, False, r".*\.layers\.\d+"),
+    )
 }
 
 

@@ -1,0 +1,376 @@
+"""The memory-saving methods that `peers.py` compares, and how one of them trains a network in a process of its own.
+
+`METHODS` is the whole list. The peers of xconv are what a user of torch can switch on today: Inductor as it is, its
+partitioner's `activation_memory_budget`, `torch.utils.checkpoint` around the blocks of the network, and Inductor's fp8
+quantisation of saved activations. None of them takes a budget in bytes, so they are run at a range of their own knobs.
+
+A `Worker` is a process that holds one network under one method and does what it is asked, one thing at a time, so that
+the caller decides who computes when. What is measured in it:
+
+* the peak: allocator events of one step (`xconv_fx.measure.training_peak`): parameters, buffers and inputs, and what
+  the step allocates on top of them, gradients included, class indices not;
+* an independent check of it, from the operating system: the growth of the resident set over one step, from its
+  high-water mark (`VmHWM`, reset through /proc/self/clear_refs). It sees what the allocator does not, such as oneDNN's
+  scratchpads, Python objects and pages lost to fragmentation; it does not see pages that were never written, nor what
+  libraries hold from one step to the next. glibc is told to map every block of 64 KiB or more on its own and to return
+  what is free, so that memory freed earlier is not taken for memory in use. That slows a process down for good: nothing
+  is timed after it. Linux with glibc only;
+* gradients against plain autograd in float64 with the same parameters and batch;
+* the first step, which compiles: after Inductor has compiled something trivial, with an empty cache directory and in a
+  single process, so neither imports nor other methods' kernels are counted for or against it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from nets import PEER_NETS, PeerNet
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.measure import training_peak
+
+BUDGETS = (0.8, 0.6, 0.4, 0.2, 0.0)
+SHARES = (90, 80, 70, 65, 60, 50, 40, 30, 20)
+# Residuals below this many MiB stay as they are; torch's default of 100 would leave networks of this size alone.
+FP8_SMALLEST = 0.1
+# Gradients that differ by less than this between steps differ by rounding, not by draws.
+ROUNDING = 1e-4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train. `share` is xconv's budget in per cent of Inductor's peak, None: the lowest that is feasible.
+
+    `exact` methods compute the gradient that autograd computes, up to rounding.
+    """
+
+    name: str
+    family: str
+    exact: bool = True
+    compiled: bool = True
+    blocks: bool = False
+    torch_budget: float = 1.0
+    share: int | None = None
+    codecs: str = "all"
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("inductor", "inductor"),
+        Method("eager", "eager", compiled=False),
+        *(Method(f"budget{value:.1f}", "torch budget", torch_budget=value) for value in BUDGETS),
+        Method("checkpoint", "checkpoint", compiled=False, blocks=True),
+        Method("checkpoint+inductor", "checkpoint", blocks=True),
+        Method("fp8", "fp8", exact=False),
+        *(Method(f"xconv{share}", "xconv", exact=False, share=share) for share in SHARES),
+        Method("xconv-lowest", "xconv", exact=False),
+        Method("xconv-exact", "xconv", codecs="exact"),
+    )
+}
+# Run last, at the peak of the exact peer that turned out lowest.
+AT_PEER = Method("xconv@peer", "xconv", exact=False)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """How far `draws` gradients are from the exact one, tensor by tensor in relative L2 norm.
+
+    `one` is the error of a single draw (root mean square over the draws), `mean` that of the mean of all draws; both
+    are medians over the weights of convolutions. `bias` is the second over what noise alone would leave of the first,
+    one / sqrt(draws), as a median over the weights that vary from draw to draw: 1 when the draws are unbiased and
+    independent, sqrt(draws) when they are all wrong in the same way. None when there is no error but rounding.
+    `whole` is the error of all parameters as one vector, in the first draw.
+    """
+
+    one: float
+    whole: float
+    mean: float
+    bias: float | None
+    draws: int
+
+
+class Checkpointed(nn.Module):
+    """A block of which only the inputs are kept for the backward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(self.block, *inputs, use_reentrant=False))
+
+
+def checkpoint_blocks(model: nn.Module, pattern: str) -> None:
+    """Wrap the modules whose full names match; parameters keep their order, not their names."""
+    for name in [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]:
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, last, Checkpointed(parent.get_submodule(last)))
+
+
+def configure(method: Method) -> None:
+    """Switch on what is not an argument of `torch.compile`. The process trains by this method only."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    functorch.activation_memory_budget = method.torch_budget
+    if method.family == "fp8":
+        inductor.post_grad_fusion_options["activation_quantization_aten_pass"] = {
+            "quant_type": "torch.float8_e5m2",
+            "allowed_dtypes": "torch.float32",
+            "size_in_mb": FP8_SMALLEST,
+            # Forward and backward have different defaults.
+            "use_scaling": True,
+            "exclude_primals": True,
+        }
+
+
+class Subject:
+    """A freshly built network with its batch, under a method; compiled by its first step. `budget` in bytes is xconv's.
+
+    Every network is built from the same random state, so all methods of one network start from the same parameters.
+    """
+
+    def __init__(
+        self, net: PeerNet, method: Method, budget: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        torch.manual_seed(0)
+        self.net = net
+        self.model = net.build().to(dtype)
+        self.inputs, self.target = net.batch(dtype=dtype)
+        if method.blocks:
+            checkpoint_blocks(self.model, net.blocks)
+        self.run: Callable[..., Any] = self.model
+        if method.family == "xconv":
+            options: dict[str, Any] = {"mem_budget": budget, "codecs": method.codecs}
+            self.run = torch.compile(self.model, backend="xconv", options=options)
+        elif method.compiled:
+            configure(method)
+            self.run = torch.compile(self.model)
+
+    def loss(self, output: Tensor) -> Tensor:
+        return self.net.loss(output, self.target)
+
+    def step(self) -> float:
+        """Seconds of one forward and backward from empty gradients."""
+        self.model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        self.loss(self.run(self.inputs)).backward()
+        return time.perf_counter() - start
+
+    def peak(self) -> tuple[int, int]:
+        """Bytes of the step's physical peak, and of what was there before it."""
+        peak = training_peak(cast(nn.Module, self.run), self.inputs, self.loss)
+        return peak.bytes, peak.resident
+
+    def gradients(self) -> list[Tensor | None]:
+        """Gradients in float64, in the order of the parameters."""
+        self.step()
+        return [None if p.grad is None else p.grad.double() for p in self.model.parameters()]
+
+    def convolutions(self) -> list[bool]:
+        """Which of the parameters are weights of convolutions."""
+        kind = nn.modules.conv._ConvNd
+        weights = {id(module.weight) for module in self.model.modules() if isinstance(module, kind)}
+        return [id(p) in weights for p in self.model.parameters()]
+
+    def save_gradients(self, path: str) -> None:
+        torch.save(self.gradients(), path)
+
+    def gradient_error(self, path: str, draws: int) -> GradientError:
+        """Against the gradients saved at `path`. Two draws that agree end the drawing: there is no noise to average."""
+        true = torch.load(path)
+        places = [place for place, conv in enumerate(self.convolutions()) if conv and true[place] is not None]
+        norms = [float(true[place].norm()) for place in places]
+        first = self.gradients()
+        whole = _distance(first, true)
+        sums = [first[place] - true[place] for place in places]
+        squares = [(float(error.norm()) / norm) ** 2 for error, norm in zip(sums, norms, strict=True)]
+        spread, done = 0.0, 1
+        while done < max(2, draws):
+            errors = [grad - true[place] for place, grad in enumerate(self.gradients()) if place in places]
+            done += 1
+            if done == 2:
+                spread = max(float((a - b).norm()) / n for a, b, n in zip(sums, errors, norms, strict=True))
+            for at, error in enumerate(errors):
+                sums[at] += error
+                squares[at] += (float(error.norm()) / norms[at]) ** 2
+            if spread < ROUNDING:
+                break
+        one = [(square / done) ** 0.5 for square in squares]
+        mean = [float(total.norm()) / done / norm for total, norm in zip(sums, norms, strict=True)]
+        bias = [m / o * done**0.5 for m, o in zip(mean, one, strict=True) if o > ROUNDING]
+        if bias and spread < ROUNDING:
+            # All the draws that were asked for would have been the same.
+            bias = [max(2, draws) ** 0.5]
+        return GradientError(_median(one), whole, _median(mean), _median(bias) if bias else None, done)
+
+    def resident_growth(self) -> int | None:
+        """Bytes by which the resident set grows over a step at most; None where the system cannot tell.
+
+        Slows down everything that the process does later.
+        """
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
+            libc.mallopt(M_TRIM_THRESHOLD, 0)
+            self.step()
+            self.model.zero_grad(set_to_none=True)
+            gc.collect()
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        before = _status("VmRSS")
+        self.step()
+        return _status("VmHWM") - before
+
+
+def _distance(found: list[Tensor | None], true: list[Tensor | None]) -> float:
+    """Relative L2 distance of all tensors as one vector."""
+    pairs = [(f, t) for f, t in zip(found, true, strict=True) if f is not None and t is not None]
+    off = sum(float((f - t).square().sum()) for f, t in pairs)
+    return (off / sum(float(t.square().sum()) for _, t in pairs)) ** 0.5
+
+
+def _median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def _status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status."""
+    found = re.search(rf"^{key}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {key}")
+    return int(found.group(1)) * 1024
+
+
+class MethodError(RuntimeError):
+    """A method does not work on a network. `smallest` is set if all that is wrong is a budget that is too small."""
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def serve(pipe: Connection, net: PeerNet, method: Method, budget: int | None, threads: int, double: bool) -> None:
+    """A worker's life: build the network, then call the methods of `Subject` that are asked for until told to stop."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        subject: Subject | None = None
+        while (request := _receive(pipe)) is not None:
+            name, arguments = request
+            try:
+                if subject is None:
+                    _warm_up(method)
+                    subject = Subject(net, method, budget, torch.float64 if double else torch.float32)
+                pipe.send((getattr(subject, name)(*arguments), None))
+            except BudgetInfeasibleError as error:
+                pipe.send((None, (str(error).splitlines()[0], error.smallest)))
+            except Exception as error:
+                pipe.send((None, (_first_line(error), None)))
+
+
+def _receive(pipe: Connection) -> Any:
+    """The next request; None when whoever sent them is gone."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+
+
+def _warm_up(method: Method) -> None:
+    """Pay for imports and precompiled headers before the first step is timed."""
+    # Past the limit Dynamo would run the rest uncompiled, and the row would be about something else.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if not method.compiled:
+        return
+    from torch._inductor import config as inductor
+
+    import xconv_fx.backend  # noqa: F401
+
+    inductor.compile_threads = 1
+    values = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: x.sin() * 2)(values).sum().backward()
+    torch.compiler.reset()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:240]
+
+
+class Worker:
+    """A process that trains one network by one method, on request. Raises `MethodError` for whatever goes wrong in it.
+
+    Nothing is computed, not even the network built, before the first request.
+    """
+
+    def __init__(
+        self,
+        net: PeerNet,
+        method: Method,
+        budget: int | None = None,
+        *,
+        threads: int = 1,
+        timeout: float = 3600,
+        double: bool = False,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.method, self.budget, self.timeout = method, budget, timeout
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(theirs, net, method, budget, threads, double), name=method.name
+        )
+        self._process.start()
+        theirs.close()
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the worker's `Subject` and wait for what it returns."""
+        try:
+            self._pipe.send((name, arguments))
+            if not self._pipe.poll(self.timeout):
+                self._process.kill()
+                raise MethodError(f"no answer within {self.timeout:.0f} s")
+            result, problem = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise MethodError(f"the process died with exit code {self._process.exitcode}") from None
+        if problem is not None:
+            raise MethodError(*problem)
+        return result
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+        self._pipe.close()
+
+
+def tiny(net: PeerNet) -> PeerNet:
+    """The network with the smallest batch that still trains: for checking that everything runs."""
+    channels, space = net.input_shape[1], net.input_shape[2:]
+    return dataclasses.replace(net, input_shape=(2, channels, *([64] if len(space) == 2 else [16]) * len(space)))
+
+
+__all__ = ["AT_PEER", "METHODS", "PEER_NETS", "GradientError", "Method", "MethodError", "Worker", "tiny"]

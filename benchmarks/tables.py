@@ -1,0 +1,164 @@
+"""What `peers.py` knows about a method and about a network, and the tables and the JSON that it makes of it.
+
+The summary sets xconv against the best exact peer: of all exact methods but xconv, the one with the lowest peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from methods import AT_PEER, GradientError, Method
+from rich.table import Table
+
+HEADINGS = ("method", "budget", "peak", "added", "OS", "time", "error", "bias", "compile", "/ Inductor", "note")
+# xconv's aims: lowest peak and exact lowest peak over the best exact peer's, step time at that peer's peak over the
+# peer's, and at 65% of Inductor's peak the step time over Inductor's and the error of the gradients.
+TARGETS = {"lowest": 0.55, "exact": 1.0, "time at peer": 1.0, "time at 65%": 1.12, "error at 65%": 0.05}
+
+
+@dataclass
+class Row:
+    """What is known about one method on one network. Sizes in bytes, times in seconds; None is not known.
+
+    `slowdown` and `peer_slowdown` are step times over Inductor's and over the best exact peer's, in the same rounds.
+    """
+
+    method: Method
+    budget: int | None = None
+    peak: int | None = None
+    resident: int | None = None
+    os_peak: int | None = None
+    seconds: float | None = None
+    slowdown: float | None = None
+    peer_slowdown: float | None = None
+    compile_seconds: float | None = None
+    compile_ratio: float | None = None
+    gradient: GradientError | None = None
+    smallest: int | None = None
+    note: str = ""
+
+
+@dataclass
+class NetReport:
+    """All rows of one network; `best_peer` names the method with the lowest peak among exact ones other than xconv."""
+
+    net: str
+    shape: tuple[int, ...]
+    rows: dict[str, Row] = field(default_factory=dict)
+    best_peer: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one network says about xconv's aims: best exact peer, and the figures that `TARGETS` bounds by their key."""
+
+    net: str
+    peer: Row | None
+    lowest: Row | None
+    exact: Row | None
+    figures: dict[str, float | None]
+
+
+def summarise(report: NetReport) -> Summary:
+    rows = report.rows
+    peer = rows.get(report.best_peer or "")
+    lowest, exact, at_65 = (rows.get(name) for name in ("xconv-lowest", "xconv-exact", "xconv65"))
+
+    def over_peer(row: Row | None) -> float | None:
+        return row.peak / peer.peak if row and row.peak and peer and peer.peak else None
+
+    at_peer = rows.get(AT_PEER.name)
+    figures = {
+        "lowest": over_peer(lowest),
+        "exact": over_peer(exact),
+        "time at peer": at_peer.peer_slowdown if at_peer else None,
+        "time at 65%": at_65.slowdown if at_65 else None,
+        "error at 65%": at_65.gradient.one if at_65 and at_65.gradient else None,
+    }
+    return Summary(report.net, peer, lowest, exact, figures)
+
+
+def table_of(report: NetReport) -> Table:
+    shape = "x".join(map(str, report.shape))
+    table = Table(title=f"{report.net}, {shape}: best exact peer {report.best_peer}", title_justify="left")
+    for heading in (
+        "method",
+        "budget",
+        "peak",
+        "added",
+        "OS",
+        "time",
+        "error",
+        "bias",
+        "compile",
+        "/ Inductor",
+        "note",
+    ):
+        table.add_column(heading, justify="left" if heading in ("method", "note") else "right", overflow="fold")
+    for row in report.rows.values():
+        gradient, added = row.gradient, None if row.peak is None else row.peak - (row.resident or 0)
+        note = row.note if row.smallest is None else f"infeasible, smallest {_mb(row.smallest)} MB"
+        if row.peak and row.budget and row.peak > row.budget:
+            note = f"OVER BUDGET {note}".strip()
+        table.add_row(
+            row.method.name,
+            _show(row.budget if row.budget != 1 else None, _mb),
+            _show(row.peak, _mb),
+            _show(added, _mb),
+            _show(row.os_peak, _mb),
+            _show(row.slowdown, "{:.3f}".format),
+            _show(gradient and gradient.one, "{:.1e}".format),
+            _show(gradient and gradient.bias, "{:.2f}".format),
+            _show(row.compile_seconds, "{:.0f} s".format),
+            _show(row.compile_ratio, "{:.2f}".format),
+            note,
+        )
+    return table
+
+
+def summary_table(summaries: list[Summary]) -> Table:
+    table = Table(title="xconv against the best exact peer, MB; targets in brackets", title_justify="left")
+    table.add_column("network")
+    table.add_column("best exact peer")
+    for name, head in (("lowest", "xconv lowest"), ("exact", "xconv exact lowest")):
+        table.add_column(f"{head} (<= {TARGETS[name]:.2f})", justify="right")
+    table.add_column(f"step time at the peer's peak (<= {TARGETS['time at peer']:.2f})", justify="right")
+    table.add_column(f"step time at 65% of Inductor (<= {TARGETS['time at 65%']:.2f})", justify="right")
+    table.add_column(f"gradient error at 65% (<= {TARGETS['error at 65%']:.2f})", justify="right")
+    for summary in summaries:
+        peer = summary.peer
+        table.add_row(
+            summary.net,
+            "-" if peer is None else f"{peer.method.name} {_show(peer.peak, _mb)}",
+            f"{_show(summary.lowest and summary.lowest.peak, _mb)}: {_judge(summary, 'lowest')}",
+            f"{_show(summary.exact and summary.exact.peak, _mb)}: {_judge(summary, 'exact')}",
+            *(_judge(summary, name) for name in ("time at peer", "time at 65%", "error at 65%")),
+        )
+    return table
+
+
+def _judge(summary: Summary, name: str) -> str:
+    value = summary.figures[name]
+    if value is None:
+        return "-"
+    return f"[{'green' if value <= TARGETS[name] else 'red'}]{value:.3f}[/]{'' if value <= TARGETS[name] else ' NO'}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def _show(value: Any, show: Callable[[Any], str]) -> str:
+    return "-" if value is None else show(value)
+
+
+def as_json(reports: list[NetReport], arguments: dict[str, Any]) -> str:
+    """Everything measured, the arguments of the command and the figures of the summary."""
+    nets = [{**dataclasses.asdict(report), "figures": summarise(report).figures} for report in reports]
+    about = {"torch": torch.__version__, "targets": TARGETS, "arguments": arguments}
+    return json.dumps({**about, "nets": nets}, indent=2) + "\n"
