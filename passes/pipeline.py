@@ -1,7 +1,7 @@
 """The pipeline: every pass over a joint graph, in order.
 
-    joint graph -> deduplicate -> split_backward -> gather_pooling
-                -> partition -> forward, backward -> hoist -> analyse -> plan -> rewrite
+    joint graph -> deduplicate -> separate -> split_backward -> gather_pooling
+                -> partition -> forward, backward -> hoist -> analyse -> pose -> plan -> rewrite
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -20,15 +20,19 @@ from xconv_fx import hooks
 from xconv_fx.log import log
 from xconv_fx.options import Options
 from xconv_fx.plan import Plan
+from xconv_fx.slices import Batch, Slicing
 
 from . import planning
 from .gather_pooling import gather_pooling as gather_pool_backward
+from .graph import nbytes
 from .partition import Pair
 from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
-from .problem import Posed, link, pose
+from .problem import Posed, link, relaid_operands
+from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
+from .separable import is_random, why_not_separable
 from .split_backward import split_backward as split_joint
 
 
@@ -38,7 +42,9 @@ class Job:
 
     `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
     `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
-    `stream` names a fixed sequence of seeds. The fields below are filled by the passes; `phase_peaks` are the plan's.
+    `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
+    many of them this graph is for (None: all). The fields below are filled by the passes: `mixing` is why the batch
+    cannot be sliced, "" when it can; `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
@@ -48,15 +54,39 @@ class Job:
     outside: int = 0
     corrections: dict[str, int] = field(default_factory=dict)
     stream: int | None = None
+    batch: Batch | None = None
+    slicing: Slicing | None = None
+    random: bool = False
+    mixing: str = "no input holds samples"
     pair: Pair | None = None
     residuals: dict[str, Residual] = field(default_factory=dict)
     posed: Posed | None = None
     plan: Plan | None = None
     phase_peaks: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def relaid(self) -> tuple[tuple[int, ...], int]:
+        """Which inputs are convolution weights that Inductor copies to channels-last, and the copies' bytes."""
+        assert self.pair is not None
+        weights = relaid_operands(self.pair.forward, 1)
+        names = [node.name for node in self.joint.graph.find_nodes(op="placeholder")]
+        return tuple(names.index(node.name) for node in weights), sum(map(nbytes, weights))
+
+    @property
+    def samples(self) -> int:
+        """Samples of the batch that the graph is for."""
+        assert self.batch is not None
+        return self.batch.size if self.slicing is None else self.slicing.samples
+
 
 def deduplicate(job: Job) -> None:
     hooks.deduplicate(job.joint)
+
+
+def separate(job: Job) -> None:
+    if job.batch is not None:
+        job.random = is_random(job.joint.graph)
+        job.mixing = why_not_separable(job.joint, job.batch.batched, job.samples, job.arguments["num_fwd_outputs"])
 
 
 def split_backward(job: Job) -> None:
@@ -81,10 +111,14 @@ def analyse(job: Job) -> None:
     job.residuals = find_residuals(job.pair)
 
 
-def plan(job: Job) -> None:
+def pose(job: Job) -> None:
     assert job.pair is not None
-    job.posed = link(pose(job.pair, job.residuals, job.options, job.outside, job.corrections))
-    job.plan, job.phase_peaks = planning.plan(job.posed, job.options)
+    job.posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections))
+
+
+def plan(job: Job) -> None:
+    assert job.posed is not None
+    job.plan, job.phase_peaks = planning.plan(job.posed, job.options, job.slicing)
 
 
 def rewrite(job: Job) -> None:
@@ -96,16 +130,18 @@ Pass = Callable[[Job], None]
 
 BUDGETED: tuple[Pass, ...] = (
     deduplicate,
+    separate,
     split_backward,
     gather_pooling,
     partition,
     hoist,
     analyse,
+    pose,
     plan,
     rewrite,
 )
 # Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
-PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, plan)
+PLAIN: tuple[Pass, ...] = (deduplicate, separate, partition, analyse, pose, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

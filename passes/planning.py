@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from xconv_fx.cost_model.memory import peak, profile
@@ -9,29 +10,44 @@ from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice, Plan
+from xconv_fx.slices import Slicing
 
 from .problem import Posed
 from .residuals import uncompressible
+from .sliced import slice_step
 
 SECONDS = 2.0
+# Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.
+NOISE_PRICE = 10.0
 
 
-def plan(posed: Posed, options: Options) -> tuple[Plan, dict[str, int]]:
+def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tuple[Plan, dict[str, int]]:
     """The plan of least noise, then least time, whose predicted peak is within the budget; and its peak in each phase.
 
-    Without a budget every residual is kept. Raises `BudgetInfeasibleError`.
+    `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
+    `BudgetInfeasibleError`.
     """
     options.probes.check({r.reader for r in posed.residuals if r.reader})
+    if slicing is not None:
+        found, peaks = plan(slice_step(posed, slicing), options)
+        return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
     keep = tuple(0 for _ in posed.residuals)
     baseline, _ = peak(posed.problem, keep)
     if options.mem_budget is None:
         return describe(posed, keep, None, baseline, 0.0), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(baseline)
     try:
-        solution = solve(posed.problem, budget - options.reserve, time_limit=SECONDS)
+        solution = solve(posed.problem, budget - options.reserve, time_limit=SECONDS, tradeoff=tradeoff(posed, options))
     except Infeasible as error:
         raise infeasible(posed, error, budget, options.reserve) from None
     return describe(posed, solution.choice, budget, baseline, solution.gap), posed.phase_peaks(solution.choice)
+
+
+def tradeoff(posed: Posed, options: Options) -> float:
+    """The noise that a second is worth to the user, by `prefer`: none, NOISE_PRICE a step's time, or any."""
+    if options.prefer == "balanced":
+        return 1 / (NOISE_PRICE * max(sum(posed.seconds.values()), 1e-9))
+    return 0.0 if options.prefer == "exact" else math.inf
 
 
 def describe(posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float) -> Plan:

@@ -42,6 +42,7 @@ from .lifetimes import Timeline, timeline
 from .partition import Pair
 from .recompute import Chain, find_chain
 from .residuals import Residual, small
+from .step_time import step_seconds
 
 # Folds offered to the planner, and the widths in which the folded sums are held: below 16-fold, plain codes are better.
 FOLDS = (4, 8, 16, 32, 64)
@@ -62,7 +63,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Posed:
-    """The problem for the solver, and what its items and options stand for."""
+    """The problem for the solver, and what its items and options stand for.
+
+    `phases` names the phase of every step. In bytes: `results` and `tangents`, what the forward returns and the
+    gradients of that; `rest`, what crosses to the backward besides the residuals, whatever is chosen. `seconds` is what
+    the forward and the backward take by the roofline when everything is kept.
+    """
 
     problem: Problem
     residuals: tuple[Residual, ...]
@@ -70,17 +76,20 @@ class Posed:
     chains: dict[str, Chain]
     fixed_bytes: int
     device: str
-    turn: int
+    phases: tuple[str, ...]
+    results: int
+    tangents: int
+    rest: int
+    seconds: Mapping[str, float]
+
+    def steps(self, phase: str) -> list[int]:
+        """The steps of a phase: "forward", "loss" or "backward"."""
+        return [step for step, name in enumerate(self.phases) if name == phase]
 
     def phase_peaks(self, choice: tuple[int, ...]) -> dict[str, int]:
         """The predicted peak of the forward, the loss and the backward."""
         alive = profile(self.problem, choice)
-        parts = {
-            "forward": alive[: self.turn],
-            "loss": alive[self.turn : self.turn + 1],
-            "backward": alive[self.turn + 1 :],
-        }
-        return {phase: int(part.max(initial=0)) for phase, part in parts.items()}
+        return {phase: int(alive[self.steps(phase)].max(initial=0)) for phase in ("forward", "loss", "backward")}
 
 
 def pose(
@@ -108,15 +117,20 @@ def layout_copies(forward: fx.GraphModule) -> int:
 
     It makes them when the forward begins and saves them for the backward in the place of the originals.
     """
+    return sum(nbytes(node) for node in (*relaid_operands(forward, 0), *relaid_operands(forward, 1)))
+
+
+def relaid_operands(forward: fx.GraphModule, place: int) -> list[fx.Node]:
+    """Inputs (`place` 0) or weights (1) of convolutions that the forward gets in another layout than channels-last."""
     if not hooks.channels_last_convolutions(forward):
-        return 0
-    copied: dict[fx.Node, int] = {}
+        return []
+    found: dict[fx.Node, None] = {}
     for node in forward.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
-        for operand in node.args[:2]:
-            value = tensor_of(operand)
-            if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
-                copied[operand] = nbytes(operand)
-    return sum(copied.values())
+        operand = arguments(node)[place]
+        value = tensor_of(operand)
+        if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
+            found[operand] = None
+    return list(found)
 
 
 def _is_relaid(value: torch.Tensor) -> bool:
@@ -149,6 +163,11 @@ class _Poser:
         saved = set(pair.saved())
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.outside = outside
+        self.results = self._results()
+        self.tangents = sum(nbytes(n) for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n))
+        crossing = pair.residuals().items()
+        self.rest = sum(nbytes(node) for name, (node, _) in crossing if name not in self.large)
+        self.copies = layout_copies(pair.forward)
         layers = [r for r in self.large.values() if "weight_grad" in r.uses]
         self.share = 1 / max(1, len(layers))
         self.machine: DeviceSpec = device(self._device())
@@ -171,25 +190,29 @@ class _Poser:
         )
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
+        phases = ("forward",) * len(self.forward.steps) + ("loss",) + ("backward",) * len(self.backward.steps)
         fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
         problem = Problem(tuple(base), items, labels)
         residuals = tuple(self.large.values())
-        return Posed(problem, residuals, rows, self.chains, fixed, self._device(), self.turn - 1)
+        return Posed(
+            problem, residuals, rows, self.chains, fixed, self._device(), phases,
+            results=self.results, tangents=self.tangents, rest=self.rest + self.copies,
+            seconds={"forward": step_seconds(self.forward, self.machine),
+                     "backward": step_seconds(self.backward, self.machine)},
+        )  # fmt: skip
+
+    def _results(self) -> int:
+        results = arguments(output_node(self.pair.forward.graph))[0][: self.pair.results]
+        nodes = dict.fromkeys(node for node in results if isinstance(node, fx.Node))
+        return sum(nbytes(node) for node in nodes if not is_primal(node))
 
     def _base(self) -> list[int]:
-        results = arguments(output_node(self.pair.forward.graph))[0][: self.pair.results]
-        held = sum(
-            nbytes(node) for node in dict.fromkeys(n for n in results if isinstance(n, fx.Node)) if not is_primal(node)
-        )
-        placeholders = self.pair.backward.graph.find_nodes(op="placeholder")
-        tangents = sum(nbytes(node) for node in placeholders if is_tangent(node))
-        rest = sum(nbytes(pair[0]) for name, pair in self.pair.residuals().items() if name not in self.large)
-        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + layout_copies(self.pair.forward)
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + self.copies
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
+        held = self.rest + self.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        backward = [more["backward"] + rest + held + tangents + b for b in self.backward.profile()]
-        loss = more["loss"] + rest + held + LOSS_COPIES * tangents
-        return [*forward, loss, *backward]
+        backward = [more["backward"] + held + self.tangents + b for b in self.backward.profile()]
+        return [*forward, more["loss"] + held + LOSS_COPIES * self.tangents, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

@@ -27,7 +27,7 @@ import torch
 import torch._inductor.inductor_prims  # defines the pooling operator below
 from torch import fx
 
-from .graph import arguments, is_elementwise, is_reduction, layer_of, tensor_of
+from .graph import arguments, is_elementwise, is_primal, is_reduction, layer_of, output_node, tensor_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -49,6 +49,24 @@ class Mixing(Exception):
         place = layer_of(node)
         super().__init__(f"{reason} ({node.name}{' in ' + place if place else ''})")
         self.node, self.reason = node, reason
+
+
+def why_not_separable(joint: fx.GraphModule, batched: Sequence[bool], batch: int, results: int) -> str:
+    """Why a joint graph may not run on slices of its batch; "" when it may.
+
+    `batched[i]` says whether the i-th input holds `batch` samples along its first dimension; the first `results`
+    outputs are the forward's.
+    """
+    placeholders = [node for node in joint.graph.find_nodes(op="placeholder") if is_primal(node)]
+    if len(placeholders) != len(batched):
+        return "inputs share memory"
+    inputs = {node: 0 for node, is_batched in zip(placeholders, batched, strict=True) if is_batched}
+    outputs = arguments(output_node(joint.graph))[0][:results]
+    try:
+        check_separable([node for node in outputs if isinstance(node, fx.Node)], inputs, batch)
+    except Mixing as found:
+        return str(found)
+    return ""
 
 
 def check_separable(results: Sequence[fx.Node], inputs: Mapping[fx.Node, int], batch: int) -> None:
@@ -271,6 +289,15 @@ class _Dims:
             raise Mixing(node, "samples are picked by an index")
         return dim
 
+    def restrided(self, node: fx.Node) -> Dim:
+        """Strides that say the same of the same elements: what adaptive pooling leaves behind."""
+        source = node.all_input_nodes[0]
+        old, new = source.meta["val"], node.meta["val"]
+        same = [a == b for a, b, n in zip(old.stride(), new.stride(), old.shape, strict=False) if n > 1]
+        if old.shape != new.shape or old.storage_offset() != new.storage_offset() or not all(same):
+            raise Mixing(node, "samples are read by strides")
+        return self.found[source]
+
     def item(self, node: fx.Node) -> Dim:
         return self.found[node.all_input_nodes[0]]
 
@@ -312,6 +339,7 @@ _RULES: dict[Any, Callable[[_Dims, fx.Node], Dim]] = {
     **dict.fromkeys([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims], _Dims.squeezed),
     aten.expand.default: _Dims.expanded,
     **dict.fromkeys([aten.alias.default, aten.detach.default], _Dims.item),
+    aten.as_strided.default: _Dims.restrided,
     aten.slice.Tensor: _Dims.sliced,
     aten.select.int: _Dims.selected,
     **dict.fromkeys([aten.split.Tensor, aten.split_with_sizes.default], _Dims.split),

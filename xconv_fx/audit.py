@@ -40,7 +40,8 @@ class Peak:
 class Audit:
     """The replay of one training step: its forward, then its backward on what the forward saved.
 
-    `resident_bytes` are alive throughout and not among the graphs' inputs.
+    `resident_bytes` are alive throughout and not among the graphs' inputs. After the forward, `saved_bytes` are what it
+    holds for the backward besides its inputs.
     """
 
     def __init__(self, resident_bytes: int = 0) -> None:
@@ -49,6 +50,7 @@ class Audit:
         self.inputs: list[Any] = []
         self.results: list[Any] = []
         self.saved: list[Any] = []
+        self.saved_bytes = 0
 
     def forward(self, source: str, inputs: Sequence[Any], results: int) -> Peak:
         """Replay the forward on fakes of `inputs`; its first `results` outputs go to the caller, who holds them."""
@@ -56,6 +58,7 @@ class Audit:
             self.inputs = [_fake(value) for value in inputs]
             outputs = list(self._call(source, list(self.inputs)))
         self.results, self.saved = outputs[:results], outputs[results:]
+        self.saved_bytes = _storage_bytes(self.saved, besides=self.inputs)
         return self.tracker.take()
 
     def loss(self, result_bytes: int) -> Peak:
@@ -119,6 +122,15 @@ class _Tracker(TorchDispatchMode):
         """The peak since the last call."""
         peak, self.peak = self.peak, Peak(0, "", ())
         return peak
+
+
+def _storage_bytes(values: Sequence[Any], besides: Sequence[Any]) -> int:
+    """Bytes of the storages behind the tensors among `values` that are behind none of `besides`."""
+    sizes = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor)}
+    for value in besides:
+        if isinstance(value, torch.Tensor):
+            sizes.pop(value.untyped_storage()._cdata, None)
+    return sum(sizes.values())
 
 
 def _fake(value: Any) -> Any:

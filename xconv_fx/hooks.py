@@ -175,6 +175,15 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
     return sum(sizes.values())
 
 
+def data_inputs(gm: fx.GraphModule) -> list[bool]:
+    """Which of a Dynamo graph's inputs are tensors, but neither parameters nor buffers."""
+    examples = [(n, getattr(n.meta.get("grapharg"), "example", None)) for n in gm.graph.find_nodes(op="placeholder")]
+    return [
+        isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and "buffers" not in node.name
+        for node, value in examples
+    ]
+
+
 def needs_backward(example_inputs: Sequence[Any]) -> bool:
     """Whether the graph that Dynamo traced will be differentiated."""
     return torch.is_grad_enabled() and any(

@@ -13,11 +13,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_origin
@@ -30,6 +31,7 @@ NOISY_CODECS = ("quantize", "probe")
 CODECS = EXACT_CODECS + NOISY_CODECS
 BITS = (1, 2, 4, 8)
 PROBE_KINDS = ("fold", "gaussian", "rademacher", "orthogonal")
+PREFERENCES = ("exact", "balanced", "speed")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 CODECS_HINT = (
@@ -176,14 +178,20 @@ class Options:
     """What a user asked for, checked.
 
     `mem_budget` limits the physical peak of a training step (None: no limit, only what costs nothing is saved);
-    `codecs` and `probes` restrict the planner; `reserve` is bytes of the budget left for memory outside the compiled
-    step; `seed` fixes the sequence of random draws (None: one drawn from torch's generator every step); `report` is
-    where the plan is written as JSON; `inductor` and `mode` are passed to Inductor.
+    `codecs` and `probes` restrict the planner, and so does `slices` (None: as many as it likes; 1: the whole batch at
+    once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions. `reserve`
+    is bytes of the budget left for memory outside the compiled step; `seed` fixes the sequence of random draws (None:
+    one drawn from torch's generator every step); `report` is where the plan is written as JSON; `inductor` and `mode`
+    are passed to Inductor.
     """
 
     mem_budget: Budget | None = None
     codecs: CodecSet = CodecSet()
     probes: Probes = Probes()
+    slices: int | None = None
+    prefer: str = "balanced"
+    max_noise: float | None = None
+    max_slowdown: float | None = None
     reserve: int = 0
     seed: int | None = None
     report: Path | None = None
@@ -243,6 +251,32 @@ def _stable(value: Any) -> Any:
 
 def _parse_reserve(value: Any) -> int:
     return parse_size(value, option="reserve", allow_zero=True)
+
+
+def _parse_slices(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise OptionError("slices", value, "write the number of slices that the batch is run in, 1 for never, or None")
+    return int(value)
+
+
+def _parse_prefer(value: Any) -> str:
+    if value not in PREFERENCES:
+        guess = nearest(value, PREFERENCES) if isinstance(value, str) else ""
+        raise OptionError("prefer", value, join_clauses(guess, f"write one of {', '.join(PREFERENCES)}"))
+    return str(value)
+
+
+def _limit(name: str) -> Callable[[Any], float | None]:
+    def parse(value: Any) -> float | None:
+        if value is None:
+            return None
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+            raise OptionError(name, value, "write a number from 0, such as 0.1, or None for no limit")
+        return float(value)
+
+    return parse
 
 
 def _parse_seed(value: Any) -> int | None:
@@ -310,6 +344,10 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "mem_budget": _parse_budget,
         "codecs": CodecSet.parse,
         "probes": Probes.parse,
+        "slices": _parse_slices,
+        "prefer": _parse_prefer,
+        "max_noise": _limit("max_noise"),
+        "max_slowdown": _limit("max_slowdown"),
         "reserve": _parse_reserve,
         "seed": _parse_seed,
         "report": _parse_report,

@@ -55,6 +55,9 @@ class Plan:
     `noise` and `time` add up the choices'. `gap` is how far the plan's cost is above the solver's lower bound, as a
     fraction of it (0: proven best), `attempts` how many plans were compiled and audited. `notes` names what could not
     be compressed, and why.
+
+    A step that runs in `slices` of the batch has the choices of one of them. `held_slices` of them hold their residuals
+    between forward and backward; the others run their forward again.
     """
 
     device: str
@@ -70,6 +73,8 @@ class Plan:
     attempts: int = 1
     audited_peak: int | None = None
     notes: tuple[str, ...] = ()
+    slices: int = 1
+    held_slices: int = 1
 
     @property
     def peak(self) -> int:
@@ -78,11 +83,11 @@ class Plan:
 
     @property
     def saved_before(self) -> int:
-        return sum(choice.bytes_before for choice in self.choices)
+        return self.slices * sum(choice.bytes_before for choice in self.choices)
 
     @property
     def saved_after(self) -> int:
-        return sum(choice.bytes_after for choice in self.choices)
+        return self.held_slices * sum(choice.bytes_after for choice in self.choices)
 
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans give equal text."""

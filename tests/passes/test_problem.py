@@ -53,12 +53,12 @@ def test_keeping_everything_is_the_graphs_own_profile(pairs, net):
     constant = resident_bytes(pair.forward.graph.nodes) + layout_copies(pair.forward)
     forward = [constant + alive for alive in timeline(pair.forward.graph).profile()]
     if net != "pool":  # Its comparison is no step of the problem: fused into whatever holds it.
-        assert profile(posed.problem, keep(posed))[: posed.turn].tolist() == forward
+        assert profile(posed.problem, keep(posed))[: turn(posed)].tolist() == forward
     tangents = sum(nbytes(n) for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n))
     saved = sum(nbytes(node) for node, _ in pair.residuals().values())
     result = 2 * 8 * 8 * 8 * 4 if net == "pool" else 2 * 8 * 16 * 16 * 4
     loss = constant + saved + result + LOSS_COPIES * tangents
-    assert profile(posed.problem, keep(posed))[posed.turn] == loss
+    assert profile(posed.problem, keep(posed))[turn(posed)] == loss
 
 
 def test_a_kept_residual_dies_after_its_last_reader(pairs):
@@ -68,7 +68,7 @@ def test_a_kept_residual_dies_after_its_last_reader(pairs):
     assert size == 2 * 8 * 16 * 16 * 4
     labels = posed.problem.labels
     # In the forward it is one of the graph's own buffers until its last reader there, which is the last step.
-    assert first == posed.turn == labels.index("the loss")
+    assert first == turn(posed) == labels.index("the loss")
     assert labels[last] == "where" or labels[last].startswith("convolution")
     assert last < len(labels)
 
@@ -78,7 +78,7 @@ def test_phases(pairs):
     phases, alive = posed.phase_peaks(keep(posed)), profile(posed.problem, keep(posed))
     assert list(phases) == ["forward", "loss", "backward"]
     assert max(phases.values()) == peak(posed.problem, keep(posed))[0]
-    assert phases["loss"] == alive[posed.turn]
+    assert phases["loss"] == alive[turn(posed)]
 
 
 def test_corrections_and_outside_bytes_are_added(pairs):

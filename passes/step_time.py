@@ -1,0 +1,61 @@
+"""Seconds that a forward or backward graph takes, by the roofline over its kernels."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from xconv_fx.cost_model.device import DeviceSpec
+from xconv_fx.cost_model.timing import conv_flops, linear_flops, seconds
+
+from .graph import arguments, nbytes, tensor_of
+from .lifetimes import Timeline
+
+aten = torch.ops.aten
+
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
+
+def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
+    """Time of all steps of a timeline, one kernel each, every one limited by its arithmetic or by its traffic."""
+    read: dict[fx.Node, int] = {}
+    for source, steps in line.read_at.items():
+        for step in steps:
+            node = line.steps[step]
+            read[node] = read.get(node, 0) + nbytes(source)
+    return sum(
+        seconds(node_flops(node), nbytes(node) + read.get(node, 0), machine, _dtype(node)) for node in line.steps
+    )
+
+
+def node_flops(node: fx.Node) -> int:
+    """Floating-point operations of a convolution, either half of its backward, or a matrix product; 0 for the rest."""
+    if node.target is aten.convolution.default:
+        x, weight, output = _shape(arguments(node)[0]), _shape(arguments(node)[1]), _shape(node)
+        return _conv(x, weight, output, transposed=arguments(node)[6], groups=arguments(node)[8])
+    if node.target is aten.convolution_backward.default:
+        grad, x, weight = (_shape(part) for part in arguments(node)[:3])
+        halves = sum(bool(wanted) for wanted in arguments(node)[10][:2])
+        return halves * _conv(x, weight, grad, transposed=arguments(node)[7], groups=arguments(node)[9])
+    if node.target in _PRODUCTS:
+        left, right = (_shape(part) for part in arguments(node)[-2:])
+        return linear_flops(prod(left[:-1]), left[-1], right[-1])
+    return 0
+
+
+def _conv(x: list[int], weight: list[int], output: list[int], transposed: bool, groups: int) -> int:
+    spatial = x[2:] if transposed else output[2:]
+    return conv_flops(x[0], x[1], output[1], weight[2:], spatial, groups)
+
+
+def _shape(node: fx.Node) -> list[int]:
+    value = tensor_of(node)
+    return [] if value is None else [int(n) for n in value.shape]
+
+
+def _dtype(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    first = value if isinstance(value, torch.Tensor) else next((v for v in value or () if v is not None), None)
+    return str(getattr(first, "dtype", "float32"))

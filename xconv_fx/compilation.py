@@ -1,0 +1,227 @@
+"""Compile one graph for one way of running it: plan, generate, audit, and plan again, tighter, while over the budget.
+
+The way is all of the batch at once, or slices of it (`slices.py`). Kernels are compiled only for a plan whose generated
+code fits, and nothing runs before one does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from xconv_fx.passes import pipeline
+
+from . import hooks
+from .audit import Audit, Peak
+from .errors import BudgetInfeasibleError, find_ours
+from .log import log, publish
+from .options import Options, Probes
+from .passes.graph import is_tangent, nbytes
+from .passes.instance_norm import reshape_free_instance_norm
+from .passes.problem import LOSS_COPIES
+from .plan import Plan
+from .schedule import LocalFusion, in_order
+from .session import Session
+from .sizes import Budget
+from .slices import Batch, Sliced, Slicing, slice_graph, slice_inputs
+
+# Plans tried before giving up on a budget that the audit keeps finding exceeded.
+ATTEMPTS = 8
+
+
+class _Abandoned(Exception):
+    """Ends a compilation that has given what it was run for, or whose code exceeds the budget."""
+
+
+@dataclass
+class Traced:
+    """The graph that Dynamo traced, and what it is compiled with."""
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    options: Options
+    session: Session
+    batch: Batch | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.batch = Batch.of(self.gm, self.example_inputs)
+
+    def within(self, budget: int) -> Traced:
+        """The same under a budget in bytes."""
+        return replace(self, options=replace(self.options, mem_budget=Budget(bytes=budget)))
+
+    def plain(self) -> Traced:
+        """The same as Inductor compiles it by itself."""
+        return replace(self, options=replace(self.options, mem_budget=None, probes=Probes()))
+
+
+@dataclass
+class Compilation:
+    """The attempts to compile one graph in one way.
+
+    `corrections` are what audits found the prediction of a phase to be short of, `peaks` the audited peaks of the last
+    attempt; in bytes. Code over the budget is abandoned while `enforced`.
+    """
+
+    traced: Traced
+    slicing: Slicing | None = None
+    corrections: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    enforced: bool = True
+
+    def __post_init__(self) -> None:
+        self.outside = self.traced.session.outside(self.traced.gm)
+        self.job: pipeline.Job | None = None
+        self.audit = Audit(self.outside)
+        self.half: tuple[fx.GraphModule, Sequence[Any], bool] | None = None
+        self.kernels = hooks.Deferred()
+        self.compiled: Callable[..., Any] | None = None
+        self.skipped: tuple[str, ...] = ()
+        self.abandoned = False
+        self.attempts = 0
+
+    @property
+    def peak(self) -> int:
+        """The audited peak of the last attempt; 0 for a graph without a backward."""
+        return max(self.peaks.values(), default=0)
+
+    def attempt(self, attempts: int = ATTEMPTS) -> Callable[..., Any] | None:
+        """The compiled step of the first plan whose audited peak is within the budget; None when `attempts` fail.
+
+        It fails as well when the planner, by what audits found so far, sees no plan any more.
+        """
+        while self.attempts < attempts:
+            try:
+                compiled = self.generate()
+            except BudgetInfeasibleError:
+                return None
+            if compiled is not None:
+                self.load()
+                return compiled
+        return None
+
+    def generate(self) -> Callable[..., Any] | None:
+        """Plan and generate code; the step, whose kernels `load` compiles. None when the audit rejects it."""
+        self.attempts += 1
+        self.compiled = self._run()
+        return self.compiled
+
+    def load(self) -> None:
+        """Compile the kernels of what was generated."""
+        self.kernels.load(self.traced.options.inductor_config())
+
+    def trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
+        """The job after all passes but the `skipped` ones, without code; None for a graph without a backward."""
+        self.skipped = skipped
+        try:
+            self._run()
+        finally:
+            self.skipped = ()
+        return self.job
+
+    def _run(self) -> Callable[..., Any] | None:
+        self.abandoned, self.job, self.peaks = False, None, {}
+        try:
+            return self._compile()
+        except Exception as error:
+            if self.abandoned:
+                return None
+            raise find_ours(error) or error from None
+
+    def _compile(self) -> Callable[..., Any]:
+        options, slicing = self.traced.options, self.slicing
+        gm, inputs = copy.deepcopy(self.traced.gm), self.traced.example_inputs
+        if slicing is not None:
+            gm, inputs = slice_graph(gm, slicing), slice_inputs(inputs, slicing)
+        budgeted = not options.plain
+        if budgeted:
+            reshape_free_instance_norm(gm)
+        key = f"{hooks.source_hash()} {options.fingerprint()} {self.outside} {self.corrections} {slicing}"
+        config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
+        if budgeted:
+            config.update(in_order(hooks.source_hash()))
+        self.kernels = hooks.Deferred()
+        with (
+            hooks.ahead_of_time_backward(),
+            hooks.separate_kernels(budgeted),
+            hooks.fusion_rules(LocalFusion() if budgeted else None),
+            hooks.generated_code(self._generated),
+            self.kernels.collect(),
+        ):
+            compiled = hooks.compile_graph(gm, inputs, config, self._entering)
+        return compiled if slicing is None else Sliced(compiled, slicing)
+
+    def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+        job = pipeline.Job(
+            gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
+            stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.slicing,
+        )  # fmt: skip
+        self.job = job
+        pipeline.run(job, disabled=self.skipped)
+        if self.skipped:
+            self.abandoned = True
+            raise _Abandoned
+        assert job.pair is not None
+        return job.pair.forward, job.pair.backward
+
+    def _entering(self, gm: fx.GraphModule, example_inputs: Sequence[Any], is_backward: bool) -> None:
+        """Inductor is about to generate code for this half."""
+        self.half = (gm, list(example_inputs), is_backward)
+
+    def _generated(self, code: str) -> None:
+        """Audit generated code; abandon the graph when it is over the budget."""
+        if self.job is None or self.job.plan is None or self.half is None:
+            return  # A graph without a backward: nothing was planned.
+        for where, peak in self._replay(code, *self.half):
+            self.peaks[where] = max(self.peaks.get(where, 0), self._whole_step(where, peak))
+            log.debug("audit: %s reaches %d bytes at %s; alive: %s", where, peak.bytes, peak.at, peak.alive)
+        budget = self.job.plan.budget
+        if self.enforced and budget is not None and self.peak > budget - self.traced.options.reserve:
+            self._tighten(budget - self.traced.options.reserve)
+            self.abandoned = True
+            raise _Abandoned
+
+    def _whole_step(self, phase: str, peak: Peak) -> int:
+        """The peak of a phase over all slices, from that of one slice."""
+        if self.slicing is None:
+            return peak.bytes
+        assert self.job is not None and self.job.posed is not None
+        episodes = self.slicing.episodes(self.job.posed.results, self.job.posed.tangents, LOSS_COPIES)
+        held = self.audit.saved_bytes
+        return max(peak.bytes + e.extra + e.others * held for e in episodes if e.phase == phase)
+
+    def _tighten(self, usable: int) -> None:
+        """Correct the prediction of every phase by what the audit found; where it is over, by a hundredth at least."""
+        assert self.job is not None
+        for phase, audited in self.peaks.items():
+            before = self.corrections.get(phase, 0)
+            found = audited - (self.job.phase_peaks[phase] - before)
+            self.corrections[phase] = max(found, before + usable // 100) if audited > usable else max(found, before)
+
+    def _replay(
+        self, code: str, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool
+    ) -> list[tuple[str, Peak]]:
+        assert self.job is not None and self.job.pair is not None
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        if is_backward:
+            return [("backward", self.audit.backward(code, inputs, [is_tangent(node) for node in placeholders]))]
+        self.audit = Audit(self.outside)
+        tangents = [node for node in self.job.pair.backward.graph.find_nodes(op="placeholder") if is_tangent(node)]
+        forward = self.audit.forward(code, inputs, self.job.pair.results)
+        return [("forward", forward), ("loss", self.audit.loss(LOSS_COPIES * sum(map(nbytes, tangents))))]
+
+    def report(self, **known: Any) -> Plan | None:
+        """Publish the plan of what was compiled, with what is `known` about it besides; None without a backward."""
+        if self.job is None or self.job.plan is None:
+            log.info("a graph without a backward: plain Inductor")
+            return None
+        found = {"audited_peak": self.peak or None, "attempts": max(self.attempts, 1), **known}
+        plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes), **found)
+        publish(plan)
+        self.traced.session.add(plan, self.traced.gm)
+        return plan

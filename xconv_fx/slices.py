@@ -1,0 +1,296 @@
+"""Run a training step in slices of the batch: the same gradients, with the activations of one slice at a time.
+
+Where every sample is computed apart (`passes/separable.py` proves it), forward and backward may be compiled for a
+slice of the batch and run once for each. The results are written into one tensor, the gradients of the parameters are
+summed. The last `held` slices of the forward keep their residuals; the others keep nothing, and run their forward again
+when the backward comes to them. So the step takes, besides parameters, inputs, results and gradients, the residuals of
+`held` slices and the working memory of one: from all that a batch needs (one slice) in steps of 1/count down to what a
+single sample needs, for up to one more forward of time.
+
+Gradient accumulation over micro-batches and checkpointing (Chen et al., arXiv 1604.06174) are the two ends of this
+scale; here the loss sees the whole batch, and the planner chooses the place in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from . import hooks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a graph that hold samples: `batched[i]` says whether input i does, `size` how many samples.
+
+    Bytes of the whole batch: `inputs` of those, `input_gradients` of the gradients that they need, `gradients` of the
+    gradients of all other inputs.
+    """
+
+    size: int
+    batched: tuple[bool, ...]
+    inputs: int
+    input_gradients: int
+    gradients: int
+
+    @staticmethod
+    def of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Batch | None:
+        """The batch that Dynamo's graph is traced for: what leads all its tensors but parameters and buffers."""
+        data = hooks.data_inputs(gm)
+        sizes = [
+            int(value.shape[0])
+            for value, is_data in zip(example_inputs, data, strict=True)
+            if is_data and value.dim() > 0
+        ]
+        if not sizes or sizes[0] < 2:
+            return None
+        batched = tuple(
+            is_data and value.dim() > 0 and int(value.shape[0]) == sizes[0]
+            for value, is_data in zip(example_inputs, data, strict=True)
+        )
+        inputs = input_gradients = gradients = 0
+        for value, is_batched in zip(example_inputs, batched, strict=True):
+            if isinstance(value, Tensor):
+                size = int(value.numel()) * value.element_size()
+                inputs += size * is_batched
+                input_gradients += size * (is_batched and value.requires_grad)
+                gradients += size * (not is_batched and value.requires_grad)
+        return Batch(sizes[0], batched, inputs, input_gradients, gradients)
+
+    def counts(self) -> list[int]:
+        """Numbers of slices, ascending, that cut the batch into equal parts."""
+        return [count for count in range(2, self.size + 1) if self.size % count == 0]
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """`count` slices of a batch, of which `held` keep their residuals from forward to backward.
+
+    `random` says that the graph draws random numbers, which a second forward must draw again. `relaid` are the indices
+    of convolution weights that are laid out channels-last once, for all slices; `copies` is their size in bytes.
+    """
+
+    batch: Batch
+    count: int
+    held: int
+    random: bool = False
+    relaid: tuple[int, ...] = ()
+    copies: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples in a slice."""
+        return self.batch.size // self.count
+
+    def episodes(self, results: int, tangents: int, loss_copies: int) -> tuple[Episode, ...]:
+        """The moments of a sliced step at which memory may peak.
+
+        `results` and `tangents` are bytes of *one slice's* results and of their gradients; the loss takes
+        `loss_copies` tensors of the gradients' size.
+        """
+        others = self.count - 1
+        inputs = self.batch.inputs - self.batch.inputs // self.count + self.copies
+        waiting = inputs + others * (results + tangents) + self.batch.input_gradients
+        moments = [
+            Episode("forward", inputs + self.count * results, max(self.held - 1, 0)),
+            Episode("loss", inputs + others * (results + loss_copies * tangents), self.held - 1),
+            Episode("backward", waiting + self.batch.gradients, max(self.held - 2, 0)),
+        ]
+        if self.held:
+            moments.append(Episode("backward", waiting, self.held - 1))
+        if self.held < self.count:
+            again = inputs + self.count * (results + tangents) + self.batch.input_gradients + self.batch.gradients
+            moments.append(Episode("forward", again, 0))
+        return tuple(moments)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One run of a slice's `phase` ("forward", "loss" or "backward") while more than that slice is alive.
+
+    `extra` bytes, and what `others` more slices hold (-1: not even this one's).
+    """
+
+    phase: str
+    extra: int
+    others: int
+
+
+def slice_inputs(example_inputs: Sequence[Any], slicing: Slicing) -> list[Any]:
+    """What a slice's graph is compiled for: fake tensors of the slice's sizes."""
+    mode = torch._guards.detect_fake_mode(list(example_inputs))
+    sliced: list[Any] = []
+    with mode if mode is not None else contextlib.nullcontext():
+        for index, (value, is_batched) in enumerate(zip(example_inputs, slicing.batch.batched, strict=True)):
+            if is_batched or index in slicing.relaid:
+                shape = [int(n) for n in value.shape]
+                strides = [int(n) for n in value.stride()]
+                if is_batched:
+                    shape[0] = slicing.samples
+                part = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+                if index in slicing.relaid:
+                    part = part.contiguous(memory_format=torch.channels_last)
+                value = part.requires_grad_(value.requires_grad)
+            sliced.append(value)
+    return sliced
+
+
+_SIZED = {"view", "reshape", "expand", "repeat", "new_zeros", "new_ones", "new_full", "new_empty", "unflatten"}
+
+
+def slice_graph(gm: fx.GraphModule, slicing: Slicing) -> fx.GraphModule:
+    """Let the shapes that Dynamo wrote into its graph, `x.view(8, -1)`, speak of a slice. In place.
+
+    Only a leading size that is the batch's is changed; the rest is left to the proof that samples are apart.
+    """
+    for node in gm.graph.nodes:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node.op in ("call_method", "call_function") and name in _SIZED and len(node.args) > 1:
+            head, *rest = node.args[1:]
+            if head == slicing.batch.size:
+                node.args = (node.args[0], slicing.samples, *rest)
+            elif isinstance(head, (list, tuple)) and head and head[0] == slicing.batch.size:
+                node.args = (node.args[0], (slicing.samples, *head[1:]), *rest)
+    gm.recompile()
+    return gm
+
+
+class Sliced:
+    """Runs a function that was compiled for one slice on a whole batch, differentiably."""
+
+    def __init__(self, function: Callable[..., Any], slicing: Slicing) -> None:
+        self.function, self.slicing = function, slicing
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return _SlicedStep.apply(self, *inputs)
+
+    def arguments(self, leaves: Sequence[Any], index: int) -> list[Any]:
+        """What the function takes for slice `index`: batched leaves narrowed to it, the others as they are."""
+        start, length = index * self.slicing.samples, self.slicing.samples
+        return [
+            leaf.detach().narrow(0, start, length).requires_grad_(leaf.requires_grad) if is_batched else leaf
+            for leaf, is_batched in zip(leaves, self.slicing.batch.batched, strict=True)
+        ]
+
+    def leaves(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs cut off from the caller's autograd graph; weights relaid."""
+        cut = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
+        for index in self.slicing.relaid:
+            cut[index] = cut[index].contiguous(memory_format=torch.channels_last)
+        return [
+            value.requires_grad_(given.requires_grad) if isinstance(given, Tensor) else value
+            for value, given in zip(cut, inputs, strict=True)
+        ]
+
+
+class _SlicedStep(torch.autograd.Function):
+    """The whole batch's step, to autograd one operation."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Sliced, *inputs: Any) -> tuple[Any, ...]:
+        slicing = step.slicing
+        ctx.step, ctx.held, ctx.states = step, {}, {}
+        # Autograd's own check that nobody writes to what the backward reads.
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.leaves = step.leaves(inputs)
+        results: list[Tensor] = []
+        for index in range(slicing.count):
+            held = index >= slicing.count - slicing.held and any(ctx.needs_input_grad)
+            if slicing.random:
+                ctx.states[index] = _random_state(inputs)
+            arguments = step.arguments(ctx.leaves, index)
+            if not held:
+                arguments = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+            with torch.enable_grad():
+                part = step.function(*arguments)
+            results = results or [_whole(value, slicing.count) for value in part]
+            for whole, value in zip(results, part, strict=True):
+                whole.narrow(0, index * slicing.samples, slicing.samples).copy_(value.detach())
+            if held:
+                ctx.held[index] = arguments, _edges(part)
+            del part, arguments
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        step, slicing, leaves = ctx.step, ctx.step.slicing, ctx.leaves
+        _ = ctx.saved_tensors
+        whole: dict[int, Tensor] = {}
+        for index in reversed(range(slicing.count)):
+            start, length = index * slicing.samples, slicing.samples
+            arguments, edges = ctx.held.pop(index, None) or _forward_again(ctx, step, index)
+            pairs = [
+                (edge, gradient.narrow(0, start, length))
+                for edge, gradient in zip(edges, gradients, strict=True)
+                if edge is not None and gradient is not None
+            ]
+            torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
+            for place, is_batched in enumerate(slicing.batch.batched):
+                if is_batched and arguments[place].grad is not None:
+                    if place not in whole:
+                        whole[place] = torch.zeros_like(leaves[place])
+                    whole[place].narrow(0, start, length).copy_(arguments[place].grad)
+            del arguments, edges, pairs
+        return (None, *(whole.get(place, _taken(leaf)) for place, leaf in enumerate(leaves)))
+
+
+def _taken(leaf: Any) -> Tensor | None:
+    """The gradient summed in a leaf, which is left without."""
+    if not isinstance(leaf, Tensor):
+        return None
+    gradient, leaf.grad = leaf.grad, None
+    return gradient
+
+
+def _forward_again(ctx: Any, step: Sliced, index: int) -> tuple[list[Any], list[Any]]:
+    """Slice `index` once more, from the random state that its first forward had; its arguments and gradient edges."""
+    arguments = step.arguments(ctx.leaves, index)
+    with _with_random_state(ctx.states.get(index)), torch.enable_grad():
+        part = step.function(*arguments)
+    return arguments, _edges(part)
+
+
+def _edges(values: Sequence[Tensor]) -> list[Any]:
+    """Where gradients of the values enter: keeps their graph alive, and not their memory."""
+    return [get_gradient_edge(value) if value.requires_grad else None for value in values]
+
+
+def _whole(part: Tensor, count: int) -> Tensor:
+    """Memory for `count` parts in one tensor, samples outermost, each laid out as in the part."""
+    shape, strides = list(part.shape), list(part.stride())
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
+    shape[0] *= count
+    if extent * part.shape[0] == part.numel():
+        return torch.empty_strided(shape, [extent, *strides[1:]], dtype=part.dtype, device=part.device)
+    return torch.empty(shape, dtype=part.dtype, device=part.device)
+
+
+def _random_state(inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The state of the generators that a graph on these inputs draws from."""
+    kinds = {value.device.type for value in inputs if isinstance(value, Tensor)}
+    state = {"cpu": torch.get_rng_state()}
+    if "cuda" in kinds:
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+@contextlib.contextmanager
+def _with_random_state(state: dict[str, Tensor] | None) -> Any:
+    """Draw from an earlier state, then go on from the present one."""
+    if state is None:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if "cuda" in state else []
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+        yield

@@ -1,0 +1,172 @@
+"""Choose how a graph is run under its budget: the whole batch at once, or in how many slices, of which how many held.
+
+Every way has a plan of its own: how much noise its codecs add, and how much longer the step takes (codecs, forwards
+that are run again, smaller kernels). `prefer` says how the two are weighed. Ways are compared on predicted plans, from
+a trace alone; code is generated for the best one, and for the next only when the audit rules that one out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .compilation import ATTEMPTS, Compilation, Traced
+from .errors import BudgetInfeasibleError, OptionError, XConvError
+from .log import log
+from .passes.pipeline import Job
+from .plan import Plan
+from .slices import Batch, Slicing
+from .ways import NEGLIGIBLE, Way, best_way, select
+
+# Attempts at a way while there is another one left.
+FEW = 3
+
+
+class Strategy:
+    """The search for a way to run one graph within its budget."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.most: Slicing | None = None
+
+    def compile(self) -> Callable[..., Any]:
+        """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
+        options = self.traced.options
+        if options.mem_budget is None:
+            return _finished(Compilation(self.traced))
+        plain = Compilation(self.traced.plain())
+        plain.generate()
+        budget = options.mem_budget.resolve(plain.peak)
+        known = {"baseline_peak": plain.peak, "budget": budget}
+        if plain.peak <= budget - options.reserve and options.probes == plain.traced.options.probes:
+            return _finished(plain, **known)
+        self.traced = self.traced.within(budget)
+        ways = self.ways()
+        tried = 0
+        for number, way in enumerate(ways, start=1):
+            compilation = Compilation(self.traced, way.slicing)
+            compiled = compilation.attempt(ATTEMPTS if number == len(ways) else FEW)
+            tried += compilation.attempts
+            if compiled is not None:
+                compilation.report(attempts=tried, **known)
+                return compiled
+        return self._least(plain.peak, tried, **known)
+
+    def plan(self) -> Plan | None:
+        """The plan to start from, on predictions alone; None for a graph without a backward.
+
+        A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
+        """
+        slicing = None
+        if self.traced.options.mem_budget is not None:
+            job = Compilation(self.traced).trace(skipped=("plan", "rewrite"))
+            if job is None or job.posed is None:
+                return None
+            baseline = max(job.posed.phase_peaks((0,) * len(job.posed.residuals)).values())
+            self.traced = self.traced.within(self.traced.options.mem_budget.resolve(baseline))
+            ways = self.ways(job)
+            slicing = ways[0].slicing if ways else min(self._limits(), key=lambda limit: limit[0].smallest)[1]
+        compilation = Compilation(self.traced, slicing)
+        compilation.trace(skipped=("rewrite",))
+        return compilation.report()
+
+    def ways(self, whole: Job | None = None) -> list[Way]:
+        """The ways whose predicted plans fit the budget, best first; `whole` is the graph's job if it is known.
+
+        Finds out on the way how far the batch can be sliced (`most`), and notes why it cannot.
+        """
+        options, batch = self.traced.options, self.traced.batch
+        whole = whole or Compilation(self.traced).trace(skipped=("plan", "rewrite"))
+        if whole is None or whole.posed is None:
+            return [Way(None, 0.0, 0.0)]
+        found = [] if (options.slices or 1) > 1 else best_way(whole.posed, None, options)
+        if options.slices == 1 or (found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE):
+            return select(found, options)
+        if batch is None or whole.mixing:
+            self._cannot_slice(whole.mixing)
+            return select(found, options)
+        for slicing in self._slicings(batch, whole):
+            job = self._sliced(slicing)
+            if job is None:
+                break
+            assert job.posed is not None
+            self.most = slicing
+            best = min((way.cost(options.prefer) for way in found), default=None)
+            found += best_way(job.posed, slicing, options, whole.posed)
+            log.debug("ways up to %d slices: %s", slicing.count, found)
+            if best is not None and best <= min(way.cost(options.prefer) for way in found):
+                break
+        return select(found, options)
+
+    def _slicings(self, batch: Batch, whole: Job) -> list[Slicing]:
+        """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
+        counts, fixed = batch.counts(), self.traced.options.slices
+        if fixed is not None and fixed not in counts:
+            some = f"write one of {', '.join(map(str, counts))}, which divide a batch of {batch.size}, 1, or None"
+            raise OptionError("slices", fixed, some)
+        chosen: list[int] = []
+        for count in counts:
+            if count == counts[-1] or not chosen or count >= 2 * chosen[-1]:
+                chosen.append(count)
+        return [Slicing(batch, n, 0, whole.random, *whole.relaid) for n in (chosen if fixed is None else [fixed])]
+
+    def _sliced(self, slicing: Slicing) -> Job | None:
+        """The job of a slice, or None with a note when the graph is not the same for a slice."""
+        try:
+            job = Compilation(self.traced, slicing).trace(skipped=("plan", "rewrite"))
+        except XConvError:
+            raise
+        except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
+            self._cannot_slice(
+                f"its graph cannot be traced for {slicing.samples} samples: {str(error).splitlines()[0]}"
+            )
+            return None
+        if job is not None and job.mixing:
+            self._cannot_slice(job.mixing)
+            return None
+        return job
+
+    def _cannot_slice(self, reason: str) -> None:
+        if self.traced.options.slices is not None:
+            raise OptionError("slices", self.traced.options.slices, f"the batch cannot be sliced: {reason}")
+        note = f"the batch is not run in slices: {reason}"
+        self.traced = replace(self.traced, notes=(*self.traced.notes, note))
+
+    def _least(self, plain: int, tried: int, **known: Any) -> Callable[..., Any]:
+        """The step of the plan of least predicted peak, which what the audit found of other plans does not rule out.
+
+        Raises `BudgetInfeasibleError` when its code is over the budget as well, with its audited peak as the smallest
+        budget: one that is known to work.
+        """
+        options = self.traced.options
+        assert options.mem_budget is not None
+        budget = options.mem_budget.resolve(0)
+        error, slicing = min(self._limits(), key=lambda limit: limit[0].smallest)
+        lowest = Compilation(self.traced.within(error.smallest), slicing, enforced=False)
+        lowest.generate()
+        smallest = min(lowest.peak, plain) + options.reserve
+        if smallest > budget:
+            raise BudgetInfeasibleError(budget, smallest, error.consumers)
+        return _finished(lowest, attempts=tried + 1, **known)
+
+    def _limits(self) -> list[tuple[BudgetInfeasibleError, Slicing | None]]:
+        """What the planner says to a budget of one byte, for the whole batch and for the most slices."""
+        limits: list[tuple[BudgetInfeasibleError, Slicing | None]] = []
+        whole = [] if (self.traced.options.slices or 1) > 1 else [None]
+        for slicing in dict.fromkeys((*whole, self.most)):
+            try:
+                Compilation(self.traced.within(1), slicing).trace(skipped=("rewrite",))
+            except BudgetInfeasibleError as error:
+                limits.append((error, slicing))
+        return limits
+
+
+def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:
+    """The step of code that is run whatever its peak."""
+    compilation.enforced = False
+    compiled = compilation.compiled or compilation.generate()
+    assert compiled is not None
+    compilation.load()
+    compilation.report(**known)
+    return compiled

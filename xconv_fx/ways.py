@@ -1,0 +1,109 @@
+"""The ways of running a step that are compared: what each costs in noise and in time, and which is preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .cost_model.solver import Infeasible, Solution, solve
+from .errors import OptionError
+from .options import Options
+from .passes.planning import NOISE_PRICE, tradeoff
+from .passes.problem import Posed
+from .passes.sliced import slice_step
+from .slices import Slicing
+
+# A plan for the whole batch that is exact and no slower than this is not compared with slices.
+NEGLIGIBLE = 0.02
+# Seconds for one solution of the planning problem while ways are compared.
+GLANCE = 0.5
+# What a call of a kernel from Python takes besides the kernel: it counts once more for every slice.
+CALL = 1e-5
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the step, and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step."""
+
+    slicing: Slicing | None
+    noise: float
+    slowdown: float
+
+    def cost(self, prefer: str) -> tuple[float, float]:
+        """Smaller is better; the second number decides among equals in the first."""
+        if prefer == "exact":
+            return self.noise, self.slowdown
+        if prefer == "speed":
+            return round(self.slowdown, 2), self.noise
+        return self.slowdown + NOISE_PRICE * self.noise, self.noise
+
+
+def select(ways: Sequence[Way], options: Options) -> list[Way]:
+    """The ways that the options' limits allow, best first.
+
+    Raises `OptionError` when there are ways, but none within a limit.
+    """
+    for name, limit in (("max_noise", options.max_noise), ("max_slowdown", options.max_slowdown)):
+        if limit is None or not ways:
+            continue
+        values = [way.noise if name == "max_noise" else way.slowdown for way in ways]
+        if min(values) > limit:
+            hint = f"no plan within the budget has less than {min(values):.2g}; write that, or a larger mem_budget"
+            raise OptionError(name, limit, hint)
+        ways = [way for way, value in zip(ways, values, strict=True) if value <= limit]
+    return sorted(ways, key=lambda way: way.cost(options.prefer))
+
+
+def best_way(posed: Posed, slicing: Slicing | None, options: Options, whole: Posed | None = None) -> list[Way]:
+    """The ways to run the problem within the budget that are worth a comparison, best first.
+
+    `posed` is the problem of the whole batch, or of one slice of it for any number of slices held; then `whole` is that
+    of the batch.
+    """
+    plain = sum((whole or posed).seconds.values())
+    if slicing is None:
+        solution = _solution(posed, options)
+        return [] if solution is None else [Way(None, solution.noise, solution.time / plain)]
+    held = _Held(posed, slicing, options)
+    found = []
+    for number in held.candidates():
+        solution = held.solution(number, exact=False)
+        if solution is not None:
+            again = (slicing.count - number) * posed.seconds["forward"]
+            once = sum(posed.seconds.values()) + solution.time + CALL * len(posed.phases)
+            slowdown = (slicing.count * once + again) / plain - 1
+            found.append(Way(replace(slicing, held=number), solution.noise, slowdown))
+    return sorted(found, key=lambda way: way.cost(options.prefer))
+
+
+class _Held:
+    """Plans of a sliced step by the number of slices that are held, each solved for once."""
+
+    def __init__(self, posed: Posed, slicing: Slicing, options: Options) -> None:
+        self.posed, self.slicing, self.options = posed, slicing, options
+        self.solved: dict[tuple[int, bool], Solution | None] = {}
+
+    def solution(self, held: int, exact: bool) -> Solution | None:
+        if (held, exact) not in self.solved:
+            posed = slice_step(self.posed, replace(self.slicing, held=held))
+            options = replace(self.options, prefer="exact") if exact else self.options
+            self.solved[held, exact] = _solution(posed, options)
+        return self.solved[held, exact]
+
+    def candidates(self) -> list[int]:
+        """All slices held, as many as fit without noise, a number between the two, and none."""
+        low, high = -1, self.slicing.count
+        while low < high:
+            middle = (low + high + 1) // 2
+            solution = self.solution(middle, exact=True)
+            low, high = (middle, high) if solution is not None and solution.noise == 0 else (low, middle - 1)
+        return sorted({self.slicing.count, (self.slicing.count + max(low, 0)) // 2, max(low, 0), 0})
+
+
+def _solution(posed: Posed, options: Options) -> Solution | None:
+    assert options.mem_budget is not None
+    usable = options.mem_budget.resolve(0) - options.reserve
+    try:
+        return solve(posed.problem, usable, time_limit=GLANCE, tradeoff=tradeoff(posed, options))
+    except Infeasible:
+        return None
