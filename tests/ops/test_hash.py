@@ -78,6 +78,14 @@ def test_uniform_is_uniform_and_below_one():
     assert largest.item() == 1 - 2.0**-24
 
 
+@pytest.mark.parametrize("count", [16, 14, 1])
+def test_halves_are_those_of_the_hash(count):
+    index = torch.arange(COUNT, dtype=torch.int32)
+    lower, upper = xhash.random_halves(index, count, torch.tensor([12345678901234567]), 3)
+    words, mask = draw().long(), (1 << count) - 1
+    assert torch.equal(lower.long(), words & mask) and torch.equal(upper.long(), words >> 16 & mask)
+
+
 def test_signs_are_plus_or_minus_one():
     signs = xhash.random_signs(draw(), bit=5, dtype=torch.float64)
     assert signs.abs().eq(1).all()

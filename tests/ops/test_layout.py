@@ -42,7 +42,7 @@ def test_order_of_channels_last():
 def test_packing_round_trips(size, order, bits):
     plan = layout.packing(size, order, bits)
     codes = torch.randint(1 << bits, plan.physical, dtype=torch.int32)
-    words = layout.pack(codes, plan)
+    words = layout.pack(layout.to_rows(codes, plan), plan)
     assert words.shape == plan.words and words.dtype == torch.int32 and words.is_contiguous()
     assert words.nbytes == plan.word_bytes
     assert torch.equal(layout.unpack(words, plan), codes)
@@ -52,9 +52,17 @@ def test_neighbouring_rows_share_a_word():
     plan = layout.Packing((40, 3), 1, 1)
     codes = torch.zeros(40, 3, dtype=torch.int32)
     codes[33, 2] = 1
-    words = layout.pack(codes, plan)
+    words = layout.pack(layout.to_rows(codes, plan), plan)
     assert words.shape == (2, 3)
     assert words[1, 2] == 1 << 1 and words.count_nonzero() == 1
+
+
+def test_the_last_row_fills_its_word():
+    plan = layout.Packing((5, 2), 1, 8)
+    codes = torch.arange(10, dtype=torch.int32).reshape(5, 2)
+    rows = layout.to_rows(codes, plan)
+    assert rows.shape == (8, 2) and torch.equal(rows[5:], codes[-1:].expand(3, 2))
+    assert layout.pack(rows, plan)[1].tolist() == [0x08080808, 0x09090909]
 
 
 @pytest.mark.parametrize(("size", "order"), SHAPES[:5], ids=str)

@@ -25,7 +25,7 @@ from .registry import USES, Codec, Held, register
 def pack_mask(mask: Tensor, order: Sequence[int]) -> Tensor:
     """int32 words that hold the bool `mask`, one bit an element; shape `layout.packing(size, order, 1).words`."""
     plan = _plan(mask, order)
-    return layout.pack(layout.to_physical(mask, order), plan)
+    return layout.pack(layout.to_rows(layout.to_physical(mask, order), plan), plan)
 
 
 @pack_mask.register_fake

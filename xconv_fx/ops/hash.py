@@ -94,11 +94,22 @@ def derive_keys(low: Any, high: Any, constants: tuple[Any, Any], over: Arithmeti
 
 def keyed_hash(index: Any, keys: tuple[Any, Any], over: Arithmetic) -> Any:
     """32 random bits (int32) for every int32 `index`, under two int32 `keys`."""
+    word = _keyed_product(index, keys, over)
+    return word ^ logical_shift(word, 16, over)
+
+
+def keyed_halves(index: Any, keys: tuple[Any, Any], count: int, over: Arithmetic) -> tuple[Any, Any]:
+    """The `count` (1..16) lowest bits of the lower and of the upper half of `keyed_hash`, in fewer operations."""
+    word, mask = _keyed_product(index, keys, over), over.constant((1 << count) - 1, torch.int32)
+    upper = over.shift(word, 16, torch.int32)
+    return (word ^ upper) & mask, upper & mask
+
+
+def _keyed_product(index: Any, keys: tuple[Any, Any], over: Arithmetic) -> Any:
     word = index ^ keys[0]
     word = (word ^ logical_shift(word, 16, over)) * over.constant(_FIRST_FACTOR, torch.int32)
     word = (word ^ logical_shift(word, 15, over)) + keys[1]
-    word = word * over.constant(signed(_SECOND_FACTOR), torch.int32)
-    return word ^ logical_shift(word, 16, over)
+    return word * over.constant(signed(_SECOND_FACTOR), torch.int32)
 
 
 def logical_shift(word: Any, count: int, over: Arithmetic = TENSORS) -> Any:
@@ -124,9 +135,20 @@ def random_bits(index: Tensor, seed: Tensor, salt: int, stream: int = 0) -> Tens
     Returns:
         int32 of the shape of `index`.
     """
+    return keyed_hash(index, _keys(seed, salt, stream), TENSORS)
+
+
+def random_halves(index: Tensor, count: int, seed: Tensor, salt: int, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """Two independent draws for every element of `index`: integers below 2**count, `count` in 1..16.
+
+    The other arguments are those of `random_bits`, from whose lower and upper halves the draws are taken.
+    """
+    return keyed_halves(index, _keys(seed, salt, stream), count, TENSORS)
+
+
+def _keys(seed: Tensor, salt: int, stream: int) -> tuple[Any, Any]:
     low, high = split_seed(seed.reshape(()))
-    keys = derive_keys(low, high, salts(salt, stream), TENSORS)
-    return keyed_hash(index, keys, TENSORS)
+    return derive_keys(low, high, salts(salt, stream), TENSORS)
 
 
 def uniform(bits: Tensor) -> Tensor:

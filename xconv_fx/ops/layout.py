@@ -106,7 +106,7 @@ class Packing:
     """Codes of `bits` bits in int32 words of shape `words`.
 
     The first `split` physical dimensions form `rows` rows; the others, `inner`, stay as they are. Code number b of
-    word row m belongs to row m * per_word + b; codes past the last row are 0.
+    word row m belongs to row m * per_word + b; codes past the last row are those of the last row's values.
     """
 
     physical: tuple[int, ...]
@@ -130,13 +130,17 @@ class Packing:
         return (-(-self.rows // self.per_word), *self.inner)
 
     @property
+    def padded_rows(self) -> int:
+        return self.words[0] * self.per_word
+
+    @property
     def word_bytes(self) -> int:
         return WORD_BYTES * math.prod(self.words)
 
     @property
     def padding(self) -> float:
         """Unused codes for each used one."""
-        return self.words[0] * self.per_word / self.rows - 1
+        return self.padded_rows / self.rows - 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -158,13 +162,15 @@ def packing(size: Sequence[int], order: Sequence[int], bits: int) -> Packing:
     return _packing(physical_size(size, order), bits)
 
 
-def pack(codes: Tensor, plan: Packing) -> Tensor:
-    """int32 words from a physical tensor of codes in 0 .. 2**bits - 1."""
-    rows = codes.to(torch.int32).reshape(plan.rows, *plan.inner)
-    missing = plan.words[0] * plan.per_word - plan.rows
-    if missing:
-        rows = torch.cat([rows, rows.new_zeros(missing, *plan.inner)])
-    columns = rows.reshape(plan.words[0], plan.per_word, *plan.inner)
+def to_rows(physical: Tensor, plan: Packing) -> Tensor:
+    """A physical tensor as (padded_rows, *inner). The last row is repeated to fill its word."""
+    picks = torch.arange(plan.padded_rows, device=physical.device).clamp(max=plan.rows - 1)
+    return physical.reshape(plan.rows, *plan.inner).index_select(0, picks)
+
+
+def pack(rows: Tensor, plan: Packing) -> Tensor:
+    """int32 words from codes in 0 .. 2**bits - 1 of shape (padded_rows, *inner); see `to_rows`."""
+    columns = rows.to(torch.int32).reshape(plan.words[0], plan.per_word, *plan.inner)
     words = columns[:, 0].clone(memory_format=torch.contiguous_format)
     for position in range(1, plan.per_word):
         words |= columns[:, position] << (position * plan.bits)

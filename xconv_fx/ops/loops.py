@@ -68,17 +68,39 @@ def keys(seed: ir.TensorBox, salt: int, stream: int) -> ir.TensorBox:
     return pair
 
 
-def random_bits(keys: ir.TensorBox, position: sympy.Expr) -> Value:
-    """`hash.random_bits` of one position, in a loop body."""
+def random_bits(keys: ir.TensorBox, row: sympy.Expr, inner: Index, extents: Sequence[int]) -> Value:
+    """`hash.random_bits` of one element of a dense array of rows, in a loop body."""
+    return hash.keyed_hash(_numbered(row, inner, extents), _pair(keys), VALUES)
+
+
+def random_halves(
+    keys: ir.TensorBox, count: int, row: sympy.Expr, inner: Index, extents: Sequence[int]
+) -> tuple[Value, Value]:
+    """`hash.random_halves` of one element of a dense array of rows, in a loop body."""
+    return hash.keyed_halves(_numbered(row, inner, extents), _pair(keys), count, VALUES)
+
+
+def _pair(keys: ir.TensorBox) -> tuple[Value, Value]:
     load = keys.make_loader()
-    pair = (load([sympy.S.Zero]), load([sympy.S.One]))
-    return hash.keyed_hash(ops.index_expr(position, torch.int32), pair, VALUES)
+    return load([sympy.S.Zero]), load([sympy.S.One])
 
 
-def uniform(bits: Value, wide: torch.dtype) -> Value:
-    """`hash.uniform`, as `wide`."""
-    upper = ops.to_dtype(hash.logical_shift(bits, 8, VALUES), torch.float32)
-    return ops.to_dtype(ops.mul(upper, ops.constant(2.0**-24, torch.float32)), wide)
+def _numbered(row: sympy.Expr, inner: Index, extents: Sequence[int]) -> Value:
+    """The position of an element in a dense array of rows.
+
+    Numbering the lanes of a vector takes C++ as long as a hash; a body that reads several rows should do it once. The
+    union with 0 costs nothing and keeps Inductor from adding up the two expressions, which would number every row.
+    """
+    first = ops.index_expr(row * math.prod(extents), torch.int32)
+    if not inner:
+        return first
+    lanes = ops.bitwise_or(ops.index_expr(linear(inner, extents), torch.int32), ops.constant(0, torch.int32))
+    return ops.add(first, lanes)
+
+
+def at_most(position: sympy.Expr, last: int, largest: int) -> sympy.Expr:
+    """The lesser of `position` and `last`; `largest` is the greatest value `position` takes."""
+    return position if largest <= last else sympy.Min(position, last)
 
 
 def guarded(position: sympy.Expr, end: int, largest: int, body: Callable[[], Value], other: float) -> Value:

@@ -51,23 +51,33 @@ def _group(index: Index, physical: tuple[int, ...]) -> list[sympy.Expr]:
 # Packing
 
 
-def _packed(like: ir.TensorBox, plan: layout.Packing, code: Callable[[Index, sympy.Expr], Value]) -> ir.TensorBox:
-    """Words whose codes are `code(physical index, row)`, int32 values below 2**bits."""
+def _packed(
+    like: ir.TensorBox,
+    plan: layout.Packing,
+    value: Callable[[Index, sympy.Expr], Value],
+    coder: Callable[[Sequence[sympy.Expr], Index], Callable[[Value, int], Value]] = lambda rows, inner: lambda x, at: x,
+) -> ir.TensorBox:
+    """Words of int32 codes below 2**bits.
+
+    `coder(rows, inner index)` prepares what the elements of a run of rows have in common; what it returns makes a code
+    out of `value(physical index, row)` and the number of the row in the run.
+    """
     leading = plan.physical[: plan.split]
     run = min(plan.per_word, layout.UNROLLED_TERMS)
     runs = plan.per_word // run
 
     def body(index: Index, within: Index) -> Value:
-        first = within[0] * run
+        first = index[0] * plan.per_word + within[0] * run
+        rows = [first + place for place in range(run)]
+        code, bits = coder(rows, index[1:]), ops.constant(plan.bits, torch.int32)
         word = None
-        for place in range(run):
-            row = index[0] * plan.per_word + first + place
+        for place in reversed(range(run)):
             largest = (plan.words[0] - 1) * plan.per_word + (runs - 1) * run + place
-            at = [*loops.unravel(row, leading), *index[1:]]
-            value = loops.guarded(row, plan.rows, largest, functools.partial(code, at, row), 0)
-            value = ops.bitwise_left_shift(value, ops.constant(place * plan.bits, torch.int32)) if place else value
-            word = ops.bitwise_or(word, value) if place else value
-        return ops.bitwise_left_shift(word, ops.index_expr(first * plan.bits, torch.int32)) if runs > 1 else word
+            row = loops.at_most(rows[place], plan.rows - 1, largest)
+            part = code(value([*loops.unravel(row, leading), *index[1:]], row), place)
+            word = ops.bitwise_or(ops.bitwise_left_shift(word, bits), part) if word else part
+        shift = ops.index_expr(within[0] * (run * plan.bits), torch.int32)
+        return ops.bitwise_left_shift(word, shift) if runs > 1 else word
 
     # Runs of one word share no bit: their sum is their union. A loop over runs is compiled faster than all of them.
     return loops.summed(like, torch.int32, body, plan.words, runs)
@@ -132,9 +142,9 @@ def _extreme(x: ir.TensorBox, order: Sequence[int], kind: Any) -> ir.TensorBox:
     return result
 
 
-def _low_and_step(load: Callable[[Index], Value], group: Index, bits: int, wide: torch.dtype) -> tuple[Value, Value]:
+def _low_and_spread(load: Callable[[Index], Value], group: Index, wide: torch.dtype) -> tuple[Value, Value]:
     low, high = (ops.to_dtype(load([sympy.Integer(side), *group]), wide) for side in (0, 1))
-    return low, ops.truediv(ops.sub(high, low), ops.constant(float((1 << bits) - 1), wide))
+    return low, ops.sub(high, low)
 
 
 def _ranges_by_row(ranges: ir.TensorBox, plan: layout.Packing) -> Callable[[Index, sympy.Expr], tuple[Value, Index]]:
@@ -169,18 +179,24 @@ def _lower_quantize(
     load, range_of = loops.loader(x, order, wide), _ranges_by_row(ranges, plan)
     keys = loops.keys(seed, salt, quantize.STREAM)
 
-    def code(at: Index, row: sympy.Expr) -> Value:
-        low, step = _low_and_step(*range_of(at, row), bits, wide)
-        zero, levels = (ops.constant(value, wide) for value in (0.0, float((1 << bits) - 1)))
-        position = ops.truediv(ops.sub(load(at), low), step)
-        position = ops.minimum(ops.where(ops.gt(position, zero), position, zero), levels)
-        below = ops.floor(position)
-        position_in_x = loops.linear([row, *at[plan.split :]], [plan.rows, *plan.inner])
-        draw = loops.uniform(loops.random_bits(keys, position_in_x), wide)
-        up = ops.lt(draw, ops.sub(position, below))
-        return ops.add(ops.to_dtype(below, torch.int32), ops.to_dtype(up, torch.int32))
+    fraction, top = quantize.fixed_point(bits)
 
-    return _packed(x, plan, code), ranges
+    def position(at: Index, row: sympy.Expr) -> Value:
+        low, spread = _low_and_spread(*range_of(at, row), wide)
+        zero, most, largest = (ops.constant(value, wide) for value in (0.0, top, torch.finfo(wide).max))
+        position = ops.mul(ops.sub(load(at), low), ops.minimum(ops.truediv(most, spread), largest))
+        return ops.to_dtype(ops.where(ops.gt(position, zero), position, zero), torch.int32)
+
+    def rounding(rows: Sequence[sympy.Expr], inner: Index) -> Callable[[Value, int], Value]:
+        pairs = [loops.random_halves(keys, fraction, row / 2, inner, plan.inner) for row in rows[::2]]
+        return lambda value, place: _cut_off(ops.add(value, pairs[place // 2][place % 2]), fraction, bits)
+
+    return _packed(x, plan, position, rounding), ranges
+
+
+def _cut_off(position: Value, fraction: int, bits: int) -> Value:
+    code = ops.bitwise_right_shift(position, ops.constant(fraction, torch.int32))
+    return ops.minimum(code, ops.constant((1 << bits) - 1, torch.int32))
 
 
 def _lower_dequantize(
@@ -195,7 +211,8 @@ def _lower_dequantize(
     code, load = _unpacked(codes, plan), ranges.make_loader()
 
     def body(at: Index) -> Value:
-        low, step = _low_and_step(load, _group(at, plan.physical), bits, wide)
+        low, spread = _low_and_spread(load, _group(at, plan.physical), wide)
+        step = ops.mul(spread, ops.constant(quantize.step_of(bits), wide))
         return ops.to_dtype(ops.add(low, ops.mul(ops.to_dtype(code(at), wide), step)), dtype)
 
     return loops.decoded(codes, dtype, plan.physical, order, body)
@@ -219,8 +236,8 @@ def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, salt: int, probes: int, ord
 
     def body(index: Index, within: Index) -> Value:
         (batch,) = within
-        column = loops.linear(index, [plan.samples, plan.rows, *plan.block])
-        bits = loops.random_bits(keys, column + batch * (plan.samples * probes))
+        row = loops.linear([batch, *index[:2]], [plan.batches, plan.samples, plan.rows])
+        bits = loops.random_bits(keys, row, index[2:], plan.block)
         total = None
         for place in range(min(layout.UNROLLED_TERMS, plan.terms)):
             row = (batch * layout.UNROLLED_TERMS + place) * plan.rows + index[1]
@@ -253,8 +270,8 @@ def _lower_unfold(
         term, row = FloorDiv(row, plan.rows), ModularIndexing(row, 1, plan.rows)
         column = loops.linear([row, *index[plan.split :]], [plan.rows, *plan.block])
         batch, place = FloorDiv(term, layout.UNROLLED_TERMS), ModularIndexing(term, 1, layout.UNROLLED_TERMS)
-        position = index[0] * probes + column + batch * (plan.samples * probes)
-        bits = loops.random_bits(keys, position)
+        draw = loops.linear([batch, index[0], row], [plan.batches, plan.samples, plan.rows])
+        bits = loops.random_bits(keys, draw, index[plan.split :], plan.block)
         bit = ops.bitwise_left_shift(ops.constant(1, torch.int32), ops.index_expr(place, torch.int32))
         return ops.to_dtype(_signed(load([index[0], column]), bits, bit), dtype)
 
