@@ -22,6 +22,7 @@ the caller decides who computes when. What is measured in it:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -359,7 +360,8 @@ class Worker:
         return result
 
     def close(self) -> None:
-        if self._process.is_alive():
+        """End the process, by force if it does not end by itself."""
+        with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(30)
         if self._process.is_alive():

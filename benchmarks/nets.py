@@ -132,7 +132,7 @@ def basic_unet() -> nn.Module:
 
 def vgg_stages() -> nn.Module:
     """`vgg`, grouped: its three stages and its head are the children, so that a stage can be checkpointed."""
-    layers = list(vgg())
+    layers = list(cast(nn.Sequential, vgg()))
     bounds = [0, *(place + 1 for place, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)), len(layers)]
     return nn.Sequential(*(nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(bounds)))
 

@@ -77,7 +77,7 @@ class Comparison:
             self.reference = str(Path(directory) / "gradients.pt")
             self._save_reference()
             self._measure(METHODS["inductor"])
-            if "inductor" not in self.workers:
+            if self.rows["inductor"].peak is None:
                 return self.report
             others = [method for method in self.settings.methods if method.name != "inductor"]
             for at in range(0, len(others), self.settings.alive):
@@ -184,7 +184,7 @@ class Comparison:
     def _at_peer(self) -> None:
         """xconv with exactly the memory of the best exact peer, in turns with it."""
         peers = [row for row in self.rows.values() if row.method.exact and row.method.family != "xconv" and row.peak]
-        best = min(peers, key=lambda row: (row.peak, row.slowdown))
+        best = min(peers, key=lambda row: (row.peak, row.slowdown or float("inf")))
         self.report.best_peer = best.method.name
         if not any(method is AT_PEER for method in self.settings.methods):
             return

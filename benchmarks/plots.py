@@ -40,8 +40,9 @@ def draw(results: dict[str, Any], path: str) -> None:
     for net, (time, error) in zip(nets, panels, strict=True):
         _panel(time, net, "time")
         _panel(error, net, "error")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    # No network need have all the methods.
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
