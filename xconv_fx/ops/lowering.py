@@ -262,6 +262,9 @@ def _lower_unfold(
 ) -> ir.TensorBox:
     probes = int(sums.get_size()[1])
     plan = layout.folding(size, order, probes)
+    if plan.terms >= layout.UNROLLED_TERMS:
+        # Every sum is read as often as it has terms: decoding it each time costs more than this small a buffer.
+        sums.realize()
     keys = loops.keys(seed, salt, fold.STREAM)
     load, leading = sums.make_loader(), plan.physical[1 : plan.split]
 
