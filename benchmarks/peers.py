@@ -79,7 +79,7 @@ class Comparison:
             self._measure(METHODS["inductor"])
             if self.rows["inductor"].peak is None:
                 return self.report
-            others = [method for method in self.settings.methods if method.name != "inductor"]
+            others = [method for method in self.settings.methods if method not in (METHODS["inductor"], AT_PEER)]
             for at in range(0, len(others), self.settings.alive):
                 self._group(others[at : at + self.settings.alive])
             self._at_peer()
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         parse.error(str(error))
     if min(chosen.rounds, chosen.draws, chosen.alive, chosen.threads) < 1:
         parse.error("--rounds, --draws, --alive and --threads must be at least 1")
-    console, aside = Console(width=None if sys.stdout.isatty() else 170), Console(stderr=True)
+    console, aside = Console(width=None if sys.stdout.isatty() else 170), Console(stderr=True, log_path=False)
     settings = Settings(
         methods, chosen.rounds, chosen.draws, chosen.alive, chosen.threads, chosen.timeout, say=aside.log
     )
