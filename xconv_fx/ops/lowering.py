@@ -56,11 +56,13 @@ def _packed(
     plan: layout.Packing,
     value: Callable[[Index, sympy.Expr], Value],
     coder: Callable[[Sequence[sympy.Expr], Index], Callable[[Value, int], Value]] = lambda rows, inner: lambda x, at: x,
+    joined: int = 1,
 ) -> ir.TensorBox:
-    """Words of int32 codes below 2**bits.
+    """Words of codes below 2**bits.
 
     `coder(rows, inner index)` prepares what the elements of a run of rows have in common; what it returns makes a code
-    out of `value(physical index, row)` and the number of the row in the run.
+    out of `value(physical index, row)` and the number of the row in the run. Codes are int32, or with `joined` above 1
+    float32, of which that many become the digits of one number (below 2**24) before it is converted to int32.
     """
     leading = plan.physical[: plan.split]
     run = min(plan.per_word, layout.UNROLLED_TERMS)
@@ -69,18 +71,31 @@ def _packed(
     def body(index: Index, within: Index) -> Value:
         first = index[0] * plan.per_word + within[0] * run
         rows = [first + place for place in range(run)]
-        code, bits = coder(rows, index[1:]), ops.constant(plan.bits, torch.int32)
-        word = None
-        for place in reversed(range(run)):
+        code = coder(rows, index[1:])
+
+        def digit(place: int) -> Value:
             largest = (plan.words[0] - 1) * plan.per_word + (runs - 1) * run + place
             row = loops.at_most(rows[place], plan.rows - 1, largest)
-            part = code(value([*loops.unravel(row, leading), *index[1:]], row), place)
-            word = ops.bitwise_or(ops.bitwise_left_shift(word, bits), part) if word else part
+            return code(value([*loops.unravel(row, leading), *index[1:]], row), place)
+
+        word = None
+        for place in reversed(range(0, run, joined)):
+            part = _number([digit(at) for at in range(place, place + joined)], plan.bits)
+            shift = ops.constant(plan.bits * joined, torch.int32)
+            word = ops.bitwise_or(ops.bitwise_left_shift(word, shift), part) if word else part
         shift = ops.index_expr(within[0] * (run * plan.bits), torch.int32)
         return ops.bitwise_left_shift(word, shift) if runs > 1 else word
 
     # Runs of one word share no bit: their sum is their union. A loop over runs is compiled faster than all of them.
     return loops.summed(like, torch.int32, body, plan.words, runs)
+
+
+def _number(digits: Sequence[Value], bits: int) -> Value:
+    """The int32 with these float32 digits, the lowest first; a single digit as it is."""
+    total = digits[-1]
+    for digit in reversed(digits[:-1]):
+        total = ops.add(ops.mul(total, ops.constant(float(1 << bits), torch.float32)), digit)
+    return ops.to_dtype(total, torch.int32) if len(digits) > 1 else total
 
 
 def _unpacked(words: ir.TensorBox, plan: layout.Packing) -> Callable[[Index], Value]:
@@ -180,21 +195,34 @@ def _lower_quantize(
     keys = loops.keys(seed, salt, quantize.STREAM)
 
     fraction, top = quantize.fixed_point(bits)
+    # C++ loops over 16-bit floats handle vectors in pairs, and PyTorch converts a pair to int32 through the stack.
+    joined = min(16 // bits, plan.per_word, layout.UNROLLED_TERMS) if x.get_dtype().itemsize == 2 else 1
 
     def position(at: Index, row: sympy.Expr) -> Value:
         low, spread = _low_and_spread(*range_of(at, row), wide)
         zero, most, largest = (ops.constant(value, wide) for value in (0.0, top, torch.finfo(wide).max))
         position = ops.mul(ops.sub(load(at), low), ops.minimum(ops.truediv(most, spread), largest))
-        return ops.to_dtype(ops.where(ops.gt(position, zero), position, zero), torch.int32)
+        position = ops.where(ops.gt(position, zero), position, zero)
+        return ops.floor(position) if joined > 1 else ops.to_dtype(position, torch.int32)
 
     def rounding(rows: Sequence[sympy.Expr], inner: Index) -> Callable[[Value, int], Value]:
         pairs = [loops.random_halves(keys, fraction, row / 2, inner, plan.inner) for row in rows[::2]]
-        return lambda value, place: _cut_off(ops.add(value, pairs[place // 2][place % 2]), fraction, bits)
+        cut_off = _cut_off if joined == 1 else _cut_off_float
+        return lambda value, place: cut_off(value, pairs[place // 2][place % 2], fraction, bits)
 
-    return _packed(x, plan, position, rounding), ranges
+    return _packed(x, plan, position, rounding, joined), ranges
 
 
-def _cut_off(position: Value, fraction: int, bits: int) -> Value:
+def _cut_off_float(position: Value, draw: Value, fraction: int, bits: int) -> Value:
+    """`_cut_off` of a whole float32 position, exact below 2**24."""
+    position = ops.add(position, ops.to_dtype(draw, torch.float32))
+    code = ops.floor(ops.mul(position, ops.constant(2.0**-fraction, torch.float32)))
+    most = ops.constant(float((1 << bits) - 1), torch.float32)
+    return ops.where(ops.lt(code, most), code, most)
+
+
+def _cut_off(position: Value, draw: Value, fraction: int, bits: int) -> Value:
+    position = ops.add(position, draw)
     code = ops.bitwise_right_shift(position, ops.constant(fraction, torch.int32))
     return ops.minimum(code, ops.constant((1 << bits) - 1, torch.int32))
 
