@@ -95,8 +95,9 @@ class GradientError:
 
     `one` is the error of a single draw (root mean square over the draws), `mean` that of the mean of all draws; both
     are medians over the weights of convolutions. `bias` is the second over what noise alone would leave of the first,
-    one / sqrt(draws), as a median over the weights that vary from draw to draw: 1 when the draws are unbiased and
-    independent, sqrt(draws) when they are all wrong in the same way. None when there is no error but rounding.
+    one / sqrt(draws), as a median over the weights whose error is well above rounding's, that of plain autograd in
+    float32: 1 when the draws are unbiased and independent, sqrt(draws) when they are all wrong in the same way. None
+    when there is no such weight.
     `whole` is the error of all parameters as one vector, in the first draw.
     """
 
@@ -192,12 +193,19 @@ class Subject:
         weights = {id(module.weight) for module in self.model.modules() if isinstance(module, kind)}
         return [id(p) in weights for p in self.model.parameters()]
 
+    def first_step(self) -> tuple[float, float]:
+        """Seconds of a step, on the clock and of processor time, the C++ compiler's included."""
+        before = os.times()
+        seconds = self.step()
+        return seconds, sum(os.times()[:4]) - sum(before[:4])
+
     def save_gradients(self, path: str) -> None:
-        torch.save(self.gradients(), path)
+        """Write the gradients of this network, and of the same one in float32 under plain autograd."""
+        torch.save((self.gradients(), Subject(self.net, METHODS["eager"]).gradients()), path)
 
     def gradient_error(self, path: str, draws: int) -> GradientError:
         """Against the gradients saved at `path`. Two draws that agree end the drawing: there is no noise to average."""
-        true = torch.load(path)
+        true, single = torch.load(path)
         places = [place for place, conv in enumerate(self.convolutions()) if conv and true[place] is not None]
         norms = [float(true[place].norm()) for place in places]
         first = self.gradients()
@@ -217,7 +225,10 @@ class Subject:
                 break
         one = [(square / done) ** 0.5 for square in squares]
         mean = [float(total.norm()) / done / norm for total, norm in zip(sums, norms, strict=True)]
-        bias = [m / o * done**0.5 for m, o in zip(mean, one, strict=True) if o > ROUNDING]
+        rounding = [float((single[place] - true[place]).norm()) / n for place, n in zip(places, norms, strict=True)]
+        # Rounding is the same in every draw: where noise is not far above it, the mean shows rounding.
+        floors = [2 * max(2, draws) ** 0.5 * error for error in rounding]
+        bias = [m / o * done**0.5 for m, o, floor in zip(mean, one, floors, strict=True) if o > floor]
         if bias and spread < ROUNDING:
             # All the draws that were asked for would have been the same.
             bias = [max(2, draws) ** 0.5]

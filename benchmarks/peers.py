@@ -8,7 +8,9 @@ turned out lowest. A method that does not work, or a budget that no plan meets, 
 Every method trains in a process of its own, and at most one of them computes at a time. Step times come from rounds in
 which each process of a group takes one step, Inductor always among them: `time` is the median over the rounds of a step
 over Inductor's step of the same round, so a slow spell of the machine falls on both. `compile` is the first step less a
-steady one. Columns:
+steady one, by the clock; `/ Inductor` compares the processor time of first steps, which a busy machine leaves alone.
+
+The columns:
 
     peak          MB of physical peak, from the allocator's events; `added` is what is above parameters, buffers, inputs
     OS            the same peak as the operating system saw it: resident memory, with scratchpads and fragmentation
@@ -68,7 +70,7 @@ class Comparison:
         self.report = NetReport(name, self.net.input_shape)
         self.rows = self.report.rows
         self.workers: dict[str, Worker] = {}
-        self.first_steps: dict[str, float] = {}
+        self.first_steps: dict[str, tuple[float, float]] = {}
         self.refused: int | None = None
 
     def run(self) -> NetReport:
@@ -153,7 +155,7 @@ class Comparison:
     def _first_step(self, method: Method, budget: int | None) -> Worker:
         worker = self._worker(method, budget)
         try:
-            self.first_steps[method.name] = worker.ask("step")
+            self.first_steps[method.name] = worker.ask("first_step")
         except MethodError:
             worker.close()
             raise
@@ -174,10 +176,11 @@ class Comparison:
     def _note_times(self, row: Row, seconds: dict[str, list[float]]) -> None:
         own = seconds[row.method.name][1:]
         row.seconds = statistics.median(own)
-        row.compile_seconds = max(0.0, self.first_steps[row.method.name] - row.seconds) if row.method.compiled else None
         row.slowdown = _ratio(own, seconds["inductor"][1:])
-        inductor = self.rows["inductor"].compile_seconds
-        row.compile_ratio = row.compile_seconds / inductor if row.compile_seconds is not None and inductor else None
+        if row.method.compiled:
+            clock, processor = self.first_steps[row.method.name]
+            row.compile_seconds = max(0.0, clock - row.seconds)
+            row.compile_ratio = processor / self.first_steps["inductor"][1]
         if row.method is AT_PEER and self.report.best_peer in seconds:
             row.peer_slowdown = _ratio(own, seconds[self.report.best_peer][1:])
 

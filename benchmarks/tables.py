@@ -104,7 +104,7 @@ def table_of(report: NetReport) -> Table:
         gradient, added = row.gradient, None if row.peak is None else row.peak - (row.resident or 0)
         note = row.note if row.smallest is None else f"infeasible, smallest {_mb(row.smallest)} MB"
         if row.peak and row.budget and row.peak > row.budget:
-            note = f"OVER BUDGET {note}".strip()
+            note = f"{row.peak - row.budget:,} B OVER BUDGET {note}".strip()
         table.add_row(
             row.method.name,
             _show(row.budget if row.budget != 1 else None, _mb),
