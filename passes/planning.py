@@ -37,9 +37,9 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
         return describe(posed, keep, None, baseline, 0.0), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(baseline)
     try:
-        solution = solve(posed.problem, budget - options.reserve, time_limit=SECONDS, tradeoff=tradeoff(posed, options))
+        solution = solve(posed.problem, options.usable(budget), time_limit=SECONDS, tradeoff=tradeoff(posed, options))
     except Infeasible as error:
-        raise infeasible(posed, error, budget, options.reserve) from None
+        raise infeasible(posed, error, budget, options) from None
     return describe(posed, solution.choice, budget, baseline, solution.gap), posed.phase_peaks(solution.choice)
 
 
@@ -79,7 +79,7 @@ def _settled(choice: Choice, option: str, posed: Posed, chosen: list) -> Choice:
     return replace(choice, noise=noise)
 
 
-def infeasible(posed: Posed, error: Infeasible, budget: int, extra: int) -> BudgetInfeasibleError:
+def infeasible(posed: Posed, error: Infeasible, budget: int, options: Options) -> BudgetInfeasibleError:
     """The user's error: the smallest budget that works, and the largest consumers at its peak."""
     alive = []
     for residual, row, index in zip(posed.residuals, posed.candidates, error.choice, strict=True):
@@ -89,4 +89,4 @@ def infeasible(posed: Posed, error: Infeasible, budget: int, extra: int) -> Budg
     alive.append(("parameters, buffers and inputs", posed.fixed_bytes))
     alive.append((f"gradients and transients at {posed.problem.labels[error.step]}", rest))
     consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
-    return BudgetInfeasibleError(budget=budget, smallest=error.smallest + extra, consumers=consumers)
+    return BudgetInfeasibleError(budget=budget, smallest=options.needed(error.smallest), consumers=consumers)

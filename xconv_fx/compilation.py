@@ -23,6 +23,7 @@ from .options import Options, Probes
 from .passes.graph import is_tangent, nbytes
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.problem import LOSS_COPIES
+from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
 from .session import Session
@@ -141,6 +142,7 @@ class Compilation:
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
+            volumes_channels_last(gm)
         key = f"{hooks.source_hash()} {options.fingerprint()} {self.outside} {self.corrections} {slicing}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
@@ -181,8 +183,8 @@ class Compilation:
             self.peaks[where] = max(self.peaks.get(where, 0), self._whole_step(where, peak))
             log.debug("audit: %s reaches %d bytes at %s; alive: %s", where, peak.bytes, peak.at, peak.alive)
         budget = self.job.plan.budget
-        if self.enforced and budget is not None and self.peak > budget - self.traced.options.reserve:
-            self._tighten(budget - self.traced.options.reserve)
+        if self.enforced and budget is not None and self.peak > (usable := self.traced.options.usable(budget)):
+            self._tighten(usable)
             self.abandoned = True
             raise _Abandoned
 

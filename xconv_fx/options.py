@@ -34,6 +34,9 @@ PROBE_KINDS = ("fold", "gaussian", "rademacher", "orthogonal")
 PREFERENCES = ("exact", "balanced", "speed")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# The part of a budget that is left for what audits do not see.
+UNSEEN = 1000
+
 CODECS_HINT = (
     f"write 'all', 'exact' (the lossless ones) or names from {', '.join(CODECS)}; quantize takes bits as in "
     f"'quantize:4' (of {', '.join(map(str, BITS))}), probe a kind as in 'probe:gaussian' (of {', '.join(PROBE_KINDS)})"
@@ -219,6 +222,18 @@ class Options:
     def plain(self) -> bool:
         """Whether nothing is asked for that Inductor does not do by itself."""
         return self.mem_budget is None and self.probes == Probes()
+
+    def usable(self, budget: int) -> int:
+        """What an audited peak may be under a budget; in bytes.
+
+        Besides the reserve, a thousandth stays free for the few scalars and small temporaries that no audit sees.
+        """
+        return budget - self.reserve - budget // UNSEEN
+
+    def needed(self, peak: int) -> int:
+        """The smallest budget under which a step may have this peak; in bytes."""
+        needed = (peak + self.reserve) * UNSEEN // (UNSEEN - 1)
+        return needed + (self.usable(needed) < peak)
 
     def inductor_config(self) -> dict[str, Any]:
         """Inductor settings of `mode`, overridden by those of `inductor`."""

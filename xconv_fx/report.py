@@ -133,6 +133,9 @@ def _sum_row(label: str, choices: Sequence[Choice], columns: Sequence[str]) -> l
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.slices > 1:
+        again = plan.slices - plan.held_slices
+        yield "slices", f"{plan.slices} of the batch, the table is of one; {again} of them run their forward twice"
     saved = f"{format_size(plan.saved_after)} between forward and backward instead of {format_size(plan.saved_before)}"
     yield "held", f"{saved}{_times_less(plan.saved_before, plan.saved_after)}" if plan.choices else "nothing"
     predicted = f"{format_size(plan.predicted_peak)} predicted"

@@ -39,7 +39,7 @@ class Strategy:
         plain.generate()
         budget = options.mem_budget.resolve(plain.peak)
         known = {"baseline_peak": plain.peak, "budget": budget}
-        if plain.peak <= budget - options.reserve and options.probes == plain.traced.options.probes:
+        if plain.peak <= options.usable(budget) and options.probes == plain.traced.options.probes:
             return _finished(plain, **known)
         self.traced = self.traced.within(budget)
         ways = self.ways()
@@ -145,7 +145,7 @@ class Strategy:
         error, slicing = min(self._limits(), key=lambda limit: limit[0].smallest)
         lowest = Compilation(self.traced.within(error.smallest), slicing, enforced=False)
         lowest.generate()
-        smallest = min(lowest.peak, plain) + options.reserve
+        smallest = options.needed(min(lowest.peak, plain))
         if smallest > budget:
             raise BudgetInfeasibleError(budget, smallest, error.consumers)
         return _finished(lowest, attempts=tried + 1, **known)

@@ -102,7 +102,7 @@ class _Held:
 
 def _solution(posed: Posed, options: Options) -> Solution | None:
     assert options.mem_budget is not None
-    usable = options.mem_budget.resolve(0) - options.reserve
+    usable = options.usable(options.mem_budget.resolve(0))
     try:
         return solve(posed.problem, usable, time_limit=GLANCE, tradeoff=tradeoff(posed, options))
     except Infeasible:

@@ -3,10 +3,11 @@
 On CPU, ATen's convolution has several backends, and torch itself says which one runs:
 
 * the native ones unfold their input (im2col), C k^d x output positions, which can dwarf every activation;
-* oneDNN on channels-last activations reorders the weights only;
-* oneDNN on contiguous 3d activations copies them into blocked layouts of its own, in pieces that depend on the strides
-  and on the processor's vectors. No rule of ours fits all cases, so the call is made once on tensors of the same
-  shapes and the allocator is watched (`measured`, cached; above `LARGEST` bytes a rough rule is used instead).
+* oneDNN on channels-last images reorders the weights only;
+* oneDNN on volumes copies contiguous activations into blocked layouts of its own, in pieces that depend on the strides
+  and on the processor's vectors, and needs scratch for weight gradients in any layout. No rule of ours fits all
+  cases, so the call is made once on tensors of the same shapes and the allocator is watched (`measured`, cached; above
+  `LARGEST` bytes a rough rule is used instead).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LARGEST = 1 << 28
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
-    if func in (aten.convolution.default, aten.convolution_backward.default) and _is_blocked(func, args):
+    if func in (aten.convolution.default, aten.convolution_backward.default) and _is_measured(func, args):
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
@@ -43,11 +44,11 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     return 0
 
 
-def _is_blocked(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether oneDNN will copy 3d activations into its own layout."""
+def _is_measured(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether oneDNN runs this on volumes."""
     x, weight, *_ = args if func is aten.convolution.default else (args[1], args[2])
     geometry = args[3:9] if func is aten.convolution.default else args[4:10]
-    if x.dim() != 5 or x.device.type != "cpu" or x.is_contiguous(memory_format=torch.channels_last_3d):
+    if x.dim() != 5 or x.device.type != "cpu":
         return False
     small = sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, torch.Tensor)) < LARGEST
     # oneDNN's transposed backend has no name in torch's Python binding.

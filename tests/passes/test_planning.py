@@ -111,7 +111,7 @@ def test_corrections_make_the_plan_smaller(traced):
     from xconv_fx.passes import pipeline
 
     job.corrections = {"forward": 2000, "loss": 2000, "backward": 2000}
-    done = {step.__name__ for step in pipeline.BUDGETED} - {"plan"}
+    done = {step.__name__ for step in pipeline.BUDGETED} - {"pose", "plan"}
     job = pipeline.run(job, disabled=tuple(done))
     assert job.plan is not None
     # The budget is of the corrected baseline, and the corrections are in the prediction.

@@ -1,0 +1,69 @@
+"""Lay volumes out channels-last, where oneDNN computes their convolutions without copies.
+
+Inductor lays images out channels-last, volumes (N, C, D, H, W) not. oneDNN's 3D convolutions work on channels-last
+data: for contiguous ones each call reorders input and output, which takes as much memory again as the two of them, and
+about half of the time. So inputs and convolution weights are laid out channels-last at the start of the graph, and
+everything between follows; results get the layout that they would have had.
+
+Works on the graph that Dynamo traced, before autograd sees it. Only for the CPU: on GPUs cuDNN chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_CONVOLUTIONS = (
+    torch.conv3d,
+    torch.conv_transpose3d,
+    torch.nn.functional.conv3d,
+    torch.nn.functional.conv_transpose3d,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.conv_transpose3d.input,
+)
+
+
+def volumes_channels_last(gm: fx.GraphModule) -> None:
+    """Insert the layout changes into a Dynamo graph with 3D convolutions on the CPU; leave any other as it is."""
+    convolutions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
+    if not convolutions or not all(_is_volume_on_cpu(node.args[0]) for node in convolutions):
+        return
+    weights = [node.args[1] if len(node.args) > 1 else node.kwargs["weight"] for node in convolutions]
+    volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node in volumes:
+        with gm.graph.inserting_before(first):
+            relaid = gm.graph.call_function(channels_last, (node,))
+        relaid.meta = dict(node.meta)
+        node.replace_all_uses_with(relaid, delete_user_cb=lambda user, own=relaid: user is not own)
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    for result in dict.fromkeys(node for node in output.all_input_nodes if _is_volume_on_cpu(node)):
+        with gm.graph.inserting_before(output):
+            restored = gm.graph.call_function(_as_before, (result, _strides(result)))
+        output.replace_input_with(result, restored)
+    gm.recompile()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` in memory order N, D, H, W, C."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _as_before(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`x` with the strides that the caller expects."""
+    return x if x.stride() == stride else x.contiguous()
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+
+
+def _is_volume_on_cpu(node: Any) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.dim() == 5 and value.device.type == "cpu" and value.is_floating_point()
+
+
+def _strides(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(stride) for stride in _value(node).stride())
