@@ -73,9 +73,9 @@ class Pair:
             output.meta["desc"] = [*described[: self.results], *(hooks.saved_descriptor(i) for i in saved)]
 
 
-def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Pair:
-    """The pair that PyTorch's min-cut partitioner chooses for the joint graph."""
-    forward, backward = hooks.partition(gm, joint_inputs, arguments)
+def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], saved: float = 1.0, **arguments: Any) -> Pair:
+    """The pair that PyTorch's min-cut partitioner chooses for the joint graph, if it may save this share of it."""
+    forward, backward = hooks.partition(gm, joint_inputs, arguments, saved)
     return Pair(forward, backward, arguments["num_fwd_outputs"])
 
 

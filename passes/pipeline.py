@@ -43,8 +43,9 @@ class Job:
     `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
     `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
-    many of them this graph is for (None: all). The fields below are filled by the passes: `mixing` is why the batch
-    cannot be sliced, "" when it can; `phase_peaks` are the plan's.
+    many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
+    the others being recomputed from them, convolutions included. The fields below are filled by the passes: `mixing` is
+    why the batch cannot be sliced, "" when it can; `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
@@ -56,6 +57,7 @@ class Job:
     stream: int | None = None
     batch: Batch | None = None
     slicing: Slicing | None = None
+    saved: float = 1.0
     random: bool = False
     mixing: str = "no input holds samples"
     pair: Pair | None = None
@@ -98,7 +100,7 @@ def gather_pooling(job: Job) -> None:
 
 
 def partition(job: Job) -> None:
-    job.pair = partition_joint(job.joint, job.joint_inputs, **job.arguments)
+    job.pair = partition_joint(job.joint, job.joint_inputs, job.saved, **job.arguments)
 
 
 def hoist(job: Job) -> None:

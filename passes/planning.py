@@ -8,7 +8,7 @@ from dataclasses import replace
 from xconv_fx.cost_model.memory import peak, profile
 from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.options import Options
+from xconv_fx.options import Options, with_unseen
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.slices import Slicing
 
@@ -35,7 +35,7 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
     baseline, _ = peak(posed.problem, keep)
     if options.mem_budget is None:
         return describe(posed, keep, None, baseline, 0.0), posed.phase_peaks(keep)
-    budget = options.mem_budget.resolve(baseline)
+    budget = options.mem_budget.resolve(with_unseen(baseline))
     try:
         solution = solve(posed.problem, options.usable(budget), time_limit=SECONDS, tradeoff=tradeoff(posed, options))
     except Infeasible as error:

@@ -290,13 +290,16 @@ class _Dims:
         return dim
 
     def restrided(self, node: fx.Node) -> Dim:
-        """Strides that say the same of the same elements: what adaptive pooling leaves behind."""
+        """What decompositions write for a change of shape: every element once, in the same order."""
         source = node.all_input_nodes[0]
         old, new = source.meta["val"], node.meta["val"]
-        same = [a == b for a, b, n in zip(old.stride(), new.stride(), old.shape, strict=False) if n > 1]
-        if old.shape != new.shape or old.storage_offset() != new.storage_offset() or not all(same):
-            raise Mixing(node, "samples are read by strides")
-        return self.found[source]
+        if old.storage_offset() == new.storage_offset() and old.numel() == new.numel():
+            if old.is_contiguous() and new.is_contiguous():
+                return self.view(node)
+            sizes = zip(old.shape, new.shape, old.stride(), new.stride(), strict=False)
+            if old.dim() == new.dim() and all(n == m and (n == 1 or a == b) for n, m, a, b in sizes):
+                return self.found[source]
+        raise Mixing(node, "samples are read by strides")
 
     def item(self, node: fx.Node) -> Dim:
         return self.found[node.all_input_nodes[0]]
@@ -309,15 +312,15 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "inductor_random" in str(
-        node.target
-    )
+    """Whether the values are random numbers. Inductor's seeds are not: one number that all samples share."""
+    if getattr(node.target, "namespace", "") == "prims":
+        return node.target is prims.inductor_random.default
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def is_random(graph: fx.Graph) -> bool:
     """Whether the graph draws random numbers."""
-    return any(node.op == "call_function" and (_is_random(node) or "inductor_seed" in str(node.target))
-               for node in graph.nodes)  # fmt: skip
+    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.nodes)
 
 
 _FILLED = {aten.full.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from xconv_fx import __version__
 from xconv_fx.errors import BudgetInfeasibleError, OptionError, UsageError, XConvError
-from xconv_fx.options import CODECS_HINT, Options, join_clauses, nearest
+from xconv_fx.options import CODECS_HINT, PREFERENCES, Options, join_clauses, nearest
 from xconv_fx.report import render, to_json
 from xconv_fx.sizes import sufficient_size
 from xconv_fx.target import build, summary
@@ -45,6 +45,10 @@ FLAGS = {
     "mem_budget": "--budget",
     "codecs": "--codecs",
     "probes": "--probes",
+    "slices": "--slices",
+    "prefer": "--prefer",
+    "max_noise": "--max-noise",
+    "max_slowdown": "--max-slowdown",
     "reserve": "--reserve",
     "report": "--json",
 }
@@ -118,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
     add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
     add("--probes", metavar="N|LAYER=N,...", help="probes a layer must use, for all layers or by name or pattern")
+    add("--slices", metavar="N", help="slices of the batch to run one after another; 1 for never (default: as needed)")
+    add("--prefer", metavar="WHAT", help=f"{', '.join(PREFERENCES)}: what to give up last (default: balanced)")
+    add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
+    add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
     add("--loss", choices=("mean", "sum"), help="how the output becomes a loss (default: mean)")
     add("--json", metavar="PATH", help="write the plans as JSON to PATH, or to standard output and nothing else with -")
@@ -186,6 +194,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "mem_budget": arguments.budget,
         "codecs": arguments.codecs,
         "probes": None if arguments.probes is None else _probes(arguments.probes),
+        "slices": _number(arguments.slices, int),
+        "prefer": arguments.prefer,
+        "max_noise": _number(arguments.max_noise, float),
+        "max_slowdown": _number(arguments.max_slowdown, float),
         "reserve": arguments.reserve,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -197,6 +209,14 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--probes {arguments.probes!r}: {reason}", PROBES_HINT) from error
         raise UsageError(f"{FLAGS[error.option]} {error.value!r}: {error.hint}") from error
     return given if arguments.loss is None else {**given, "loss": arguments.loss}
+
+
+def _number(text: str | None, kind: type) -> Any:
+    """The number that a flag gives, or the text itself for the options to refuse."""
+    try:
+        return None if text is None else kind(text)
+    except ValueError:
+        return text
 
 
 def _probes(text: str) -> int | dict[str, int]:

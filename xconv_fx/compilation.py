@@ -65,12 +65,14 @@ class Traced:
 class Compilation:
     """The attempts to compile one graph in one way.
 
-    `corrections` are what audits found the prediction of a phase to be short of, `peaks` the audited peaks of the last
-    attempt; in bytes. Code over the budget is abandoned while `enforced`.
+    `slicing` and `saved` are the way (see `Job`). `corrections` are what audits found the prediction of a phase to be
+    short of, `peaks` the audited peaks of the last attempt; in bytes. Code over the budget is abandoned while
+    `enforced`.
     """
 
     traced: Traced
     slicing: Slicing | None = None
+    saved: float = 1.0
     corrections: dict[str, int] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     enforced: bool = True
@@ -143,7 +145,7 @@ class Compilation:
         if budgeted:
             reshape_free_instance_norm(gm)
             volumes_channels_last(gm)
-        key = f"{hooks.source_hash()} {options.fingerprint()} {self.outside} {self.corrections} {slicing}"
+        key = f"{hooks.source_hash()} {options.fingerprint()} {self.outside} {self.corrections} {slicing} {self.saved}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
             config.update(in_order(hooks.source_hash()))
@@ -162,6 +164,7 @@ class Compilation:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
             stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.slicing,
+            saved=self.saved,
         )  # fmt: skip
         self.job = job
         pipeline.run(job, disabled=self.skipped)

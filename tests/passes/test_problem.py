@@ -42,6 +42,12 @@ def names(posed, residual):
     return [candidate.option.name + str(candidate.choice.bits or "") for candidate in row]
 
 
+def turn(posed):
+    """The step of the loss, between forward and backward."""
+    (step,) = posed.steps("loss")
+    return step
+
+
 def keep(posed):
     return (0,) * len(posed.residuals)
 

@@ -1,0 +1,150 @@
+"""Steps in slices of the batch, compiled: exact gradients, budgets kept, and clear words where there can be none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Compile
+from nets import gradients, loss
+from torch import Tensor, nn
+
+from xconv_fx.errors import OptionError
+from xconv_fx.explain import explain
+from xconv_fx.measure import training_peak
+
+BATCH = 8
+
+
+def net(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Sequential:
+    """Samples apart: convolutions, group norm, pooling, a classifier; one stage three times as large as the next."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.GroupNorm(4, 16),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        ]
+        return nn.Sequential(*layers).to(dtype)
+
+
+def images(dtype: torch.dtype = torch.float32, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.fixture(scope="module")
+def tight(compile_model: Compile):
+    """A third of Inductor's peak with exact codecs, in float64: beyond what the whole batch at once can do."""
+    torch._dynamo.reset()
+    model = net(torch.float64)
+    compiled = compile_model(model, mem_budget="33%", codecs="exact")
+    compiled(images(torch.float64))
+    return compiled
+
+
+def test_exact_gradients_in_a_third_of_the_memory(tight):
+    x = images(torch.float64)
+    assert_same(gradients(tight.model, x), gradients(net(torch.float64), x), 1e-9)
+    plan = tight.plan
+    assert plan.slices > 1 and plan.noise == 0
+    peak = training_peak(tight.model, x, loss)
+    assert peak.bytes <= plan.budget
+    assert plan.audited_peak == pytest.approx(peak.bytes, rel=0.02)
+
+
+def test_the_input_gets_its_gradient(compile_model):
+    mine, theirs = (images(torch.float64).requires_grad_() for _ in range(2))
+    compiled = compile_model(net(torch.float64), mem_budget="60%", codecs="exact", slices=4)
+    loss(compiled(mine)).backward()
+    loss(net(torch.float64)(theirs)).backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    assert compiled.plan.slices == 4
+
+
+def test_dropout_is_drawn_once(compile_model):
+    """With dropout right after the last weight, the weight's gradient is the sum of what the forward let through."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+            self.scale = nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(torch.tanh(self.body(x)), 0.5) * self.scale
+
+    model = Scaled().double()
+    compiled = compile_model(model, mem_budget="40%", codecs="exact", slices=4)
+    torch.manual_seed(5)
+    output = compiled(images(torch.float64))
+    output.sum().backward()
+    assert compiled.plan.held_slices < 4
+    torch.testing.assert_close(model.scale.grad, output.detach().sum()[None] / 2)
+
+
+def test_other_batch_sizes_are_planned_anew(compile_model):
+    compiled = compile_model(net(), mem_budget="60%", codecs="exact")
+    for batch in (8, 6, 12):
+        assert_same(gradients(compiled.model, images(batch=batch)), gradients(net(), images(batch=batch)), 1e-4)
+
+
+def test_sizes_written_into_the_model(compile_model):
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = net(torch.float64)[:9], nn.Linear(8 * 16 * 16, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).view(x.shape[0], -1))
+
+    torch.manual_seed(2)
+    model = Viewed()
+    expected = gradients(model, images(torch.float64))
+    compiled = compile_model(model, mem_budget="50%", codecs="exact")
+    assert_same(gradients(compiled.model, images(torch.float64)), expected, 1e-9)
+    assert compiled.plan.slices > 1
+
+
+def test_batch_norm_is_named_where_slices_are_impossible(compile_model):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1))
+    with pytest.raises(OptionError, match=r"slices=2.*as in batch normalisation .* in 1"):
+        compile_model(model, mem_budget="70%", slices=2)(images())
+    compiled = compile_model(model, mem_budget="88%")
+    compiled(images())
+    assert compiled.plan.slices == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slices": 3}, "write one of 2, 4, 8"),
+        ({"max_noise": 1e-9, "slices": 1, "mem_budget": "55%"}, "max_noise"),
+        ({"max_slowdown": 0.0, "codecs": "exact"}, "max_slowdown"),
+    ],
+)
+def test_limits_that_cannot_be_kept(compile_model, options, words):
+    with pytest.raises(OptionError, match=words):
+        compile_model(net(), **{"mem_budget": "35%", **options})(images())
+
+
+def test_preferences():
+    plans = {
+        prefer: explain(net(), images(), mem_budget="55%", prefer=prefer).plans[0] for prefer in ("exact", "speed")
+    }
+    assert plans["exact"].noise == 0
+    assert plans["speed"].held_slices == plans["speed"].slices
+    assert plans["speed"].noise > 0

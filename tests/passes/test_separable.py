@@ -1,0 +1,119 @@
+"""Which models treat samples apart: the proof, and what really happens to slices of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from tracing import trace
+
+from xconv_fx.passes.separable import is_random, why_not_separable
+
+BATCH = 6
+
+
+class Apply(nn.Module):
+    """A function of the activations and a parameter, as a layer."""
+
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, torch.Size(shape).numel()).reshape(shape))
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+def conv(before, after, **options):
+    return nn.Conv2d(before, after, 3, padding=1, **options)
+
+
+def attention(x, w):
+    rows = x.flatten(2).transpose(1, 2)
+    scores = torch.softmax(rows @ rows.transpose(1, 2), -1)
+    return (scores @ rows).transpose(1, 2).reshape(x.shape) * w
+
+
+APART = {
+    "convolutions": (conv(3, 4), nn.ReLU(), conv(4, 4, groups=2, stride=2)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 2, stride=2), nn.PReLU(4)),
+    "pooling": (conv(3, 4), nn.MaxPool2d(2), nn.AvgPool2d(2)),
+    "classifier": (conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.LogSoftmax(-1)),
+    "instance norm": (conv(3, 4), nn.InstanceNorm2d(4, affine=True)),
+    "group norm": (conv(3, 4), nn.GroupNorm(2, 4)),
+    "layer norm, channels last": (
+        Apply(lambda x, w: x.permute(0, 2, 3, 1)),
+        nn.LayerNorm(3),
+        nn.Linear(3, 8),
+        nn.GELU(),
+        Apply(lambda x, w: x.permute(0, 3, 1, 2)),
+    ),
+    "resampling": (nn.Upsample(scale_factor=2, mode="bilinear"), conv(3, 4)),
+    "pixel shuffle": (conv(3, 4), nn.PixelShuffle(2)),
+    "padding and crops": (nn.ReflectionPad2d(1), conv(3, 4), Apply(lambda x, w: x[:, 1:, 2:-1] + x[:, :1, 2:-1])),
+    "skips": (Apply(lambda x, w: torch.cat([x, x * w], dim=1), 3, 1, 1), conv(6, 4)),
+    "attention": (Apply(attention, 3, 1, 1),),
+    "dropout": (conv(3, 4), nn.Dropout(0.5), conv(4, 4)),
+    "a constant times the batch's size": (Apply(lambda x, w: x * w / x.shape[0]),),
+    "evaluated batch norm": (conv(3, 4), nn.BatchNorm2d(4).eval()),
+}
+
+MIXED = {
+    "batch norm": ((conv(3, 4), nn.BatchNorm2d(4)), "as in batch normalisation"),
+    "batch statistics": ((Apply(lambda x, w: x - x.mean((0, 2, 3), keepdim=True) * w),), "reduction over samples"),
+    "a mean of all": ((Apply(lambda x, w: x - x.mean() * w),), "reduction over all samples"),
+    "the loss inside": ((conv(3, 4), Apply(lambda x, w: (x * w).mean())), "reduction over"),
+    "softmax over samples": ((Apply(lambda x, w: torch.softmax(x * w, 0)),), "samples"),
+    "neighbours": ((Apply(lambda x, w: x * w + x.roll(1, 0)),), "samples"),
+    "reversed": ((Apply(lambda x, w: x * w + x.flip(0)),), "not known to treat samples apart"),
+    "sums so far": ((Apply(lambda x, w: torch.cumsum(x * w, 0)),), "not known"),
+    "half the batch": ((Apply(lambda x, w: x[:3] * w + x[3:]),), "picks samples"),
+    "twice the batch": ((Apply(lambda x, w: torch.cat([x, x * w])),), "beside each other"),
+    "a weight for each sample": ((Apply(lambda x, w: x * w, BATCH, 1, 1, 1),), "constant of its own"),
+    "similarity": ((Apply(lambda x, w: x.flatten(1) @ x.flatten(1).T * w),), "product of samples"),
+    "all to all": ((Apply(lambda x, w: x[:, None] - x[None] * w),), "combined with other samples"),
+    "lost in a view": ((Apply(lambda x, w: (x * w).reshape(-1, 4)),), "result"),
+    "one sample's rows in another's": ((Apply(lambda x, w: (x * w).reshape(4, -1).sum(0, keepdim=True)),), "splits"),
+    "transposed result": ((nn.Flatten(), Apply(lambda x, w: (x * w).T)), "not one row for each sample"),
+}
+
+
+def model_of(layers):
+    return nn.Sequential(*layers)
+
+
+def reason(model, x):
+    joint = trace(model, x)
+    batched = [value.shape == x.shape for value in joint.primals]
+    assert sum(batched) == 1
+    return why_not_separable(joint.gm, batched, BATCH, joint.arguments["num_fwd_outputs"])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_samples_apart(name, x):
+    model = model_of(APART[name])
+    assert reason(model, x) == ""
+    if name not in ("dropout", "a constant times the batch's size"):
+        with torch.no_grad():
+            parts = torch.cat([model(part) for part in x.split(2)])
+            torch.testing.assert_close(parts, model(x))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_samples_mixed(name, x):
+    layers, expected = MIXED[name]
+    assert expected in reason(model_of(layers), x)
+
+
+def test_the_layer_is_named(x):
+    assert "in 1" in reason(nn.Sequential(conv(3, 4), Apply(lambda x, w: x - x.mean(0) * w)), x)
+
+
+def test_randomness_is_seen(x):
+    assert is_random(trace(nn.Sequential(conv(3, 4), nn.Dropout(0.5)), x).gm.graph)
+    assert not is_random(trace(nn.Sequential(conv(3, 4), nn.ReLU()), x).gm.graph)

@@ -1,0 +1,93 @@
+"""3D convolutions run channels-last, and nobody outside the graph can tell."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from xconv_fx.measure import physical_peak
+from xconv_fx.passes.volumes import volumes_channels_last
+
+
+def dynamo_graph(model, *inputs):
+    """The graph that Dynamo traces, rewritten, and the values that it is called with."""
+    found = {}
+
+    def capture(gm, example_inputs):
+        found["gm"] = copy.deepcopy(gm)
+        volumes_channels_last(found["gm"])
+
+        def run(*values):
+            found["values"] = values
+            return gm(*values)
+
+        return run
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=capture, fullgraph=True)(*inputs)
+    return found["gm"], found["values"]
+
+
+class Convolved(fx.Interpreter):
+    """Remembers what convolutions are called with."""
+
+    def call_function(self, target, args, kwargs):
+        if target in (torch.conv3d, torch.conv_transpose3d, torch.conv2d):
+            self.seen = [*getattr(self, "seen", []), (args[0], args[1])]
+        return super().call_function(target, args, kwargs)
+
+
+def unet():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(2, 8, 3, padding=1, stride=2),
+        nn.PReLU(),
+        nn.Conv3d(8, 8, 3, padding=1),
+        nn.ConvTranspose3d(8, 4, 2, stride=2),
+    )
+
+
+def test_volumes_and_weights_are_channels_last_inside():
+    model, x = unet(), torch.randn(2, 2, 8, 8, 8)
+    gm, values = dynamo_graph(model, x)
+    interpreter = Convolved(gm)
+    (result,) = interpreter.run(*values)
+    assert len(interpreter.seen) == 3
+    for volume, weight in interpreter.seen:
+        assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-5)
+    assert result.stride() == model(x).stride()
+
+
+def test_gradients_reach_the_original_weights():
+    model, x = unet(), torch.randn(2, 2, 8, 8, 8)
+    gm, values = dynamo_graph(model, x)
+    gm(*values)[0].square().mean().backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).square().mean().backward()
+    for mine, parameter in zip(found, model.parameters(), strict=True):
+        assert (mine - parameter.grad).norm() < 1e-4 * parameter.grad.norm()
+
+
+def test_a_convolution_needs_no_copies():
+    x, weight = torch.randn(2, 16, 24, 24, 24), torch.randn(16, 16, 3, 3, 3)
+    last = [value.contiguous(memory_format=torch.channels_last_3d) for value in (x, weight)]
+    torch.conv3d(*last, padding=1)
+
+    def transient(*operands):
+        return physical_peak(lambda: torch.conv3d(*operands, padding=1)).transient
+
+    assert transient(*last) < 1.1 * x.nbytes < 1.5 * x.nbytes < transient(x, weight)
+
+
+def test_images_are_left_alone():
+    model, x = nn.Conv2d(2, 4, 3), torch.randn(2, 2, 8, 8)
+    gm, values = dynamo_graph(model, x)
+    interpreter = Convolved(gm)
+    interpreter.run(*values)
+    ((image, _),) = interpreter.seen
+    assert image.is_contiguous()
