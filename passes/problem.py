@@ -291,6 +291,8 @@ class _Poser:
 
     def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
         sources = [(self.index[name], self.large[name]) for name in chain.sources]
+        if chain.reruns:
+            return [self._rerun(residual, chain, [source for _, source in sources])]
         row = [self._replay(residual, chain, sources, exact=True)]
         lossy = (
             "quantize" in self.options.codecs
@@ -315,6 +317,23 @@ class _Poser:
         # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
         option = replace(candidate.option, name=name if exact else "replay", loads=candidate.option.loads + extended)
         return replace(candidate, option=option)
+
+    def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
+        """Run the convolution again before its result is first read; from then on it is held like any value."""
+        candidate = self._candidate(residual, "recompute", chain.extra_bytes, decoded=False, noise=0.0, traffic=0)
+        followers = (r for name, r in self.large.items() if residual.name in self._cheap_sources(name))
+        first = min(step for r in (residual, *followers) for step in self._read(r))
+        last = self._last(residual)
+        loads = [*candidate.option.loads, (first, last, residual.bytes)]
+        loads += [(first, first, source.bytes) for source in sources]
+        loads += [(self._last(s) + 1, first, s.bytes) for s in sources if self._last(s) < first]
+        time = seconds(chain.flops, chain.traffic, self.machine, str(residual.value.dtype))
+        option = replace(candidate.option, name="rerun", loads=tuple(loads), time=time)
+        return replace(candidate, choice=replace(candidate.choice, time=time), option=option)
+
+    def _cheap_sources(self, name: str) -> tuple[str, ...]:
+        chain = self.chains.get(name)
+        return () if chain is None or chain.reruns else chain.sources
 
     def _noise_of(self, source: Residual) -> float:
         bits = max((b for b in self.options.codecs.bits), default=8)
@@ -370,20 +389,26 @@ def _packed_bytes(node: fx.Node) -> int:
 
 
 def link(posed: Posed) -> Posed:
-    """Fill in what replayed residuals need of their sources: exact ones for "recompute", codes for "replay"."""
+    """Fill in what replayed residuals need of their sources.
+
+    A "recompute" needs exact ones, a "replay" codes. A "rerun" needs sources that are kept, or replayed from kept ones:
+    one convolution is run again at a time, never a whole forward.
+    """
     index = {residual.name: i for i, residual in enumerate(posed.residuals)}
     rows = []
     for residual, row in zip(posed.residuals, posed.candidates, strict=True):
         linked = []
         for candidate in row:
-            if candidate.option.name not in ("recompute", "replay"):
+            if candidate.option.name not in ("recompute", "replay", "rerun"):
                 linked.append(candidate)
                 continue
-            needs = tuple(
-                (index[name], _allowed(posed.candidates[index[name]], candidate.option.name))
-                for name in posed.chains[residual.name].sources
-            )
-            if all(allowed for _, allowed in needs):
+            sources = posed.chains[residual.name].sources
+            allowed = {name: _allowed(posed.candidates[index[name]], candidate.option.name) for name in sources}
+            if candidate.option.name == "rerun":
+                behind = {far for name in sources if name in posed.chains for far in posed.chains[name].sources}
+                allowed.update(dict.fromkeys(behind, frozenset({0})))
+            needs = tuple((index[name], options) for name, options in allowed.items())
+            if all(options for _, options in needs):
                 linked.append(replace(candidate, option=replace(candidate.option, needs=needs)))
         rows.append(tuple(linked))
     items = tuple(
@@ -394,8 +419,8 @@ def link(posed: Posed) -> Posed:
 
 
 def _allowed(row: tuple[Candidate, ...], name: str) -> frozenset[int]:
-    exact = ("keep", "recompute")
-    if name == "recompute":
+    exact = ("keep", "recompute") if name == "rerun" else ("keep", "recompute", "rerun")
+    if name != "replay":
         return frozenset(i for i, c in enumerate(row) if c.option.name in exact)
     return frozenset(
         i

@@ -1,9 +1,9 @@
-"""Find, for a residual, the cheap producers from which the backward can replay it.
+"""Find, for a residual, the producers from which the backward can replay it.
 
 A chain is the part of the forward between the residual and values that the backward has anyway: other residuals,
-parameters and inputs, and statistics so small that saving them costs nothing. Only loops that Inductor fuses are
-replayed (normalisation's affine map, activations, additions, concatenation, padding, resampling), never a
-convolution, a matrix product or a random draw.
+parameters and inputs, and statistics so small that saving them costs nothing. It consists of loops that Inductor fuses
+(normalisation's affine map, activations, additions, concatenation, padding, resampling), never of random draws. The
+result of a convolution has a chain that ends in that convolution: a *rerun*, which takes its time.
 
 Replayed from an exact source the residual is exact. From a source held approximately it stays unbiased when the chain
 is *affine* in it: comparisons, and ReLU's, are then taken from bit masks of the true values instead of being
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from .graph import COMPARISONS, is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
+from .step_time import node_flops
 
 aten = torch.ops.aten
 
@@ -54,6 +55,15 @@ class Chain:
         return sum(nbytes(node) for node in self.extras if not is_primal(node))
 
     @property
+    def reruns(self) -> bool:
+        """Whether the chain ends in a convolution."""
+        return self.nodes[-1].target is aten.convolution.default
+
+    @property
+    def flops(self) -> int:
+        return node_flops(self.nodes[-1])
+
+    @property
     def traffic(self) -> int:
         """Bytes read and written when the chain is one fused kernel."""
         return nbytes(self.nodes[-1]) + sum(nbytes(node) for node in self.inputs)
@@ -73,7 +83,8 @@ def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if len(nodes) >= LONGEST or not _replayable(current):
+        rerun = current is node and current.target is aten.convolution.default
+        if len(nodes) >= LONGEST or not (rerun or _replayable(current)):
             return None
         nodes.append(current)
         for arg in current.all_input_nodes:

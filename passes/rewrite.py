@@ -84,8 +84,13 @@ class _Writer:
             for mask in residual.masks:
                 self.lift(mask, residual.order)
         if choice.codec == "recompute":
-            for reader in list(residual.backward.users):
-                self.replay(self.chains[residual.name], residual, reader, approximate)
+            readers, chain = list(residual.backward.users), self.chains[residual.name]
+            if chain.reruns and readers:  # Once, where the first of its readers stands.
+                value = self.replay(chain, residual, min(readers), approximate)
+                residual.backward.replace_all_uses_with(value)
+                readers = []
+            for reader in readers:
+                reader.replace_input_with(residual.backward, self.replay(chain, residual, reader, approximate))
         elif residual.backward.users:
             self.hold(residual, held_for(residual, choice, self.salts[residual.name]))
         self.pair.uncross(residual.forward, residual.backward)
@@ -193,8 +198,8 @@ class _Writer:
 
     # Replayed residuals.
 
-    def replay(self, chain: Chain, residual: Residual, reader: fx.Node, approximate: bool) -> None:
-        """Copy the chain before `reader` and let it read the copy."""
+    def replay(self, chain: Chain, residual: Residual, reader: fx.Node, approximate: bool) -> fx.Node:
+        """A copy of the chain before `reader`: the value of the residual."""
         masks = set(chain.masks or ()) if approximate else set()
         values: dict[fx.Node, fx.Node] = {}
         for node in (*chain.inputs, *chain.nodes):
@@ -202,7 +207,7 @@ class _Writer:
                 values[node] = self.copy(node, values, reader, residual, node in masks)
             else:
                 values[node] = self.available(node)
-        reader.replace_input_with(residual.backward, values[chain.nodes[-1]])
+        return values[chain.nodes[-1]]
 
     def available(self, node: fx.Node) -> fx.Node:
         """The backward's placeholder of a forward value, crossing with it if need be."""

@@ -110,11 +110,12 @@ LEGAL = [
     ("relu", "relu", {"codecs": ["quantize:2"]}, {"keep"}),  # Without "bitmask" its sign cannot be held.
     ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "quantize2"}),
     ("relu", "relu", {"codecs": ["probe:gaussian", "bitmask"]}, {"keep", "probe"}),
-    ("norm", "convolution", {}, {"keep", "quantize1", "quantize2", "quantize4", "quantize8"}),
+    ("norm", "convolution", {}, {"keep", "rerun", "quantize1", "quantize2", "quantize4", "quantize8"}),
+    ("norm", "convolution", {"codecs": "bitmask"}, {"keep"}),
     ("norm", "relu", {"codecs": "exact"}, {"keep", "recompute"}),
     ("norm", "relu", {"codecs": ["recompute", "quantize:4", "bitmask"]}, {"keep", "recompute", "replay", "quantize4"}),
     ("norm", "relu", {"codecs": ["recompute", "quantize:4"]}, {"keep", "recompute"}),
-    ("silu", "convolution", {}, {"keep"}),
+    ("silu", "convolution", {}, {"keep", "rerun"}),
     ("silu", "div", {"codecs": "exact"}, {"keep", "recompute"}),
     ("pool", "le", {}, {"keep", "bitmask"}),
 ]
@@ -131,10 +132,30 @@ def test_replaying_needs_its_sources(pairs):
     offered = names(posed, "convolution")
     row = dict(zip(names(posed, "relu"), posed.candidates[1 - source], strict=True))
     ((item, allowed),) = row["recompute"].option.needs
-    assert (item, {offered[i] for i in allowed}) == (source, {"keep"})
+    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "rerun"})
     ((item, allowed),) = row["replay"].option.needs
-    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "quantize4"})
+    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "rerun", "quantize4"})
     assert row["keep"].option.needs == row["quantize4"].option.needs == ()
+
+
+def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
+    layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)]
+    posed = posed_of(trace(nn.Sequential(*layers), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
+    order = [r.name for r in posed.residuals]
+    rows = {name: {c.option.name: c.option for c in row} for name, row in zip(order, posed.candidates, strict=True)}
+    offered = {name: [c.option.name for c in row] for name, row in zip(order, posed.candidates, strict=True)}
+    assert rows["convolution"]["rerun"].needs == (), "the network's input is there anyway"
+    needs = {
+        order[item]: {offered[order[item]][i] for i in allowed}
+        for item, allowed in rows["convolution_1"]["rerun"].needs
+    }
+    assert needs == {"relu": {"keep", "recompute"}, "convolution": {"keep"}}
+    assert rows["convolution_1"]["rerun"].time > rows["relu_1"]["recompute"].time > 0
+    # From where it is first read, by itself or by what is replayed from it, its result is held in full.
+    first, last, size = rows["convolution_1"]["rerun"].loads[1]
+    labels = posed.problem.labels
+    assert first < last and size == 2 * 8 * 16 * 16 * 4
+    assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
 
 
 def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
