@@ -54,6 +54,9 @@ class Row:
     audited: int | None = None
     slowdown: float | None = None
     codecs: dict[str, int] = dataclasses.field(default_factory=dict)
+    slices: int = 1
+    held_slices: int = 1
+    noise: float = 0.0
     smallest: int | None = None
 
     @property
@@ -140,7 +143,11 @@ class Subject:
 
     def row(self, label: str, budget: int) -> Row:
         codecs = Counter(choice.codec for plan in self.plans for choice in plan.choices)
-        return Row(label, budget, self.peak(), self.audited(), codecs=dict(sorted(codecs.items())))
+        first = self.plans[0]
+        return Row(
+            label, budget, self.peak(), self.audited(), codecs=dict(sorted(codecs.items())), slices=first.slices,
+            held_slices=first.held_slices, noise=sum(plan.noise for plan in self.plans),
+        )  # fmt: skip
 
 
 def gradient_error(found: dict[str, Tensor], true: dict[str, Tensor]) -> GradientError:
@@ -218,6 +225,8 @@ def table_of(report: Report) -> Table:
         "audited",
         "audited / measured",
         "step time",
+        "noise",
+        "slices (held)",
         "codecs",
     ):
         table.add_column(heading, justify="left" if heading in ("fits", "codecs") else "right")
@@ -231,6 +240,8 @@ def table_of(report: Report) -> Table:
             _or_dash(row.audited, format_size),
             _or_dash(row.audit_ratio, "{:.3f}".format),
             _or_dash(row.slowdown, "{:.2f}x".format),
+            f"{row.noise:.1e}" if row.noise else "0",
+            f"{row.slices} ({row.held_slices})" if row.slices > 1 else "1",
             ", ".join(f"{count} {codec}" for codec, count in row.codecs.items()),
         )
     return table
@@ -270,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     chosen = parser.parse_args(arguments)
     # A pipe has no width of its own; rich would squeeze the table into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     reports = []
     for name in chosen.net or MAIN_JOB:
         # A process a network: no memory, compiled code or allocator state is carried from one to the next.
