@@ -34,6 +34,7 @@ class Strategy:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.posed: dict[tuple[Slicing | None, float], Posed] = {}
+        self.seconds = 0.0
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -54,7 +55,7 @@ class Strategy:
             compiled = compilation.attempt(ATTEMPTS if number == len(ways) else FEW)
             tried += compilation.attempts
             if compiled is not None:
-                compilation.report(attempts=tried, **known)
+                compilation.report(attempts=tried, **known, **self._time(way))
                 return compiled
         return self._least(plain.peak, tried, **known)
 
@@ -63,7 +64,7 @@ class Strategy:
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
-        best = Way(None, 0.0, 0.0)
+        best, known = Way(None, 0.0, 0.0), {}
         if self.traced.options.mem_budget is not None:
             job = Compilation(self.traced).trace(skipped=("plan", "rewrite"))
             if job is None or job.posed is None:
@@ -75,9 +76,10 @@ class Strategy:
                 error, _ = self._lowest()
                 raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
             best = ways[0]
+            known = {"baseline_peak": baseline, **self._time(best)}
         compilation = Compilation(self.traced, best.slicing, best.saved)
         compilation.trace(skipped=("rewrite",))
-        return compilation.report()
+        return compilation.report(**known)
 
     def ways(self, whole: Job | None = None) -> list[Way]:
         """The ways whose predicted plans fit the budget, best first; `whole` is the graph's job if it is known.
@@ -90,6 +92,7 @@ class Strategy:
         if whole is None or whole.posed is None:
             return [Way(None, 0.0, 0.0)]
         found = []
+        self.seconds = sum(whole.posed.seconds.values())
         if (options.slices or 1) == 1:
             self.posed[None, 1.0] = whole.posed
             found = best_ways(whole.posed, options, whole.posed)
@@ -99,8 +102,10 @@ class Strategy:
             found += self._recomputing(whole.posed)
         if options.slices == 1:
             return select(found, options)
-        if batch is None or whole.mixing:
-            self._cannot_slice(whole.mixing)
+        graphs = "a replayed CUDA graph overwrites what the slice before it holds"
+        mixing = graphs if options.inductor_config().get("triton.cudagraphs") else whole.mixing
+        if batch is None or mixing:
+            self._cannot_slice(mixing)
             return select(found, options)
         for wanted in self._slicings(batch, whole):
             sliced = self._sliced(wanted)
@@ -115,6 +120,10 @@ class Strategy:
             if best is not None and best <= min(way.cost(options.prefer) for way in found):
                 break
         return select(found, options)
+
+    def _time(self, way: Way) -> dict[str, float]:
+        """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
+        return {"time": way.slowdown * self.seconds} if way.slicing is not None or way.saved < 1 else {}
 
     def _recomputing(self, whole: Posed) -> list[Way]:
         """Ways that recompute convolutions: all of the batch at once, in what torch's partitioner makes of less."""

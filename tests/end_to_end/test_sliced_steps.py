@@ -132,6 +132,7 @@ def test_batch_norm_is_named_where_slices_are_impossible(compile_model):
     ("options", "words"),
     [
         ({"slices": 3}, "write one of 2, 4, 8"),
+        ({"slices": 4, "mode": "reduce-overhead"}, "CUDA graph overwrites"),
         ({"max_noise": 1e-9, "slices": 1, "mem_budget": "55%"}, "max_noise"),
         ({"max_slowdown": 0.0, "codecs": "exact"}, "max_slowdown"),
     ],
