@@ -52,9 +52,9 @@ class Plan:
     `predicted_peak` is computed from the graph before compiling, `audited_peak` from what was generated (None until
     then). `baseline_peak` is the predicted peak with every residual kept as Inductor would. `peak_at` names the
     operation at the predicted peak. `fixed_bytes` are held whatever the plan (parameters, gradients, inputs).
-    `noise` adds up the choices', `time` is the predicted extra seconds of a step: the choices', and what recomputing and
-    slices add. `gap` is how far the plan's cost is above the solver's lower bound, as a fraction of it (0: proven best),
-    `attempts` how many plans were compiled and audited. `notes` names what could not be compressed, and why.
+    `noise` adds up the choices', `time` is the predicted extra seconds of a step: the choices', and what recomputing
+    and slices add. `gap` is how far the plan's cost is above the solver's lower bound, as a fraction of it (0: proven
+    best), `attempts` how many plans were compiled and audited. `notes` names what could not be compressed, and why.
 
     A step that runs in `slices` of the batch has the choices of one of them. `held_slices` of them hold their residuals
     between forward and backward; the others run their forward again.
