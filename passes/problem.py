@@ -395,35 +395,49 @@ def link(posed: Posed) -> Posed:
     one convolution is run again at a time, never a whole forward.
     """
     index = {residual.name: i for i, residual in enumerate(posed.residuals)}
-    rows = []
-    for residual, row in zip(posed.residuals, posed.candidates, strict=True):
-        linked = []
-        for candidate in row:
-            if candidate.option.name not in ("recompute", "replay", "rerun"):
-                linked.append(candidate)
-                continue
-            sources = posed.chains[residual.name].sources
-            allowed = {name: _allowed(posed.candidates[index[name]], candidate.option.name) for name in sources}
-            if candidate.option.name == "rerun":
-                behind = {far for name in sources if name in posed.chains for far in posed.chains[name].sources}
-                allowed.update(dict.fromkeys(behind, frozenset({0})))
-            needs = tuple((index[name], options) for name, options in allowed.items())
-            if all(options for _, options in needs):
-                linked.append(replace(candidate, option=replace(candidate.option, needs=needs)))
-        rows.append(tuple(linked))
+    named = dict(zip(index, posed.candidates, strict=True))
+    # First which options are left, then their places: a source with a fixed codec may allow nothing.
+    left = {
+        name: tuple(c for c in row if all(_allowed(named[s], names) for s, names in _needed(posed, name, c).items()))
+        for name, row in named.items()
+    }
+    rows = tuple(
+        tuple(
+            replace(c, option=replace(c.option, needs=tuple(
+                (index[source], _allowed(left[source], names)) for source, names in _needed(posed, name, c).items()
+            )))
+            for c in row
+        )
+        for name, row in left.items()
+    )  # fmt: skip
     items = tuple(
         Item(item.name, tuple(candidate.option for candidate in row))
         for item, row in zip(posed.problem.items, rows, strict=True)
     )
-    return replace(posed, candidates=tuple(rows), problem=replace(posed.problem, items=items))
+    return replace(posed, candidates=rows, problem=replace(posed.problem, items=items))
 
 
-def _allowed(row: tuple[Candidate, ...], name: str) -> frozenset[int]:
-    exact = ("keep", "recompute") if name == "rerun" else ("keep", "recompute", "rerun")
-    if name != "replay":
-        return frozenset(i for i, c in enumerate(row) if c.option.name in exact)
+_EXACT = frozenset({"keep", "recompute", "rerun"})
+_NEEDS = {"recompute": _EXACT, "replay": _EXACT | {"quantize"}, "rerun": frozenset({"keep", "recompute"})}
+
+
+def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, frozenset[str]]:
+    """The options that a candidate of the residual `name` needs others to take."""
+    names = _NEEDS.get(candidate.option.name)
+    if names is None:
+        return {}
+    sources = posed.chains[name].sources
+    needed = dict.fromkeys(sources, names)
+    if candidate.option.name == "rerun":
+        behind = [far for source in sources if source in posed.chains for far in posed.chains[source].sources]
+        needed.update(dict.fromkeys(behind, frozenset({"keep"})))
+    return needed
+
+
+def _allowed(row: Iterable[Candidate], names: frozenset[str]) -> frozenset[int]:
+    """Places of the options of these names; of codes, those of one bit are too coarse to replay from."""
     return frozenset(
-        i
-        for i, c in enumerate(row)
-        if c.option.name in exact or (c.choice.codec == "quantize" and (c.choice.bits or 0) >= 2)
+        place
+        for place, c in enumerate(row)
+        if c.option.name in names and not (c.option.name == "quantize" and c.choice.bits == 1)
     )

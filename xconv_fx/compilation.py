@@ -225,7 +225,12 @@ class Compilation:
         if self.job is None or self.job.plan is None:
             log.info("a graph without a backward: plain Inductor")
             return None
-        found = {"audited_peak": self.peak or None, "attempts": max(self.attempts, 1), **known}
+        found = {
+            "saved_share": self.saved,
+            "audited_peak": self.peak or None,
+            "attempts": max(self.attempts, 1),
+            **known,
+        }
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes), **found)
         publish(plan)
         self.traced.session.add(plan, self.traced.gm)

@@ -57,7 +57,8 @@ class Plan:
     best), `attempts` how many plans were compiled and audited. `notes` names what could not be compressed, and why.
 
     A step that runs in `slices` of the batch has the choices of one of them. `held_slices` of them hold their residuals
-    between forward and backward; the others run their forward again.
+    between forward and backward; the others run their forward again. `saved_share` below 1 is the share of all residual
+    bytes that PyTorch's partitioner was allowed to save; what it recomputes instead is no choice of the plan.
     """
 
     device: str
@@ -75,6 +76,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     slices: int = 1
     held_slices: int = 1
+    saved_share: float = 1.0
 
     @property
     def peak(self) -> int:

@@ -136,6 +136,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.slices > 1:
         again = plan.slices - plan.held_slices
         yield "slices", f"{plan.slices} of the batch, the table is of one; {again} of them run their forward twice"
+    if plan.saved_share < 1:
+        yield "saved", f"at most {plan.saved_share:.0%} of all residuals; PyTorch's partitioner recomputes the rest"
     saved = f"{format_size(plan.saved_after)} between forward and backward instead of {format_size(plan.saved_before)}"
     yield "held", f"{saved}{_times_less(plan.saved_before, plan.saved_after)}" if plan.choices else "nothing"
     predicted = f"{format_size(plan.predicted_peak)} predicted"

