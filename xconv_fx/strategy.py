@@ -22,8 +22,8 @@ from .plan import Plan
 from .slices import Batch, Slicing
 from .ways import NEGLIGIBLE, Way, best_ways, select
 
-# Attempts at a way while there is another one left.
-FEW = 3
+# Attempts at the second-best and the third-best way; corrected by audits, the best one mostly fits within a few more.
+FEW = 2
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
 SAVED = (0.5, 0.25)
 
@@ -50,9 +50,9 @@ class Strategy:
         self.traced = self.traced.within(budget)
         ways = self.ways()
         tried = 0
-        for number, way in enumerate(ways, start=1):
+        for way, attempts in zip(ways, (ATTEMPTS, FEW, FEW), strict=False):
             compilation = Compilation(self.traced, way.slicing, way.saved)
-            compiled = compilation.attempt(ATTEMPTS if number == len(ways) else FEW)
+            compiled = compilation.attempt(attempts)
             tried += compilation.attempts
             if compiled is not None:
                 compilation.report(attempts=tried, **known, **self._time(way))
