@@ -92,20 +92,25 @@ def vgg() -> nn.Module:
 
 def plain_unet2d() -> nn.Module:
     """nnU-Net's PlainConvUNet (Nature Methods 18, 2021) in 2D: instance norm and in-place LeakyReLU."""
+    return _plain_unet(nn.Conv2d, nn.InstanceNorm2d, features=(16, 32, 64, 64), classes=4)
+
+
+def _plain_unet(conv: type[nn.Module], norm: type[nn.Module], features: tuple[int, ...], classes: int) -> nn.Module:
+    """PlainConvUNet as nnU-Net configures it: two convolutions a stage, each stage at half the size of the last."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
     return PlainConvUNet(
         input_channels=1,
-        n_stages=4,
-        features_per_stage=(16, 32, 64, 64),
-        conv_op=nn.Conv2d,
+        n_stages=len(features),
+        features_per_stage=features,
+        conv_op=conv,
         kernel_sizes=3,
-        strides=(1, 2, 2, 2),
+        strides=(1, *(2 for _ in features[1:])),
         n_conv_per_stage=2,
-        num_classes=4,
+        num_classes=classes,
         n_conv_per_stage_decoder=2,
         conv_bias=True,
-        norm_op=nn.InstanceNorm2d,
+        norm_op=norm,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
@@ -138,25 +143,8 @@ def vgg_stages() -> nn.Module:
 
 
 def plain_unet3d() -> nn.Module:
-    """nnU-Net's PlainConvUNet in 3D, configured as `plain_unet2d`: nnU-Net's own choices, at half its first width."""
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
-    return PlainConvUNet(
-        input_channels=1,
-        n_stages=3,
-        features_per_stage=(16, 32, 64),
-        conv_op=nn.Conv3d,
-        kernel_sizes=3,
-        strides=(1, 2, 2),
-        n_conv_per_stage=2,
-        num_classes=3,
-        n_conv_per_stage_decoder=2,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )
+    """nnU-Net's PlainConvUNet in 3D, at half its own first width."""
+    return _plain_unet(nn.Conv3d, nn.InstanceNorm3d, features=(16, 32, 64), classes=3)
 
 
 def convnext() -> nn.Module:

@@ -37,6 +37,8 @@ VIEWS = {
     aten.split_with_sizes.default,
 }
 
+MATMULS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
 COMPARISONS = {
     getattr(getattr(aten, name), overload)
     for name in ("le", "lt", "ge", "gt", "eq", "ne")
@@ -64,6 +66,13 @@ def nbytes(node: fx.Node) -> int:
 def numel(node: fx.Node) -> int:
     value = tensor_of(node)
     return 0 if value is None else prod(int(n) for n in value.shape)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of the node's tensor, or of the first where it returns several; () where it is none."""
+    value = node.meta.get("val")
+    tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return tuple(int(n) for n in tensor.shape) if isinstance(tensor, torch.Tensor) else ()
 
 
 def is_view(node: fx.Node) -> bool:
@@ -151,13 +160,22 @@ def source_of(node: fx.Node) -> str:
 
 def closure(roots: Iterable[fx.Node]) -> set[fx.Node]:
     """The roots and everything computed from them."""
+    return _reached(roots, lambda node: node.users)
+
+
+def ancestors(results: Iterable[fx.Node]) -> list[fx.Node]:
+    """The results and everything that they are computed from, in the graph's order."""
+    return sorted(_reached(results, lambda node: node.all_input_nodes))
+
+
+def _reached(roots: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     reached: set[fx.Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
         if node not in reached:
             reached.add(node)
-            stack += node.users
+            stack += neighbours(node)
     return reached
 
 

@@ -143,7 +143,7 @@ BUDGETED: tuple[Pass, ...] = (
     rewrite,
 )
 # Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
-PLAIN: tuple[Pass, ...] = (deduplicate, separate, partition, analyse, pose, plan)
+PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, pose, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

@@ -22,7 +22,7 @@ NOISE_PRICE = 10.0
 
 
 def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tuple[Plan, dict[str, int]]:
-    """The plan of least noise, then least time, whose predicted peak is within the budget; and its peak in each phase.
+    """The plan that `prefer` asks for, whose predicted peak is within the budget; and its peak in each phase.
 
     `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
     `BudgetInfeasibleError`.

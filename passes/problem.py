@@ -61,6 +61,14 @@ class Candidate:
     option: Option
 
 
+def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]]) -> tuple[Item, ...]:
+    """The solver's items: the residuals with the options of their candidates."""
+    return tuple(
+        Item(residual.name, tuple(candidate.option for candidate in row))
+        for residual, row in zip(residuals, rows, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Posed:
     """The problem for the solver, and what its items and options stand for.
@@ -184,16 +192,12 @@ class _Poser:
 
     def pose(self) -> Posed:
         rows = tuple(tuple(self._candidates(residual)) for residual in self.large.values())
-        items = tuple(
-            Item(residual.name, tuple(candidate.option for candidate in row))
-            for residual, row in zip(self.large.values(), rows, strict=True)
-        )
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
         phases = ("forward",) * len(self.forward.steps) + ("loss",) + ("backward",) * len(self.backward.steps)
         fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
-        problem = Problem(tuple(base), items, labels)
         residuals = tuple(self.large.values())
+        problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
             problem, residuals, rows, self.chains, fixed, self._device(), phases,
             results=self.results, tangents=self.tangents, rest=self.rest + self.copies,
@@ -410,11 +414,7 @@ def link(posed: Posed) -> Posed:
         )
         for name, row in left.items()
     )  # fmt: skip
-    items = tuple(
-        Item(item.name, tuple(candidate.option for candidate in row))
-        for item, row in zip(posed.problem.items, rows, strict=True)
-    )
-    return replace(posed, candidates=rows, problem=replace(posed.problem, items=items))
+    return replace(posed, candidates=rows, problem=replace(posed.problem, items=items_of(posed.residuals, rows)))
 
 
 _EXACT = frozenset({"keep", "recompute", "rerun"})

@@ -25,6 +25,7 @@ from xconv_fx import hooks
 
 from .graph import (
     COMPARISONS,
+    MATMULS,
     arguments,
     closure,
     is_tangent,
@@ -39,7 +40,6 @@ from .partition import Pair
 
 aten = torch.ops.aten
 
-_MATMULS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 _LINEAR = {
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.clone.default, aten.sum.dim_IntList, aten.sum.default,
     aten.mean.dim, aten.mean.default, aten.cat.default, aten.constant_pad_nd.default, aten.where.self,
@@ -48,7 +48,7 @@ _LINEAR = {
     aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default, aten.index.Tensor,
     torch.ops.prims.convert_element_type.default,
 }  # fmt: skip
-_BILINEAR = {aten.mul.Tensor, aten.convolution.default, aten.convolution_backward.default, *_MATMULS}
+_BILINEAR = {aten.mul.Tensor, aten.convolution.default, aten.convolution_backward.default, *MATMULS}
 
 # A product of two values that both depend on the residual counts as linear when one of them has been reduced over at
 # least this many elements: the bias is below 1/256 of the rounding variance.
@@ -163,7 +163,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
     if reader.target is aten.convolution_backward.default:
         return reader.args[1] is value and reader.args[0] is not value and not arguments(reader)[10][0]
-    if reader.target in _MATMULS:
+    if reader.target in MATMULS:
         return any(node in tangents for node in reader.all_input_nodes) and _leaves_the_graph(reader)
     return False
 

@@ -19,7 +19,7 @@ Known gap: in-place changes of buffers and results that are no batch (a loss com
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -27,7 +27,17 @@ import torch
 import torch._inductor.inductor_prims  # defines the pooling operator below
 from torch import fx
 
-from .graph import arguments, is_elementwise, is_primal, is_reduction, layer_of, output_node, tensor_of
+from .graph import (
+    ancestors,
+    arguments,
+    is_elementwise,
+    is_primal,
+    is_reduction,
+    layer_of,
+    output_node,
+    shape_of,
+    tensor_of,
+)
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -76,24 +86,12 @@ def check_separable(results: Sequence[fx.Node], inputs: Mapping[fx.Node, int], b
     is its size. The dimension of every result must be its first, with one index for a sample.
     """
     dims = _Dims(dict(inputs), batch)
-    for node in _ancestors(results):
+    for node in ancestors(results):
         dims.visit(node)
     for node in results:
         value = tensor_of(node)
         if value is None or dims.of(node) != 0 or int(value.shape[0]) != batch:
             raise Mixing(node, "a result of the model is not one row for each sample")
-
-
-def _ancestors(results: Iterable[fx.Node]) -> list[fx.Node]:
-    """The results and everything that they are computed from, in the graph's order."""
-    found: set[fx.Node] = set()
-    stack = list(results)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return sorted(found)
 
 
 class _Dims:
@@ -136,13 +134,13 @@ class _Dims:
 
     def elementwise(self, node: fx.Node) -> Dim:
         """Broadcasting lines up last dimensions: every batched operand must have its batch in the same place."""
-        shape = _shape(node)
+        shape = shape_of(node)
         places: set[int] = set()
         for arg in node.all_input_nodes:
             dim = self.found[arg]
             if isinstance(dim, int):
-                place = dim - len(_shape(arg)) + len(shape)
-                if _shape(arg)[dim] != shape[place]:
+                place = dim - len(shape_of(arg)) + len(shape)
+                if shape_of(arg)[dim] != shape[place]:
                     raise Mixing(node, "samples are broadcast against something else")
                 places.add(place)
         if not places:
@@ -151,8 +149,8 @@ class _Dims:
             raise Mixing(node, "samples are combined with other samples")
         place = places.pop()
         for arg in node.all_input_nodes:
-            at = place - len(shape) + len(_shape(arg))
-            if self.found[arg] is None and at >= 0 and _shape(arg)[at] != 1:
+            at = place - len(shape) + len(shape_of(arg))
+            if self.found[arg] is None and at >= 0 and shape_of(arg)[at] != 1:
                 raise Mixing(node, "each sample meets a constant of its own")
         return place
 
@@ -160,7 +158,7 @@ class _Dims:
         """A reduction over dimensions that leave the batch out."""
         source = node.all_input_nodes[0]
         dim = self.sole(node)
-        rank = len(_shape(source))
+        rank = len(shape_of(source))
         over: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if over is None or (isinstance(over, (list, tuple)) and not over):
             raise Mixing(node, "a reduction over all samples")
@@ -177,7 +175,7 @@ class _Dims:
         dim = self.found[source]
         if not isinstance(dim, int):
             return dim
-        old, new = _shape(source), _shape(node)
+        old, new = shape_of(source), shape_of(node)
         before = prod(old[:dim])
         for place, size in enumerate(new):
             if prod(new[:place]) == before and size % self.batch == 0 and (size > 1 or self.batch == 1):
@@ -186,10 +184,12 @@ class _Dims:
 
     def permuted(self, node: fx.Node) -> Dim:
         dim = self.found[node.all_input_nodes[0]]
-        return dim if not isinstance(dim, int) else [int(d) % len(_shape(node)) for d in arguments(node)[1]].index(dim)
+        return (
+            dim if not isinstance(dim, int) else [int(d) % len(shape_of(node)) for d in arguments(node)[1]].index(dim)
+        )
 
     def transposed(self, node: fx.Node) -> Dim:
-        dim, rank = self.found[node.all_input_nodes[0]], len(_shape(node))
+        dim, rank = self.found[node.all_input_nodes[0]], len(shape_of(node))
         first, second = (0, 1) if node.target is aten.t.default else (int(d) % rank for d in arguments(node)[1:3])
         if not isinstance(dim, int):
             return dim
@@ -197,11 +197,11 @@ class _Dims:
 
     def unsqueezed(self, node: fx.Node) -> Dim:
         dim = self.found[node.all_input_nodes[0]]
-        return dim if not isinstance(dim, int) else dim + (int(arguments(node)[1]) % len(_shape(node)) <= dim)
+        return dim if not isinstance(dim, int) else dim + (int(arguments(node)[1]) % len(shape_of(node)) <= dim)
 
     def squeezed(self, node: fx.Node) -> Dim:
         source = node.all_input_nodes[0]
-        dim, shape = self.found[source], _shape(source)
+        dim, shape = self.found[source], shape_of(source)
         if not isinstance(dim, int):
             return dim
         given = arguments(node)[1] if len(node.args) > 1 else range(len(shape))
@@ -216,15 +216,15 @@ class _Dims:
         dim = self.found[source]
         if not isinstance(dim, int):
             return dim
-        place = dim + len(_shape(node)) - len(_shape(source))
-        if _shape(node)[place] != _shape(source)[dim]:
+        place = dim + len(shape_of(node)) - len(shape_of(source))
+        if shape_of(node)[place] != shape_of(source)[dim]:
             raise Mixing(node, "samples are repeated")
         return place
 
     def along(self, node: fx.Node, axis: int) -> Dim:
         """An operation that picks from or goes along another dimension than the batch's."""
         dim = self.sole(node)
-        if axis % len(_shape(node.all_input_nodes[0])) == dim:
+        if axis % len(shape_of(node.all_input_nodes[0])) == dim:
             raise Mixing(node, f"{node.target} picks samples")
         return dim
 
@@ -238,13 +238,13 @@ class _Dims:
         return self.along(node, int(arguments(node)[1]))
 
     def selected(self, node: fx.Node) -> Dim:
-        dim, axis = self.sliced(node), int(arguments(node)[1]) % len(_shape(node.all_input_nodes[0]))
+        dim, axis = self.sliced(node), int(arguments(node)[1]) % len(shape_of(node.all_input_nodes[0]))
         assert isinstance(dim, int)
         return dim - (axis < dim)
 
     def concatenated(self, node: fx.Node) -> Dim:
         parts = arguments(node)[0]
-        rank = len(_shape(parts[0]))
+        rank = len(shape_of(parts[0]))
         axis = int(arguments(node)[1]) % rank if len(node.args) > 1 else 0
         dims = {self.found[part] for part in parts}
         if len(dims) != 1 or axis in dims:
@@ -253,7 +253,7 @@ class _Dims:
 
     def padded(self, node: fx.Node) -> Dim:
         dim, pad = self.sole(node), arguments(node)[1]
-        if len(pad) // 2 > len(_shape(node)) - 1 - dim:
+        if len(pad) // 2 > len(shape_of(node)) - 1 - dim:
             raise Mixing(node, "samples are added by padding")
         return dim
 
@@ -303,12 +303,6 @@ class _Dims:
 
     def item(self, node: fx.Node) -> Dim:
         return self.found[node.all_input_nodes[0]]
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta["val"]
-    tensor = value[0] if isinstance(value, (tuple, list)) else value
-    return tuple(int(n) for n in tensor.shape)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xconv_fx.cost_model.memory import Item, Problem
+from xconv_fx.cost_model.memory import Problem
 from xconv_fx.slices import Episode, Slicing
 
-from .problem import LOSS_COPIES, Candidate, Posed
+from .problem import LOSS_COPIES, Candidate, Posed, items_of
 
 Load = tuple[int, int, int]
 
@@ -35,11 +35,8 @@ def slice_step(posed: Posed, slicing: Slicing) -> Posed:
         labels += [posed.problem.labels[step] for step in steps]
         phases += [episode.phase] * len(steps)
     rows = tuple(tuple(_moved(candidate, moved) for candidate in row) for row in posed.candidates)
-    items = tuple(
-        Item(item.name, tuple(candidate.option for candidate in row))
-        for item, row in zip(posed.problem.items, rows, strict=True)
-    )
-    return replace(posed, problem=Problem(tuple(base), items, tuple(labels)), candidates=rows, phases=tuple(phases))
+    problem = Problem(tuple(base), items_of(posed.residuals, rows), tuple(labels))
+    return replace(posed, problem=problem, candidates=rows, phases=tuple(phases))
 
 
 def _moved(candidate: Candidate, episodes: list[tuple[Episode, range, int]]) -> Candidate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -10,12 +11,10 @@ from torch import fx
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.timing import conv_flops, linear_flops, seconds
 
-from .graph import arguments, nbytes, tensor_of
+from .graph import MATMULS, arguments, nbytes, shape_of
 from .lifetimes import Timeline
 
 aten = torch.ops.aten
-
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 
 
 def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
@@ -33,26 +32,21 @@ def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
 def node_flops(node: fx.Node) -> int:
     """Floating-point operations of a convolution, either half of its backward, or a matrix product; 0 for the rest."""
     if node.target is aten.convolution.default:
-        x, weight, output = _shape(arguments(node)[0]), _shape(arguments(node)[1]), _shape(node)
+        x, weight, output = shape_of(arguments(node)[0]), shape_of(arguments(node)[1]), shape_of(node)
         return _conv(x, weight, output, transposed=arguments(node)[6], groups=arguments(node)[8])
     if node.target is aten.convolution_backward.default:
-        grad, x, weight = (_shape(part) for part in arguments(node)[:3])
+        grad, x, weight = (shape_of(part) for part in arguments(node)[:3])
         halves = sum(bool(wanted) for wanted in arguments(node)[10][:2])
         return halves * _conv(x, weight, grad, transposed=arguments(node)[7], groups=arguments(node)[9])
-    if node.target in _PRODUCTS:
-        left, right = (_shape(part) for part in arguments(node)[-2:])
+    if node.target in MATMULS:
+        left, right = (shape_of(part) for part in arguments(node)[-2:])
         return linear_flops(prod(left[:-1]), left[-1], right[-1])
     return 0
 
 
-def _conv(x: list[int], weight: list[int], output: list[int], transposed: bool, groups: int) -> int:
+def _conv(x: Sequence[int], weight: Sequence[int], output: Sequence[int], transposed: bool, groups: int) -> int:
     spatial = x[2:] if transposed else output[2:]
     return conv_flops(x[0], x[1], output[1], weight[2:], spatial, groups)
-
-
-def _shape(node: fx.Node) -> list[int]:
-    value = tensor_of(node)
-    return [] if value is None else [int(n) for n in value.shape]
 
 
 def _dtype(node: fx.Node) -> str:

@@ -28,9 +28,9 @@ _CONVOLUTIONS = (
 def volumes_channels_last(gm: fx.GraphModule) -> None:
     """Insert the layout changes into a Dynamo graph with 3D convolutions on the CPU; leave any other as it is."""
     convolutions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
-    if not convolutions or not all(_is_volume_on_cpu(node.args[0]) for node in convolutions):
+    if not convolutions or not all(_is_volume_on_cpu(_operand(node, 0, "input")) for node in convolutions):
         return
-    weights = [node.args[1] if len(node.args) > 1 else node.kwargs["weight"] for node in convolutions]
+    weights = [_operand(node, 1, "weight") for node in convolutions]
     volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node in volumes:
@@ -54,6 +54,10 @@ def channels_last(x: Tensor) -> Tensor:
 def _as_before(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`x` with the strides that the caller expects."""
     return x if x.stride() == stride else x.contiguous()
+
+
+def _operand(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs[name]
 
 
 def _value(node: Any) -> Any:

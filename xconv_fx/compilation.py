@@ -7,6 +7,7 @@ code fits, and nothing runs before one does.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,11 +47,12 @@ class Traced:
     example_inputs: Sequence[Any]
     options: Options
     session: Session
-    batch: Batch | None = None
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.batch = Batch.of(self.gm, self.example_inputs)
+    @functools.cached_property
+    def batch(self) -> Batch | None:
+        """The inputs that hold samples, if any do."""
+        return Batch.of(self.gm, self.example_inputs)
 
     def within(self, budget: int) -> Traced:
         """The same under a budget in bytes."""
@@ -118,8 +120,16 @@ class Compilation:
         """Compile the kernels of what was generated."""
         self.kernels.load(self.traced.options.inductor_config())
 
-    def trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
-        """The job after all passes but the `skipped` ones, without code; None for a graph without a backward."""
+    def pose(self) -> pipeline.Job | None:
+        """The job up to the planning problem; None for a graph without a backward."""
+        return self._trace(("plan", "rewrite"))
+
+    def plan(self) -> pipeline.Job | None:
+        """The job up to the plan; None for a graph without a backward."""
+        return self._trace(("rewrite",))
+
+    def _trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
+        """The job after all passes but the `skipped` ones, without code."""
         self.skipped = skipped
         try:
             self._run()
@@ -145,10 +155,11 @@ class Compilation:
         if budgeted:
             reshape_free_instance_norm(gm)
             volumes_channels_last(gm)
-        key = f"{hooks.source_hash()} {options.fingerprint()} {self.outside} {self.corrections} {slicing} {self.saved}"
+        sources = hooks.source_hash()
+        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {slicing} {self.saved}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
-            config.update(in_order(hooks.source_hash()))
+            config.update(in_order(sources))
         self.kernels = hooks.Deferred()
         with (
             hooks.ahead_of_time_backward(),

@@ -23,16 +23,11 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.virtualized import V
 
+from .passes.graph import MATMULS
+
 aten = torch.ops.aten
 
-_EXTERN = {
-    aten.convolution.default,
-    aten.convolution_backward.default,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-}
+_EXTERN = {aten.convolution.default, aten.convolution_backward.default, *MATMULS}
 
 
 def in_order(key: str) -> dict[str, Any]:

@@ -42,18 +42,14 @@ class Batch:
     @staticmethod
     def of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Batch | None:
         """The batch that Dynamo's graph is traced for: what leads all its tensors but parameters and buffers."""
-        data = hooks.data_inputs(gm)
-        sizes = [
-            int(value.shape[0])
-            for value, is_data in zip(example_inputs, data, strict=True)
-            if is_data and value.dim() > 0
+        leading = [
+            int(value.shape[0]) if is_data and value.dim() > 0 else None
+            for value, is_data in zip(example_inputs, hooks.data_inputs(gm), strict=True)
         ]
-        if not sizes or sizes[0] < 2:
+        samples = next((size for size in leading if size is not None), 0)
+        if samples < 2:
             return None
-        batched = tuple(
-            is_data and value.dim() > 0 and int(value.shape[0]) == sizes[0]
-            for value, is_data in zip(example_inputs, data, strict=True)
-        )
+        batched = tuple(size == samples for size in leading)
         inputs = input_gradients = gradients = 0
         for value, is_batched in zip(example_inputs, batched, strict=True):
             if isinstance(value, Tensor):
@@ -61,7 +57,7 @@ class Batch:
                 inputs += size * is_batched
                 input_gradients += size * (is_batched and value.requires_grad)
                 gradients += size * (not is_batched and value.requires_grad)
-        return Batch(sizes[0], batched, inputs, input_gradients, gradients)
+        return Batch(samples, batched, inputs, input_gradients, gradients)
 
     def counts(self) -> list[int]:
         """Numbers of slices, ascending, that cut the batch into equal parts."""

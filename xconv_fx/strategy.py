@@ -66,7 +66,7 @@ class Strategy:
         """
         best, known = Way(None, 0.0, 0.0), {}
         if self.traced.options.mem_budget is not None:
-            job = Compilation(self.traced).trace(skipped=("plan", "rewrite"))
+            job = Compilation(self.traced).pose()
             if job is None or job.posed is None:
                 return None
             baseline = max(job.posed.phase_peaks((0,) * len(job.posed.residuals)).values())
@@ -78,7 +78,7 @@ class Strategy:
             best = ways[0]
             known = {"baseline_peak": baseline, **self._time(best)}
         compilation = Compilation(self.traced, best.slicing, best.saved)
-        compilation.trace(skipped=("rewrite",))
+        compilation.plan()
         return compilation.report(**known)
 
     def ways(self, whole: Job | None = None) -> list[Way]:
@@ -88,17 +88,18 @@ class Strategy:
         slices.
         """
         options, batch = self.traced.options, self.traced.batch
-        whole = whole or Compilation(self.traced).trace(skipped=("plan", "rewrite"))
+        whole = whole or Compilation(self.traced).pose()
         if whole is None or whole.posed is None:
             return [Way(None, 0.0, 0.0)]
         found = []
         self.seconds = sum(whole.posed.seconds.values())
-        if (options.slices or 1) == 1:
+        at_once = options.slices in (None, 1)
+        if at_once:
             self.posed[None, 1.0] = whole.posed
             found = best_ways(whole.posed, options, whole.posed)
         if found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE:
             return select(found, options)
-        if (options.slices or 1) == 1 and "recompute" in options.codecs and options.probes == Probes():
+        if at_once and "recompute" in options.codecs and options.probes == Probes():
             found += self._recomputing(whole.posed)
         if options.slices == 1:
             return select(found, options)
@@ -129,7 +130,7 @@ class Strategy:
         """Ways that recompute convolutions: all of the batch at once, in what torch's partitioner makes of less."""
         found: list[Way] = []
         for saved in SAVED:
-            job = Compilation(self.traced, saved=saved).trace(skipped=("plan", "rewrite"))
+            job = Compilation(self.traced, saved=saved).pose()
             if job is not None and job.posed is not None:
                 self.posed[None, saved] = job.posed
                 found += best_ways(job.posed, self.traced.options, whole, saved=saved)
@@ -156,7 +157,7 @@ class Strategy:
         """
         for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
             try:
-                job = Compilation(self.traced, way).trace(skipped=("plan", "rewrite"))
+                job = Compilation(self.traced, way).pose()
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.

@@ -84,6 +84,15 @@ def test_a_convolution_needs_no_copies():
     assert transient(*last) < 1.1 * x.nbytes < 1.5 * x.nbytes < transient(x, weight)
 
 
+def test_operands_may_be_named():
+    def named(x, weight):
+        return torch.nn.functional.conv3d(input=x, weight=weight, padding=1)
+
+    x, weight = torch.randn(2, 3, 6, 6, 6), torch.randn(4, 3, 3, 3, 3, requires_grad=True)
+    gm, values = dynamo_graph(named, x, weight)
+    torch.testing.assert_close(gm(*values)[0], named(x, weight), rtol=1e-4, atol=1e-5)
+
+
 def test_images_are_left_alone():
     model, x = nn.Conv2d(2, 4, 3), torch.randn(2, 2, 8, 8)
     gm, values = dynamo_graph(model, x)
