@@ -18,14 +18,16 @@ aten = torch.ops.aten
 
 
 def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
-    """Time of all steps of a timeline, one kernel each, every one limited by its arithmetic or by its traffic."""
-    read: dict[fx.Node, int] = {}
+    """Time of all steps of a timeline, one kernel each, every one limited by its arithmetic or by its traffic.
+
+    Traffic is what it reads and writes, a workspace both.
+    """
+    traffic = [nbytes(node) + 2 * work for node, work in zip(line.steps, line.workspace, strict=True)]
     for source, steps in line.read_at.items():
         for step in steps:
-            node = line.steps[step]
-            read[node] = read.get(node, 0) + nbytes(source)
+            traffic[step] += nbytes(source)
     return sum(
-        seconds(node_flops(node), nbytes(node) + read.get(node, 0), machine, _dtype(node)) for node in line.steps
+        seconds(node_flops(node), moved, machine, _dtype(node)) for node, moved in zip(line.steps, traffic, strict=True)
     )
 
 

@@ -5,6 +5,9 @@ data: for contiguous ones each call reorders input and output, which takes as mu
 about half of the time. So inputs and convolution weights are laid out channels-last at the start of the graph, and
 everything between follows; results get the layout that they would have had.
 
+The weight gradient is the exception: there oneDNN transposes one sample for each thread, so that many threads may need
+more memory than with contiguous volumes. The layout is therefore a choice of the strategy's.
+
 Works on the graph that Dynamo traced, before autograd sees it. Only for the CPU: on GPUs cuDNN chooses.
 """
 
@@ -27,8 +30,8 @@ _CONVOLUTIONS = (
 
 def volumes_channels_last(gm: fx.GraphModule) -> None:
     """Insert the layout changes into a Dynamo graph with 3D convolutions on the CPU; leave any other as it is."""
-    convolutions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
-    if not convolutions or not all(_is_volume_on_cpu(_operand(node, 0, "input")) for node in convolutions):
+    convolutions = volume_convolutions(gm)
+    if not convolutions:
         return
     weights = [_operand(node, 1, "weight") for node in convolutions]
     volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]
@@ -44,6 +47,12 @@ def volumes_channels_last(gm: fx.GraphModule) -> None:
             restored = gm.graph.call_function(_as_before, (result, _strides(result)))
         output.replace_input_with(result, restored)
     gm.recompile()
+
+
+def volume_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
+    """The 3D convolutions of a Dynamo graph, if all of them are known to run on the CPU."""
+    found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
+    return found if all(_is_volume_on_cpu(_operand(node, 0, "input")) for node in found) else []
 
 
 def channels_last(x: Tensor) -> Tensor:

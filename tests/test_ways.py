@@ -6,11 +6,11 @@ import pytest
 
 from xconv_fx.errors import OptionError
 from xconv_fx.options import Options
-from xconv_fx.ways import Way, select
+from xconv_fx.ways import Route, Way, select
 
-EXACT = Way(None, 0.0, 0.3)
-SLIGHT = Way(None, 1e-3, 0.02)
-NOISY = Way(None, 0.05, 0.0)
+EXACT = Way(Route(), 0.0, 0.3)
+SLIGHT = Way(Route(), 1e-3, 0.02)
+NOISY = Way(Route(), 0.05, 0.0)
 WAYS = [NOISY, EXACT, SLIGHT]
 
 

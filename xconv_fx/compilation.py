@@ -29,7 +29,8 @@ from .plan import Plan
 from .schedule import LocalFusion, in_order
 from .session import Session
 from .sizes import Budget
-from .slices import Batch, Sliced, Slicing, slice_graph, slice_inputs
+from .slices import Batch, Sliced, slice_graph, slice_inputs
+from .ways import AT_ONCE, Route
 
 # Plans tried before giving up on a budget that the audit keeps finding exceeded.
 ATTEMPTS = 8
@@ -67,14 +68,13 @@ class Traced:
 class Compilation:
     """The attempts to compile one graph in one way.
 
-    `slicing` and `saved` are the way (see `Job`). `corrections` are what audits found the prediction of a phase to be
+    `corrections` are what audits found the prediction of a phase to be
     short of, `peaks` the audited peaks of the last attempt; in bytes. Code over the budget is abandoned while
     `enforced`.
     """
 
     traced: Traced
-    slicing: Slicing | None = None
-    saved: float = 1.0
+    route: Route = AT_ONCE
     corrections: dict[str, int] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     enforced: bool = True
@@ -147,16 +147,17 @@ class Compilation:
             raise find_ours(error) or error from None
 
     def _compile(self) -> Callable[..., Any]:
-        options, slicing = self.traced.options, self.slicing
+        options, slicing = self.traced.options, self.route.slicing
         gm, inputs = copy.deepcopy(self.traced.gm), self.traced.example_inputs
         if slicing is not None:
             gm, inputs = slice_graph(gm, slicing), slice_inputs(inputs, slicing)
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
-            volumes_channels_last(gm)
+            if self.route.relayout:
+                volumes_channels_last(gm)
         sources = hooks.source_hash()
-        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {slicing} {self.saved}"
+        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.route}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
             config.update(in_order(sources))
@@ -174,8 +175,8 @@ class Compilation:
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
-            stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.slicing,
-            saved=self.saved,
+            stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.route.slicing,
+            saved=self.route.saved,
         )  # fmt: skip
         self.job = job
         pipeline.run(job, disabled=self.skipped)
@@ -204,10 +205,11 @@ class Compilation:
 
     def _whole_step(self, phase: str, peak: Peak) -> int:
         """The peak of a phase over all slices, from that of one slice."""
-        if self.slicing is None:
+        slicing = self.route.slicing
+        if slicing is None:
             return peak.bytes
         assert self.job is not None and self.job.posed is not None
-        episodes = self.slicing.episodes(self.job.posed.results, self.job.posed.tangents, LOSS_COPIES)
+        episodes = slicing.episodes(self.job.posed.results, self.job.posed.tangents, LOSS_COPIES)
         held = self.audit.saved_bytes
         return max(peak.bytes + e.extra + e.others * held for e in episodes if e.phase == phase)
 
@@ -237,7 +239,7 @@ class Compilation:
             log.info("a graph without a backward: plain Inductor")
             return None
         found = {
-            "saved_share": self.saved,
+            "saved_share": self.route.saved,
             "audited_peak": self.peak or None,
             "attempts": max(self.attempts, 1),
             **known,

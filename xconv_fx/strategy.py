@@ -18,9 +18,10 @@ from .options import Probes, with_unseen
 from .passes.pipeline import Job
 from .passes.planning import plan
 from .passes.problem import Posed
+from .passes.volumes import volume_convolutions
 from .plan import Plan
 from .slices import Batch, Slicing
-from .ways import NEGLIGIBLE, Way, best_ways, select
+from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select
 
 # Attempts at the second-best and the third-best way; corrected by audits, the best one mostly fits within a few more.
 FEW = 2
@@ -33,7 +34,7 @@ class Strategy:
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self.posed: dict[tuple[Slicing | None, float], Posed] = {}
+        self.posed: dict[Route, Posed] = {}
         self.seconds = 0.0
 
     def compile(self) -> Callable[..., Any]:
@@ -51,7 +52,7 @@ class Strategy:
         ways = self.ways()
         tried = 0
         for way, attempts in zip(ways, (ATTEMPTS, FEW, FEW), strict=False):
-            compilation = Compilation(self.traced, way.slicing, way.saved)
+            compilation = Compilation(self.traced, way.route)
             compiled = compilation.attempt(attempts)
             tried += compilation.attempts
             if compiled is not None:
@@ -64,7 +65,7 @@ class Strategy:
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
-        best, known = Way(None, 0.0, 0.0), {}
+        route, known = AT_ONCE, {}
         if self.traced.options.mem_budget is not None:
             job = Compilation(self.traced).pose()
             if job is None or job.posed is None:
@@ -75,9 +76,9 @@ class Strategy:
             if not ways:
                 error, _ = self._lowest()
                 raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
-            best = ways[0]
-            known = {"baseline_peak": baseline, **self._time(best)}
-        compilation = Compilation(self.traced, best.slicing, best.saved)
+            route = ways[0].route
+            known = {"baseline_peak": baseline, **self._time(ways[0])}
+        compilation = Compilation(self.traced, route)
         compilation.plan()
         return compilation.report(**known)
 
@@ -90,17 +91,17 @@ class Strategy:
         options, batch = self.traced.options, self.traced.batch
         whole = whole or Compilation(self.traced).pose()
         if whole is None or whole.posed is None:
-            return [Way(None, 0.0, 0.0)]
+            return [Way(AT_ONCE, 0.0, 0.0)]
         found = []
         self.seconds = sum(whole.posed.seconds.values())
         at_once = options.slices in (None, 1)
         if at_once:
-            self.posed[None, 1.0] = whole.posed
-            found = best_ways(whole.posed, options, whole.posed)
+            self.posed[AT_ONCE] = whole.posed
+            found = best_ways(whole.posed, options, whole.posed, AT_ONCE)
         if found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE:
             return select(found, options)
-        if at_once and "recompute" in options.codecs and options.probes == Probes():
-            found += self._recomputing(whole.posed)
+        if at_once:
+            found += self._at_once(whole.posed)
         if options.slices == 1:
             return select(found, options)
         graphs = "a replayed CUDA graph overwrites what the slice before it holds"
@@ -114,9 +115,10 @@ class Strategy:
                 break
             slicing, job = sliced
             assert job.posed is not None
-            self.posed[slicing, 1.0] = job.posed
+            route = Route(slicing)
+            self.posed[route] = job.posed
             best = min((way.cost(options.prefer) for way in found), default=None)
-            found += best_ways(job.posed, options, whole.posed, slicing)
+            found += best_ways(job.posed, options, whole.posed, route)
             log.debug("ways up to %d slices: %s", slicing.count, found)
             if best is not None and best <= min(way.cost(options.prefer) for way in found):
                 break
@@ -124,17 +126,21 @@ class Strategy:
 
     def _time(self, way: Way) -> dict[str, float]:
         """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
-        return {"time": way.slowdown * self.seconds} if way.slicing is not None or way.saved < 1 else {}
+        return {"time": way.slowdown * self.seconds} if way.route != AT_ONCE else {}
 
-    def _recomputing(self, whole: Posed) -> list[Way]:
-        """Ways that recompute convolutions: all of the batch at once, in what torch's partitioner makes of less."""
+    def _at_once(self, whole: Posed) -> list[Way]:
+        """Other ways to run all of the batch: contiguous volumes, and recomputed convolutions from a smaller cut."""
+        options = self.traced.options
+        routes = [Route(relayout=False)] if volume_convolutions(self.traced.gm) else []
+        if "recompute" in options.codecs and options.probes == Probes():
+            routes += [Route(saved=saved) for saved in SAVED]
         found: list[Way] = []
-        for saved in SAVED:
-            job = Compilation(self.traced, saved=saved).pose()
+        for route in routes:
+            job = Compilation(self.traced, route).pose()
             if job is not None and job.posed is not None:
-                self.posed[None, saved] = job.posed
-                found += best_ways(job.posed, self.traced.options, whole, saved=saved)
-        log.debug("ways that recompute convolutions: %s", found)
+                self.posed[route] = job.posed
+                found += best_ways(job.posed, options, whole, route)
+        log.debug("other ways at once: %s", found)
         return found
 
     def _slicings(self, batch: Batch, whole: Job) -> list[Slicing]:
@@ -157,7 +163,7 @@ class Strategy:
         """
         for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
             try:
-                job = Compilation(self.traced, way).pose()
+                job = Compilation(self.traced, Route(way)).pose()
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
@@ -185,23 +191,23 @@ class Strategy:
         options = self.traced.options
         assert options.mem_budget is not None
         budget = options.mem_budget.resolve(0)
-        error, (slicing, saved) = self._lowest()
-        lowest = Compilation(self.traced.within(error.smallest), slicing, saved, enforced=False)
+        error, route = self._lowest()
+        lowest = Compilation(self.traced.within(error.smallest), route, enforced=False)
         lowest.generate()
         smallest = options.needed(min(lowest.peak, plain))
         if smallest > budget:
             raise BudgetInfeasibleError(budget, smallest, error.consumers, self.traced.notes)
         return _finished(lowest, attempts=tried + 1, **known)
 
-    def _lowest(self) -> tuple[BudgetInfeasibleError, tuple[Slicing | None, float]]:
-        """Among the ways that were compared the one of least predicted peak, and what the planner says of it."""
-        errors: dict[tuple[Slicing | None, float], BudgetInfeasibleError] = {}
-        for way, posed in self.posed.items():
+    def _lowest(self) -> tuple[BudgetInfeasibleError, Route]:
+        """Among the routes that were compared the one of least predicted peak, and what the planner says of it."""
+        errors: dict[Route, BudgetInfeasibleError] = {}
+        for route, posed in self.posed.items():
             try:
-                plan(posed, self.traced.within(1).options, way[0])
+                plan(posed, self.traced.within(1).options, route.slicing)
             except BudgetInfeasibleError as error:
-                errors[way] = error
-        lowest = min(errors, key=lambda way: errors[way].smallest)
+                errors[route] = error
+        lowest = min(errors, key=lambda route: errors[route].smallest)
         return errors[lowest], lowest
 
 

@@ -22,17 +22,30 @@ CALL = 1e-5
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to run the step, and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step.
+class Route:
+    """What a graph is compiled as, before it is planned.
 
-    `slicing` says in what slices of the batch (None: all at once), `saved` what share of the residuals torch's
-    partitioner may save; the rest is recomputed from that, convolutions included.
+    `slicing` says in what slices of the batch it runs (None: all at once), `saved` what share of the residuals torch's
+    partitioner may save; the rest is recomputed from that, convolutions included. `relayout` lays volumes out
+    channels-last (passes/volumes.py).
     """
 
-    slicing: Slicing | None
+    slicing: Slicing | None = None
+    saved: float = 1.0
+    relayout: bool = True
+
+
+# The batch at once, nothing recomputed that PyTorch would not recompute by itself.
+AT_ONCE = Route()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A route and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step."""
+
+    route: Route
     noise: float
     slowdown: float
-    saved: float = 1.0
 
     def cost(self, prefer: str) -> tuple[float, float]:
         """Smaller is better; the second number decides among equals in the first."""
@@ -59,19 +72,17 @@ def select(ways: Sequence[Way], options: Options) -> list[Way]:
     return sorted(ways, key=lambda way: way.cost(options.prefer))
 
 
-def best_ways(
-    posed: Posed, options: Options, whole: Posed, slicing: Slicing | None = None, saved: float = 1.0
-) -> list[Way]:
+def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> list[Way]:
     """The ways to run the problem within the budget that are worth a comparison, best first.
 
-    `posed` is the problem of the batch, or of one slice of it for any number of slices held; `whole` is that of the
-    batch with nothing recomputed, to whose time slowdowns refer.
+    `posed` is the problem of the route, for any number of slices held; `whole` is that of `AT_ONCE`, to whose time
+    slowdowns refer.
     """
-    plain = sum(whole.seconds.values())
+    plain, slicing = sum(whole.seconds.values()), route.slicing
     if slicing is None:
         solution = _solution(posed, options)
         extra = sum(posed.seconds.values()) - plain
-        return [] if solution is None else [Way(None, solution.noise, (solution.time + extra) / plain, saved)]
+        return [] if solution is None else [Way(route, solution.noise, (solution.time + extra) / plain)]
     held = _Held(posed, slicing, options)
     found = []
     for number in held.candidates():
@@ -80,7 +91,8 @@ def best_ways(
             again = (slicing.count - number) * posed.seconds["forward"]
             once = sum(posed.seconds.values()) + solution.time + CALL * len(posed.phases)
             slowdown = (slicing.count * once + again) / plain - 1
-            found.append(Way(replace(slicing, held=number), solution.noise, slowdown))
+            held_route = replace(route, slicing=replace(slicing, held=number))
+            found.append(Way(held_route, solution.noise, slowdown))
     return sorted(found, key=lambda way: way.cost(options.prefer))
 
 

@@ -8,9 +8,11 @@ from conftest import Compile
 from nets import gradients, loss
 from torch import Tensor, nn
 
+from xconv_fx.compilation import Compilation
 from xconv_fx.errors import OptionError
 from xconv_fx.explain import explain
 from xconv_fx.measure import training_peak
+from xconv_fx.ways import Route
 
 BATCH = 8
 
@@ -157,3 +159,20 @@ def test_values_that_are_not_finite_surface(tight, value):
     assert not loss(tight.model(spoilt)).isfinite()
     for name, gradient in theirs.items():
         assert gradient.isfinite().all() == mine[name].isfinite().all(), name
+
+
+def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, monkeypatch):
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.PReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 2, 1))
+    x = torch.randn(2, 2, 20, 20, 20)
+    expected, attempt, tried = gradients(model, x), Compilation.attempt, []
+
+    def refused(self: Compilation, attempts: int) -> object:
+        tried.append(self.route)
+        return None if self.route.relayout else attempt(self, attempts)
+
+    monkeypatch.setattr(Compilation, "attempt", refused)
+    compiled = compile_model(model, mem_budget="90%", slices=1, codecs="keep,recompute")
+    assert_same(gradients(compiled.model, x), expected, 1e-3)
+    assert tried[-1] == Route(relayout=False)
+    assert training_peak(compiled.model, x, loss).bytes <= compiled.plan.budget
