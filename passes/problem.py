@@ -99,6 +99,10 @@ class Posed:
         alive = profile(self.problem, choice)
         return {phase: int(alive[self.steps(phase)].max(initial=0)) for phase in ("forward", "loss", "backward")}
 
+    def baseline_peak(self) -> int:
+        """The predicted peak with everything kept, in bytes."""
+        return max(self.phase_peaks((0,) * len(self.residuals)).values())
+
 
 def pose(
     pair: Pair,

@@ -165,6 +165,7 @@ class Compilation:
         with (
             hooks.ahead_of_time_backward(),
             hooks.separate_kernels(budgeted),
+            hooks.cheap_strides(budgeted),
             hooks.fusion_rules(LocalFusion() if budgeted else None),
             hooks.generated_code(self._generated),
             self.kernels.collect(),

@@ -76,6 +76,16 @@ def physical_peak(
     return Peak(resident=storage_bytes(tensors, device), transient=transient)
 
 
+def allocated_by(call: Callable[[], object]) -> tuple[int, list[Tensor]]:
+    """The most bytes that `call` holds of what it allocates on the CPU, its result included, and the result's tensors.
+
+    Without the collection of garbage that `physical_peak` begins with: for short calls that leave none.
+    """
+    kept: list[object] = []
+    transient = _cpu_transient(lambda: kept.append(call()))
+    return transient, [leaf for leaf in torch.utils._pytree.tree_leaves(kept) if isinstance(leaf, Tensor)]
+
+
 def training_peak(
     model: nn.Module,
     inputs: Tensor | Sequence[Tensor],

@@ -27,6 +27,8 @@ from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select
 FEW = 2
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
 SAVED = (0.5, 0.25)
+# A plain step predicted to exceed its budget by more than this share is not generated to make sure.
+DOUBT = 0.1
 
 
 class Strategy:
@@ -36,19 +38,23 @@ class Strategy:
         self.traced = traced
         self.posed: dict[Route, Posed] = {}
         self.seconds = 0.0
+        self.whole: Job | None = None
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
         options = self.traced.options
         if options.mem_budget is None:
             return _finished(Compilation(self.traced))
-        plain = Compilation(self.traced.plain())
-        plain.generate()
-        budget = options.mem_budget.resolve(with_unseen(plain.peak))
-        known = {"baseline_peak": plain.peak, "budget": budget}
-        if plain.peak <= options.usable(budget) and options.probes == plain.traced.options.probes:
-            return _finished(plain, **known)
-        self.traced = self.traced.within(budget)
+        plain: int | None = None
+        if options.mem_budget.bytes is None or not (known := self._beyond_doubt(options.mem_budget.bytes)):
+            inductor = Compilation(self.traced.plain())
+            inductor.generate()
+            plain = inductor.peak
+            budget = options.mem_budget.resolve(with_unseen(plain))
+            known = {"baseline_peak": plain, "budget": budget}
+            if plain <= options.usable(budget) and options.probes == inductor.traced.options.probes:
+                return _finished(inductor, **known)
+            self.traced = self.traced.within(budget)
         ways = self.ways()
         tried = 0
         for way, attempts in zip(ways, (ATTEMPTS, FEW, FEW), strict=False):
@@ -58,7 +64,18 @@ class Strategy:
             if compiled is not None:
                 compilation.report(attempts=tried, **known, **self._time(way))
                 return compiled
-        return self._least(plain.peak, tried, **known)
+        return self._least(plain, tried, **known)
+
+    def _beyond_doubt(self, budget: int) -> dict[str, int]:
+        """What is known of the plain step without its code, when it is predicted to exceed the budget by far.
+
+        Empty when the prediction leaves a doubt.
+        """
+        self.whole = Compilation(self.traced).pose()
+        if self.whole is None or self.whole.posed is None:
+            return {}
+        predicted = self.whole.posed.baseline_peak()
+        return {"baseline_peak": predicted, "budget": budget} if predicted > budget * (1 + DOUBT) else {}
 
     def plan(self) -> Plan | None:
         """The plan to start from, on predictions alone; None for a graph without a backward.
@@ -67,12 +84,12 @@ class Strategy:
         """
         route, known = AT_ONCE, {}
         if self.traced.options.mem_budget is not None:
-            job = Compilation(self.traced).pose()
+            self.whole = job = Compilation(self.traced).pose()
             if job is None or job.posed is None:
                 return None
-            baseline = max(job.posed.phase_peaks((0,) * len(job.posed.residuals)).values())
+            baseline = job.posed.baseline_peak()
             self.traced = self.traced.within(self.traced.options.mem_budget.resolve(with_unseen(baseline)))
-            ways = self.ways(job)
+            ways = self.ways()
             if not ways:
                 error, _ = self._lowest()
                 raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
@@ -82,14 +99,14 @@ class Strategy:
         compilation.plan()
         return compilation.report(**known)
 
-    def ways(self, whole: Job | None = None) -> list[Way]:
-        """The ways whose predicted plans fit the budget, best first; `whole` is the graph's job if it is known.
+    def ways(self) -> list[Way]:
+        """The ways whose predicted plans fit the budget, best first.
 
         Keeps the problems that it poses on the way (`posed`, of one slice with none held), and notes why there are no
         slices.
         """
         options, batch = self.traced.options, self.traced.batch
-        whole = whole or Compilation(self.traced).pose()
+        whole = self.whole = self.whole or Compilation(self.traced).pose()
         if whole is None or whole.posed is None:
             return [Way(AT_ONCE, 0.0, 0.0)]
         found = []
@@ -182,7 +199,7 @@ class Strategy:
         note = f"the batch is not run in slices: {reason}"
         self.traced = replace(self.traced, notes=(*self.traced.notes, note))
 
-    def _least(self, plain: int, tried: int, **known: Any) -> Callable[..., Any]:
+    def _least(self, plain: int | None, tried: int, **known: Any) -> Callable[..., Any]:
         """The step of the plan of least predicted peak, which what the audit found of other plans does not rule out.
 
         Raises `BudgetInfeasibleError` when its code is over the budget as well, with its audited peak as the smallest
@@ -194,7 +211,7 @@ class Strategy:
         error, route = self._lowest()
         lowest = Compilation(self.traced.within(error.smallest), route, enforced=False)
         lowest.generate()
-        smallest = options.needed(min(lowest.peak, plain))
+        smallest = options.needed(lowest.peak if plain is None else min(lowest.peak, plain))
         if smallest > budget:
             raise BudgetInfeasibleError(budget, smallest, error.consumers, self.traced.notes)
         return _finished(lowest, attempts=tried + 1, **known)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .measure import physical_peak, storage_bytes
+from .measure import allocated_by, storage_bytes
 
 aten = torch.ops.aten
 
@@ -81,8 +81,7 @@ def measured(func: Any, *signature: Any) -> int:
     """Bytes that one call allocates beyond its outputs, by the allocator's own events."""
     with _disable_current_modes(), torch.no_grad():
         args = [value.real() if isinstance(value, _Shaped) else value for value in signature]
-        peak = physical_peak(lambda: func(*args)).transient
-        outputs = [out for out in torch.utils._pytree.tree_leaves(func(*args)) if isinstance(out, torch.Tensor)]
+        peak, outputs = allocated_by(lambda: func(*args))
     return max(0, peak - storage_bytes(outputs))
 
 

@@ -19,7 +19,10 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from .errors import UnsupportedTorchError
+from xconv_fx.errors import UnsupportedTorchError
+
+from .indexing import cheap_strides as cheap_strides
+from .kernels import Deferred as Deferred
 
 CHECKED = ("2.13.0",)
 
@@ -75,9 +78,10 @@ def channels_last_convolutions(gm: fx.GraphModule) -> bool:
 def source_hash() -> str:
     """Hash of this package's sources: part of every compile cache key."""
     digest = hashlib.sha256()
-    from . import cost_model, passes  # type: ignore[attr-defined]
+    import xconv_fx
+    from xconv_fx import cost_model, passes  # type: ignore[attr-defined]
 
-    folders = {Path(__file__).parent, Path(passes.__file__).parent, Path(cost_model.__file__).parent}
+    folders = {Path(xconv_fx.__file__).parent, Path(passes.__file__).parent, Path(cost_model.__file__).parent}
     for folder in sorted(folders):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
@@ -258,48 +262,3 @@ def _buffer_bytes(name: str) -> int:
     if isinstance(getattr(V.graph.name_to_buffer.get(name), "layout", None), MultiOutputLayout):
         return 0
     return int(V.graph.get_numel(name)) * V.graph.get_dtype(name).itemsize
-
-
-class Deferred:
-    """Generated modules whose kernels are not compiled until `load`: an abandoned plan costs no C++ compilation."""
-
-    def __init__(self) -> None:
-        self.modules: list[_DeferredModule] = []
-
-    @contextlib.contextmanager
-    def collect(self) -> Iterator[None]:
-        """While active, Inductor gets a stand-in for every module that it would compile."""
-        from torch._inductor.codecache import PyCodeCache
-
-        load = PyCodeCache.load_by_key_path
-
-        def defer(key: str, path: str, *args: Any, **kwargs: Any) -> types.ModuleType:
-            self.modules.append(_DeferredModule(path, lambda: load(key, path, *args, **kwargs)))
-            return self.modules[-1]
-
-        with mock.patch.object(PyCodeCache, "load_by_key_path", defer):
-            yield
-
-    def load(self, config: dict[str, Any]) -> None:
-        """Compile every kernel now, under Inductor's `config`."""
-        import torch._inductor.config as inductor_config
-
-        with inductor_config.patch(config):
-            for module in self.modules:
-                module.load()
-
-
-class _DeferredModule(types.ModuleType):
-    def __init__(self, path: str, load: Callable[[], types.ModuleType]) -> None:
-        super().__init__("xconv_fx_deferred")
-        self.__file__ = path
-        self._load, self._call = load, None
-
-    def load(self) -> None:
-        self._call = self._load().call
-
-    def call(self, arguments: list[Any]) -> Any:
-        if self._call is None:
-            self.load()
-        assert self._call is not None
-        return self._call(arguments)
