@@ -60,9 +60,25 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+class _AsBefore(torch.autograd.Function):
+    """A contiguous copy of a channels-last volume, whose gradient is laid out channels-last.
+
+    Convolutions would otherwise copy the caller's gradient into their layout one by one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return channels_last(grads[0])
+
+
 def _as_before(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`x` with the strides that the caller expects."""
-    return x if x.stride() == stride else x.contiguous()
+    restored: Tensor = x if x.stride() == stride else _AsBefore.apply(x)  # type: ignore[no-untyped-call]
+    return restored
 
 
 def _operand(node: fx.Node, place: int, name: str) -> Any:

@@ -100,3 +100,26 @@ def test_images_are_left_alone():
     interpreter.run(*values)
     ((image, _),) = interpreter.seen
     assert image.is_contiguous()
+
+
+def test_the_gradient_that_comes_in_is_laid_out_once():
+    """Both halves of the last convolution's backward read it; each would copy it for itself."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, x = unet(), torch.randn(2, 2, 8, 8, 8)
+    gm, values = dynamo_graph(model, x)
+    values = [value.detach().requires_grad_() for value in values]
+
+    def gradients(*operands):
+        (result,) = gm(*operands)
+        return torch.autograd.grad(result, operands, torch.ones_like(result))
+
+    joint = make_fx(gradients)(*values)
+    backward = [node for node in joint.graph.nodes if node.target is torch.ops.aten.convolution_backward.default]
+    for node in backward:
+        grad = node.args[0].meta["tensor_meta"]
+        assert grad.memory_format == torch.channels_last_3d, node
+    found = {value.data_ptr(): grad for value, grad in zip(values, joint(*values), strict=True)}
+    exact = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    for parameter, grad in zip(model.parameters(), exact, strict=True):
+        torch.testing.assert_close(found[parameter.data_ptr()], grad, rtol=1e-4, atol=1e-4)
