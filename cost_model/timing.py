@@ -5,8 +5,11 @@
 (Williams, Waterman, Patterson: Roofline, CACM 2009.) Good enough to rank codecs: packing and unpacking are limited by
 bytes, replayed convolutions by flops. All sizes are plain ints; a multiply-add counts as two flops.
 
-Known gaps: an algorithm that saves multiplications (Winograd, FFT) beats its count; small channel counts fall short of
-the rate.
+A convolution of few channels falls short of the rate, a depthwise one most of all, because tiles of input by output
+channels stay partly empty. `few_channels` says by how much.
+
+Known gaps: an algorithm that saves multiplications (Winograd, FFT) beats its count; loops that are not vectorised, such
+as Inductor's reductions on the CPU, take several times what their traffic does.
 """
 
 from __future__ import annotations
@@ -16,10 +19,26 @@ from math import prod
 
 from xconv_fx.cost_model.device import DeviceSpec
 
+# Channels on one side with which a convolution reaches half of the rate of a wide one. Measured with oneDNN on a CPU
+# (AVX2), where this is within a factor of two from 1 to 64 channels, depthwise weight gradients (slower yet) apart.
+HALF_RATE = 2
 
-def seconds(flops: float, traffic: float, device: DeviceSpec, dtype: str = "float32") -> float:
-    """Time of one kernel of `flops` operations in `dtype` that reads and writes `traffic` bytes in all."""
-    return device.launch + max(flops / device.flops(dtype), traffic / device.bandwidth)
+
+def seconds(flops: float, traffic: float, device: DeviceSpec, dtype: str = "float32", weight_flops: float = 0) -> float:
+    """Time of one kernel that reads and writes `traffic` bytes in all.
+
+    It takes `flops` operations in `dtype`, and `weight_flops` more for weight gradients of convolutions.
+    """
+    arithmetic = flops / device.flops(dtype) + weight_flops / device.weight_flops(dtype)
+    return device.launch + max(arithmetic, traffic / device.bandwidth)
+
+
+def few_channels(in_channels: int, out_channels: int) -> float:
+    """How many times longer a convolution takes than its flops at full rate: 1 for many channels, 9 for depthwise ones.
+
+    The numbers of channels are those of a group; the same factor goes for both gradients.
+    """
+    return (1 + HALF_RATE / in_channels) * (1 + HALF_RATE / out_channels)
 
 
 def conv_flops(

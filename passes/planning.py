@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from xconv_fx import calibration
 from xconv_fx.cost_model.memory import peak, profile
 from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError
@@ -66,6 +67,7 @@ def describe(posed: Posed, choice: tuple[int, ...], budget: int | None, baseline
         noise=sum(candidate.option.noise for candidate in chosen),
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
+        calibrated=calibration.spec(posed.device).calibrated,
         notes=uncompressible({residual.name: residual for residual in posed.residuals}),
     )
 

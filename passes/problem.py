@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from xconv_fx import hooks
-from xconv_fx.cost_model.device import DeviceSpec, device
+from xconv_fx import calibration, hooks
+from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
@@ -182,7 +182,7 @@ class _Poser:
         self.copies = layout_copies(pair.forward)
         layers = [r for r in self.large.values() if "weight_grad" in r.uses]
         self.share = 1 / max(1, len(layers))
-        self.machine: DeviceSpec = device(self._device())
+        self.machine: DeviceSpec = calibration.spec(self._device())
 
     def _device(self) -> str:
         values = (tensor_of(node) for node in self.pair.forward.graph.nodes)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xconv_fx.cost_model.device import DeviceSpec
-from xconv_fx.cost_model.timing import conv_flops, linear_flops, seconds
+from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
 
 from .graph import MATMULS, arguments, nbytes, shape_of
 from .lifetimes import Timeline
@@ -26,29 +26,45 @@ def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
     for source, steps in line.read_at.items():
         for step in steps:
             traffic[step] += nbytes(source)
-    return sum(
-        seconds(node_flops(node), moved, machine, _dtype(node)) for node, moved in zip(line.steps, traffic, strict=True)
-    )
+    return sum(_node_seconds(node, moved, machine) for node, moved in zip(line.steps, traffic, strict=True))
+
+
+def _node_seconds(node: fx.Node, traffic: int, machine: DeviceSpec) -> float:
+    return seconds(node_flops(node), traffic, machine, _dtype(node), weight_flops=_weight_flops(node))
 
 
 def node_flops(node: fx.Node) -> int:
-    """Floating-point operations of a convolution, either half of its backward, or a matrix product; 0 for the rest."""
+    """Operations of a convolution, its input gradient, or a matrix product, as many as a wide layer does in its time.
+
+    So convolutions of few channels count for more than they do. 0 for the rest.
+    """
     if node.target is aten.convolution.default:
         x, weight, output = shape_of(arguments(node)[0]), shape_of(arguments(node)[1]), shape_of(node)
         return _conv(x, weight, output, transposed=arguments(node)[6], groups=arguments(node)[8])
     if node.target is aten.convolution_backward.default:
-        grad, x, weight = (shape_of(part) for part in arguments(node)[:3])
-        halves = sum(bool(wanted) for wanted in arguments(node)[10][:2])
-        return halves * _conv(x, weight, grad, transposed=arguments(node)[7], groups=arguments(node)[9])
+        return _conv_backward(node) if arguments(node)[10][0] else 0
     if node.target in MATMULS:
         left, right = (shape_of(part) for part in arguments(node)[-2:])
         return linear_flops(prod(left[:-1]), left[-1], right[-1])
     return 0
 
 
+def _weight_flops(node: fx.Node) -> int:
+    """The same of a convolution's weight gradient."""
+    wanted = node.target is aten.convolution_backward.default and arguments(node)[10][1]
+    return _conv_backward(node) if wanted else 0
+
+
+def _conv_backward(node: fx.Node) -> int:
+    """Operations of either gradient."""
+    grad, x, weight = (shape_of(part) for part in arguments(node)[:3])
+    return _conv(x, weight, grad, transposed=arguments(node)[7], groups=arguments(node)[9])
+
+
 def _conv(x: Sequence[int], weight: Sequence[int], output: Sequence[int], transposed: bool, groups: int) -> int:
     spatial = x[2:] if transposed else output[2:]
-    return conv_flops(x[0], x[1], output[1], weight[2:], spatial, groups)
+    flops = conv_flops(x[0], x[1], output[1], weight[2:], spatial, groups)
+    return round(flops * few_channels(x[1] // groups, output[1] // groups))
 
 
 def _dtype(node: fx.Node) -> str:

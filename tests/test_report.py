@@ -60,7 +60,7 @@ GOLDEN = """
  budget   2.00 GB: fits, 120 MB to spare
  peak at  convolution_backward_3 (input half)
  fixed    312 MB on cpu whatever the plan
- time     16 ms more a step, predicted
+ time     16 ms more a step, predicted with generic rates
  noise    0.25
  search   2 attempts, 0.5% above the solver's lower bound
  note     cat_3: [a view] leaves the graph
@@ -108,6 +108,11 @@ def test_probes_name_their_kind_where_it_is_not_the_usual_one():
         return as_text(dataclasses.replace(PLAN, choices=(choice,))).splitlines()[2].split()[3]
 
     assert (codec("gaussian"), codec("fold"), codec(None)) == ("probe:gaussian", "probe", "probe")
+
+
+def test_calibrated_rates_are_named():
+    text = as_text(dataclasses.replace(PLAN, calibrated=True))
+    assert "16 ms more a step, predicted with calibrated rates" in text and "generic" not in text
 
 
 def test_facts_without_budget_audit_or_choices():

@@ -16,7 +16,7 @@ from torch import fx
 
 from xconv_fx.passes import pipeline
 
-from . import hooks
+from . import calibration, hooks
 from .audit import Audit, Peak
 from .errors import BudgetInfeasibleError, find_ours
 from .log import log, publish
@@ -122,11 +122,11 @@ class Compilation:
 
     def pose(self) -> pipeline.Job | None:
         """The job up to the planning problem; None for a graph without a backward."""
-        return self._trace(("plan", "rewrite"))
+        return self._trace(("plan", "rewrite", "single_volumes"))
 
     def plan(self) -> pipeline.Job | None:
         """The job up to the plan; None for a graph without a backward."""
-        return self._trace(("rewrite",))
+        return self._trace(("rewrite", "single_volumes"))
 
     def _trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
         """The job after all passes but the `skipped` ones, without code."""
@@ -157,7 +157,8 @@ class Compilation:
             if self.route.relayout:
                 volumes_channels_last(gm)
         sources = hooks.source_hash()
-        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.route}"
+        rates = calibration.specs(inputs)
+        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.route} {rates}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
             config.update(in_order(sources))

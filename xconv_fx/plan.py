@@ -58,7 +58,8 @@ class Plan:
 
     A step that runs in `slices` of the batch has the choices of one of them. `held_slices` of them hold their residuals
     between forward and backward; the others run their forward again. `saved_share` below 1 is the share of all residual
-    bytes that PyTorch's partitioner was allowed to save; what it recomputes instead is no choice of the plan.
+    bytes that PyTorch's partitioner was allowed to save; what it recomputes instead is no choice of the plan. Times are
+    predicted with rates measured on the machine (`calibrated`), or with generic ones.
     """
 
     device: str
@@ -77,6 +78,7 @@ class Plan:
     slices: int = 1
     held_slices: int = 1
     saved_share: float = 1.0
+    calibrated: bool = False
 
     @property
     def peak(self) -> int:

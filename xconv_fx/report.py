@@ -150,8 +150,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "budget", f"{format_size(plan.budget)}: {verdict}"
     if plan.peak_at:
         yield "peak at", plan.peak_at
+    rates = "calibrated" if plan.calibrated else "generic"
     yield "fixed", f"{format_size(plan.fixed_bytes)} on {plan.device} whatever the plan"
-    yield "time", f"{_duration(plan.time)} more a step, predicted"
+    yield "time", f"{_duration(plan.time)} more a step, predicted with {rates} rates"
     if plan.noise:
         yield "noise", f"{plan.noise:.2g}"
     yield "search", f"{_attempts(plan.attempts)}, {_gap(plan.gap)}"

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from xconv_fx.cost_model.device import DEVICES, DeviceSpec, device
-from xconv_fx.cost_model.timing import conv_flops, linear_flops, seconds
+from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec, device
+from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
 
-TOY = DeviceSpec("toy", bandwidth=100.0, flops32=10.0, flops16=40.0, launch=0.5)
+TOY = DeviceSpec("toy", bandwidth=100.0, flops32=10.0, flops16=40.0, weight32=5.0, weight16=20.0, launch=0.5)
 
 
 def test_seconds_is_the_longer_of_arithmetic_and_traffic() -> None:
@@ -16,6 +16,18 @@ def test_seconds_is_the_longer_of_arithmetic_and_traffic() -> None:
     assert seconds(30, 100, TOY) == 3.5
     assert seconds(30, 1000, TOY) == 10.5
     assert seconds(80, 100, TOY, "torch.bfloat16") == seconds(80, 100, TOY, "float16") == 2.5
+
+
+def test_weight_gradients_have_rates_of_their_own() -> None:
+    assert seconds(0, 0, TOY, weight_flops=30) == 6.5
+    assert seconds(30, 100, TOY, weight_flops=30) == 9.5
+    assert seconds(0, 0, TOY, "bfloat16", weight_flops=30) == 2.0
+
+
+def test_few_channels_take_longer_than_their_flops() -> None:
+    assert few_channels(1, 1) == 9
+    assert few_channels(2, 10**9) == few_channels(10**9, 2) == pytest.approx(2)
+    assert few_channels(64, 64) < 1.1
 
 
 def test_conv_flops_of_known_layers() -> None:
@@ -35,11 +47,11 @@ def test_devices_by_name() -> None:
         device("tpu")
 
 
-@pytest.mark.parametrize("field", ["bandwidth", "flops32", "flops16", "launch"])
-def test_rates_are_positive(field) -> None:
-    rates = {"bandwidth": 1.0, "flops32": 1.0, "flops16": 1.0, "launch": 0.0, field: -1.0}
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("field", [*RATES, "launch"])
+def test_rates_are_positive(field, value) -> None:
     with pytest.raises(ValueError, match=field):
-        DeviceSpec("toy", **rates)
+        DeviceSpec("toy", **{**dict.fromkeys(RATES, 1.0), "launch": 0.0, field: value})
 
 
 def test_the_cost_model_imports_no_torch() -> None:
