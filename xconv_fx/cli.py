@@ -1,8 +1,10 @@
-"""`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it.
+"""The command line. Every mistake a user can make ends in one line that says what is wrong and one that says what to
+type next; `--debug` adds the traceback. Imports of torch wait until they are needed: `xconv --help` answers at once.
 
-The model is built on torch's meta device, so planning a network needs neither its memory nor a GPU. Every mistake a
-user can make ends in one line that says what is wrong and one that says what to type next; `--debug` adds the
-traceback. Imports of torch wait until they are needed: `xconv --help` answers at once.
+`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it. The model is
+built on torch's meta device, so planning a network needs neither its memory nor a GPU.
+
+`xconv calibrate`: measure the machine that plans predict times for (`calibrate.py`).
 
 Known gap: a builder that reads real values, such as pretrained weights, cannot run on the meta device and needs
 `--allocate`.
@@ -41,6 +43,8 @@ EXIT_CODES = (
 )
 INPUT_HINT = "write sizes joined by x and an optional dtype, such as 4x1x96x96x96 or 32x3x224x224:bfloat16"
 PROBES_HINT = "write --probes 8 for every layer, or --probes 'encoder.*=8,head=2' by layer name or pattern"
+# Of `cost_model/device.py`, whose package imports too much for `xconv --help`.
+DEVICES = ("cpu", "cuda")
 FLAGS = {
     "mem_budget": "--budget",
     "codecs": "--codecs",
@@ -108,7 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
     parser.set_defaults(run=lambda _: parser.error("no command given"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    plan = commands.add_parser(
+    for command in (_add_plan(commands), _add_calibrate(commands)):
+        command.set_defaults(flags=re.findall(r"--[a-z-]+", command.format_usage()))
+    return parser
+
+
+def _add_plan(commands: Any) -> argparse.ArgumentParser:
+    plan: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="show what would be held between forward and backward under a budget",
         description="Show what would be held between forward and backward under a budget, without training.",
@@ -132,8 +142,43 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", metavar="N", default="25", help="residuals to list, 0 for all (default: %(default)s)")
     add("--allocate", action="store_true", help="build the model with real memory, for builders that read weights")
     add("--debug", action="store_true", help="show the traceback of an error")
-    plan.set_defaults(run=_plan, flags=re.findall(r"--[a-z-]+", plan.format_usage()))
-    return parser
+    plan.set_defaults(run=_plan)
+    return plan
+
+
+def _add_calibrate(commands: Any) -> argparse.ArgumentParser:
+    calibrate: argparse.ArgumentParser = commands.add_parser(
+        "calibrate",
+        help="measure this machine once, so that later plans predict its times",
+        description="Measure bandwidth, convolutions and the start of kernels here, and keep them for later plans.",
+        epilog=f"exit codes: {OK} measured and kept, {FAILED} usage error, or the numbers cannot be kept",
+        allow_abbrev=False,
+    )
+    add = calibrate.add_argument
+    add("--device", choices=DEVICES, help="what to measure (default: cuda where there is one, else cpu)")
+    add(
+        "--threads",
+        metavar="N",
+        help="threads of the CPU; plans for another number use other numbers (default: torch's)",
+    )
+    add("--json", action="store_true", help="print the numbers as JSON and nothing else")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    calibrate.set_defaults(run=_calibrate)
+    return calibrate
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    threads = arguments.threads
+    if threads is not None and not re.fullmatch(r"[1-9]\d{0,3}", threads):
+        raise UsageError(f"--threads {threads!r} is not a number of threads", "--threads 4")
+
+    import torch
+
+    from xconv_fx.calibrate import calibrate
+
+    kind = arguments.device or ("cuda" if torch.cuda.is_available() and threads is None else "cpu")
+    calibrate(kind, None if threads is None else int(threads), arguments.json)
+    return OK
 
 
 def _limit(text: str) -> int | None:
