@@ -60,7 +60,8 @@ DEVICES = {
     for spec in (
         # Two channels of DDR4-3200 (51 GB/s by JEDEC's data rate), of which a copy sustains about 40 %. Four AVX2 cores
         # at 3 GHz, 2 fused multiply-adds of 8 lanes a cycle: 384 Gflop/s, of which convolutions sustain about half, and
-        # oneDNN's weight gradients 60 % of that. Without AMX or AVX512-BF16, 16-bit floats are computed in float32.
+        # oneDNN's weight gradients 60 % of that. 16-bit floats are counted alike: they are faster with AVX512-BF16 or
+        # AMX, and more than ten times slower without.
         DeviceSpec("cpu", bandwidth=20e9, flops32=190e9, flops16=190e9, weight32=115e9, weight16=115e9, launch=2e-6),
         # NVIDIA A100 40 GB (data sheet): 1555 GB/s, of which copies sustain about 80 %; tensor cores 156 Tflop/s in
         # TF32 (PyTorch's default for float32 convolutions) and 312 in 16 bits, of which convolutions sustain about

@@ -1,6 +1,6 @@
 """Seconds of a kernel by the roofline: it is limited by arithmetic or by memory traffic, whichever takes longer.
 
-    seconds = launch + max(flops / (flop/s), bytes / (bytes/s))
+    seconds = launch + max(flops / (flop/s), bytes / (bytes/s)) + rearranging
 
 (Williams, Waterman, Patterson: Roofline, CACM 2009.) Good enough to rank codecs: packing and unpacking are limited by
 bytes, replayed convolutions by flops. All sizes are plain ints; a multiply-add counts as two flops.
@@ -9,7 +9,8 @@ A convolution of few channels falls short of the rate, a depthwise one most of a
 channels stay partly empty. `few_channels` says by how much.
 
 Known gaps: an algorithm that saves multiplications (Winograd, FFT) beats its count; loops that are not vectorised, such
-as Inductor's reductions on the CPU, take several times what their traffic does.
+as the statistics of normalisation layers in channels-last tensors on the CPU, take several times what their traffic
+does.
 """
 
 from __future__ import annotations
@@ -22,15 +23,27 @@ from xconv_fx.cost_model.device import DeviceSpec
 # Channels on one side with which a convolution reaches half of the rate of a wide one. Measured with oneDNN on a CPU
 # (AVX2), where this is within a factor of two from 1 to 64 channels, depthwise weight gradients (slower yet) apart.
 HALF_RATE = 2
+# How many times longer than a copy it takes to bring an operand into a convolution's own layout, or to unfold it. With
+# oneDNN, 7 to 10 were measured for contiguous volumes, and 1 to 2 for weights, which fit into a cache.
+REARRANGING = 3
 
 
-def seconds(flops: float, traffic: float, device: DeviceSpec, dtype: str = "float32", weight_flops: float = 0) -> float:
+def seconds(
+    flops: float,
+    traffic: float,
+    device: DeviceSpec,
+    dtype: str = "float32",
+    *,
+    weight_flops: float = 0,
+    rearranged: float = 0,
+) -> float:
     """Time of one kernel that reads and writes `traffic` bytes in all.
 
-    It takes `flops` operations in `dtype`, and `weight_flops` more for weight gradients of convolutions.
+    It takes `flops` operations in `dtype`, and `weight_flops` more for weight gradients of convolutions. `rearranged`
+    are bytes read and written to bring operands into another layout first.
     """
     arithmetic = flops / device.flops(dtype) + weight_flops / device.weight_flops(dtype)
-    return device.launch + max(arithmetic, traffic / device.bandwidth)
+    return device.launch + max(arithmetic, traffic / device.bandwidth) + REARRANGING * rearranged / device.bandwidth
 
 
 def few_channels(in_channels: int, out_channels: int) -> float:

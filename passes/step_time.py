@@ -20,17 +20,21 @@ aten = torch.ops.aten
 def step_seconds(line: Timeline, machine: DeviceSpec) -> float:
     """Time of all steps of a timeline, one kernel each, every one limited by its arithmetic or by its traffic.
 
-    Traffic is what it reads and writes, a workspace both.
+    Traffic is what it reads and writes. Workspaces hold rearranged operands, which are written before and read after.
     """
-    traffic = [nbytes(node) + 2 * work for node, work in zip(line.steps, line.workspace, strict=True)]
+    traffic = [nbytes(node) for node in line.steps]
     for source, steps in line.read_at.items():
         for step in steps:
             traffic[step] += nbytes(source)
-    return sum(_node_seconds(node, moved, machine) for node, moved in zip(line.steps, traffic, strict=True))
+    return sum(
+        _node_seconds(node, moved, 2 * work, machine)
+        for node, moved, work in zip(line.steps, traffic, line.workspace, strict=True)
+    )
 
 
-def _node_seconds(node: fx.Node, traffic: int, machine: DeviceSpec) -> float:
-    return seconds(node_flops(node), traffic, machine, _dtype(node), weight_flops=_weight_flops(node))
+def _node_seconds(node: fx.Node, traffic: int, rearranged: int, machine: DeviceSpec) -> float:
+    weight_flops = _weight_flops(node)
+    return seconds(node_flops(node), traffic, machine, _dtype(node), weight_flops=weight_flops, rearranged=rearranged)
 
 
 def node_flops(node: fx.Node) -> int:

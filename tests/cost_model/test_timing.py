@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec, device
-from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
+from xconv_fx.cost_model.timing import REARRANGING, conv_flops, few_channels, linear_flops, seconds
 
 TOY = DeviceSpec("toy", bandwidth=100.0, flops32=10.0, flops16=40.0, weight32=5.0, weight16=20.0, launch=0.5)
 
@@ -22,6 +22,10 @@ def test_weight_gradients_have_rates_of_their_own() -> None:
     assert seconds(0, 0, TOY, weight_flops=30) == 6.5
     assert seconds(30, 100, TOY, weight_flops=30) == 9.5
     assert seconds(0, 0, TOY, "bfloat16", weight_flops=30) == 2.0
+
+
+def test_rearranging_comes_on_top_and_is_slower_than_a_copy() -> None:
+    assert seconds(30, 100, TOY, rearranged=100) == 3.5 + REARRANGING
 
 
 def test_few_channels_take_longer_than_their_flops() -> None:
