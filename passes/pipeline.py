@@ -1,7 +1,7 @@
 """The pipeline: every pass over a joint graph, in order.
 
     joint graph -> deduplicate -> separate -> split_backward -> gather_pooling
-                -> partition -> forward, backward -> hoist -> analyse -> pose -> plan -> rewrite
+                -> partition -> forward, backward -> hoist -> analyse -> pose -> plan -> rewrite -> volume_kernels
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -34,6 +34,7 @@ from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
 from .separable import is_random, why_not_separable
 from .split_backward import split_backward as split_joint
+from .volume_kernels import volume_kernels as choose_volume_kernels
 
 
 @dataclass
@@ -128,6 +129,13 @@ def rewrite(job: Job) -> None:
     rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
 
 
+def volume_kernels(job: Job) -> None:
+    assert job.pair is not None
+    for half in (job.pair.forward, job.pair.backward):
+        choose_volume_kernels(half.graph)
+        half.recompile()
+
+
 Pass = Callable[[Job], None]
 
 BUDGETED: tuple[Pass, ...] = (
@@ -141,6 +149,7 @@ BUDGETED: tuple[Pass, ...] = (
     pose,
     plan,
     rewrite,
+    volume_kernels,
 )
 # Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
 PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, pose, plan)

@@ -122,11 +122,11 @@ class Compilation:
 
     def pose(self) -> pipeline.Job | None:
         """The job up to the planning problem; None for a graph without a backward."""
-        return self._trace(("plan", "rewrite", "single_volumes"))
+        return self._trace(("plan", "rewrite", "volume_kernels"))
 
     def plan(self) -> pipeline.Job | None:
         """The job up to the plan; None for a graph without a backward."""
-        return self._trace(("rewrite", "single_volumes"))
+        return self._trace(("rewrite", "volume_kernels"))
 
     def _trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
         """The job after all passes but the `skipped` ones, without code."""

@@ -21,17 +21,21 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .measure import allocated_by, storage_bytes
+from .ops import volume
 
 aten = torch.ops.aten
 
 
+_MEASURED = (torch.ops.xconv.single_convolution.default, torch.ops.xconv.volume_weight_gradient.default)
 # The largest operands, in bytes, on which a call is made to see what it allocates.
 LARGEST = 1 << 28
 
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
-    if func in (aten.convolution.default, aten.convolution_backward.default) and _is_measured(func, args):
+    if func in _MEASURED or (
+        func in (aten.convolution.default, aten.convolution_backward.default) and _is_measured(func, args)
+    ):
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
@@ -89,7 +93,9 @@ def node_workspace(node: torch.fx.Node) -> int:
     """`workspace_bytes` of a graph's node, its arguments taken from their fake tensors."""
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
         return 0
-    return workspace_bytes(node.target, torch.fx.node.map_arg(node.args, lambda arg: arg.meta["val"]))  # type: ignore[arg-type]
+    args: Any = torch.fx.node.map_arg(node.args, lambda arg: arg.meta["val"])  # type: ignore[arg-type]
+    kernel = volume.operator_for(node.target, args)
+    return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args) if kernel else args)
 
 
 def _convolution(

@@ -5,7 +5,7 @@ eager reference and a fake rule; `lowering.install` adds generated kernels for I
 graph calls the eager reference.
 """
 
-from . import pool, seed, stored  # noqa: F401 (operators that no codec's module defines)
+from . import pool, seed, stored, volume  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
 from .fold import PROBE
 from .layout import aligned_probes, order_of

@@ -1,0 +1,119 @@
+"""3D convolutions by slabs and by twos: the same numbers as ATen's, in less memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from xconv_fx.measure import allocated_by
+from xconv_fx.ops import volume
+
+aten = torch.ops.aten
+
+
+def call(batch=2, channels=8, out=6, size=(12, 10, 10), kernel=3, stride=1, padding=1, dilation=1, transposed=False,
+         extra=0, groups=1, dtype=torch.float32, last=True):  # fmt: skip
+    """Arguments of `aten.convolution`, without bias."""
+    torch.manual_seed(0)
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    shape = (channels, out // groups) if transposed else (out, channels // groups)
+    x = torch.randn(batch, channels, *size, dtype=dtype).contiguous(memory_format=form)
+    weight = torch.randn(*shape, kernel, kernel, kernel, dtype=dtype).contiguous(memory_format=form)
+    return x, weight, None, [stride] * 3, [padding] * 3, [dilation] * 3, transposed, [extra] * 3, groups
+
+
+def backward(args, bias=True):
+    """Arguments of `aten.convolution_backward` for the weight gradient of a call."""
+    y = aten.convolution.default(*args)
+    channels = [y.shape[1]] if bias else None
+    return torch.randn_like(y), args[0], args[1], channels, *args[3:], [False, True, bias]
+
+
+GEOMETRIES = [
+    {},
+    {"stride": 2},
+    {"kernel": 1, "padding": 0},
+    {"kernel": 2, "padding": 0, "stride": 2},
+    {"kernel": 5, "padding": 3},
+    {"dilation": 2, "padding": 2},
+    {"dilation": 3, "padding": 0, "kernel": 2},
+    {"groups": 2},
+    {"transposed": True},
+    {"transposed": True, "stride": 2, "kernel": 2, "padding": 0},
+    {"transposed": True, "stride": 2, "extra": 1},
+    {"size": (5, 9, 8)},
+    {"size": (2, 20, 20), "padding": 2},
+    {"last": False},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_the_weight_gradient_is_exact(batch, geometry, monkeypatch):
+    monkeypatch.setattr(volume, "SLAB_BYTES", 1)
+    args = backward(call(batch, **geometry))
+    kernel = torch.ops.xconv.volume_weight_gradient.default
+    weight, bias = kernel(*volume.arguments_for(kernel, args))
+    _, exact, exact_bias = aten.convolution_backward.default(*args)
+    scale = exact.abs().max().item()
+    torch.testing.assert_close(weight, exact, rtol=1e-4, atol=2e-6 * scale)
+    torch.testing.assert_close(bias, exact_bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_single_convolution_is_exact(geometry):
+    args = call(1, **geometry)
+    got = torch.ops.xconv.single_convolution.default(*args)
+    torch.testing.assert_close(got, aten.convolution.default(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_sixteen_bit_slabs_are_rounded_once(monkeypatch):
+    monkeypatch.setattr(volume, "SLAB_BYTES", 1)
+    args = backward(call(2, dtype=torch.bfloat16, size=(16, 8, 8)), bias=False)
+    kernel = torch.ops.xconv.volume_weight_gradient.default
+    weight, none = kernel(*volume.arguments_for(kernel, args))
+    exact = aten.convolution_backward.default(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))[1]
+    assert weight.dtype == torch.bfloat16 and none.numel() == 0
+    assert (weight.double() - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_operators_keep_their_contracts():
+    args = call(1)
+    opcheck(torch.ops.xconv.single_convolution.default, args)
+    kernel = torch.ops.xconv.volume_weight_gradient.default
+    for bias, geometry in itertools.product((False, True), ({}, {"transposed": True, "last": False})):
+        opcheck(kernel, volume.arguments_for(kernel, backward(call(2, size=(8, 8, 8), **geometry), bias)))
+
+
+def test_where_they_are_worth_it():
+    single, slabs = torch.ops.xconv.single_convolution.default, torch.ops.xconv.volume_weight_gradient.default
+    forward, gradient = aten.convolution.default, aten.convolution_backward.default
+    small, large = call(1, 16, 16, (16, 32, 8)), call(1, 16, 16, (48, 32, 8))
+    assert volume.operator_for(forward, small) is single
+    assert volume.operator_for(forward, large) is None, "oneDNN computes it by itself"
+    assert volume.operator_for(forward, call(2, 16, 16, (16, 32, 8))) is None
+    assert volume.operator_for(forward, call(1, 16, 16, kernel=1, padding=0)) is None, "nothing is unfolded"
+    assert volume.operator_for(forward, call(1, 16, 16, dtype=torch.float64)) is None, "oneDNN has no float64"
+    assert volume.operator_for(gradient, backward(small)) is slabs
+    assert volume.operator_for(gradient, backward(call(2, 16, 16, (16, 32, 32)))) is slabs
+    assert volume.operator_for(gradient, backward(call(2, 4, 4, (8, 8, 8)))) is None, "too small for slabs"
+    assert volume.operator_for(gradient, backward(call(2, 16, 16, (1, 64, 64), padding=1))) is None, "no depth"
+    both = (*backward(small)[:10], [True, True, False])
+    assert volume.operator_for(gradient, both) is None
+    image = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+    assert volume.operator_for(forward, image) is None
+
+
+def test_they_take_less_memory():
+    args = call(1, 16, 16, (32, 32, 32))
+    alone, _ = allocated_by(lambda: aten.convolution.default(*args))
+    twice, _ = allocated_by(lambda: torch.ops.xconv.single_convolution.default(*args))
+    assert twice < alone / 4
+    args = backward(call(2, 16, 4, (32, 32, 32)), bias=False)
+    kernel = torch.ops.xconv.volume_weight_gradient.default
+    whole, _ = allocated_by(lambda: aten.convolution_backward.default(*args))
+    slabs, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args)))
+    assert slabs < whole / 2

@@ -1,0 +1,206 @@
+"""3D convolutions on the CPU in less memory and time than ATen gives them.
+
+`volume_weight_gradient` goes through the volume in slabs of its depth, with the halo that the kernel needs. oneDNN
+transposes what it is given, one sample for each thread: 24 MB for a 34 MB input of two samples. Eight slabs take a
+quarter of that, and half of the time, since a slab's transposed operands stay in the processor's caches. The slabs'
+gradients add up to the exact one.
+
+`single_convolution` is for one small volume: ATen gives a batch of one with channels x depth x height up to 20480 to
+its native convolution, which unfolds it, for a 3x3x3 kernel into 27 times its memory at up to seven times oneDNN's
+time. Two samples always go to oneDNN, so the operator shows it the volume twice. The slabs of a single volume's weight
+gradient go to it two by two, for the same reason.
+
+`operator_for` says where the operators are worth it, which is decided by shapes alone. They are put in the place of
+`aten.convolution` and `aten.convolution_backward` after autograd, and have no derivatives of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# Unfolding that takes more than this many times the operands is avoided; with few input channels it is cheap and fast.
+UNFOLDED = 2
+# Slabs of a volume: at most so many, of at least so many bytes in both operands.
+SLABS, SLAB_BYTES = 8, 1 << 19
+
+
+@torch.library.custom_op("xconv::single_convolution", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
+def single_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`aten.convolution` of `x` (1, C, D, H, W)."""
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    return aten.convolution.default(_twice(x), weight, bias, *geometry)[:1].clone()
+
+
+@single_convolution.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    return aten.convolution.default(_twice(x), weight, bias, *geometry)[:1].clone()
+
+
+@torch.library.custom_op("xconv::volume_weight_gradient", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
+def volume_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    with_bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from `grad` (N, O, D', H', W') and `x` (N, C, D, H, W).
+
+    The first has the shape and the layout of `weight`, of which nothing else is read. The second has no elements
+    unless it is wanted.
+    """
+    of_bias = grad.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
+    if transposed:
+        # A transposed convolution is the adjoint of a plain one, whose input has the shape of `grad`.
+        grad, x = x, grad
+    total: Tensor | None = None
+    for slab in _slabs(grad, x, weight, stride[0], padding[0], dilation[0]):
+        geometry = (stride, [0, *padding[1:]], dilation, False, [0, 0, 0], groups)
+        part = aten.convolution_backward.default(*slab, weight, None, *geometry, [False, True, False])[1]
+        # Sums of 16-bit gradients are rounded once, at the end.
+        part = part.float() if part.dtype.itemsize < 4 else part
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    of_weight = torch.empty_like(weight)
+    return total if _same_layout(total, of_weight) else of_weight.copy_(total), of_bias
+
+
+@volume_weight_gradient.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    with_bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), grad.new_empty(grad.shape[1] if with_bias else 0)
+
+
+def _slabs(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slab by slab, rows of `grad` and the rows of `x` that they came from: two slabs at a time of a single volume."""
+    together = 2 if grad.shape[0] == 1 else 1
+    depth = -(-grad.shape[2] // slab_count(grad, x))
+    reach = (depth - 1) * stride + dilation * (weight.shape[2] - 1) + 1
+    starts = range(0, grad.shape[2], depth)
+    for first in starts[::together]:
+        rows = [first + depth * number for number in range(together)]
+        grads = [_rows(grad, row, row + depth) for row in rows]
+        inputs = [_rows(x, row * stride - padding, row * stride - padding + reach) for row in rows]
+        yield _joined(grads), _joined(inputs)
+
+
+def _rows(volume: Tensor, start: int, end: int) -> Tensor:
+    """Rows `start` to `end` of a volume's depth; those outside it are zeros."""
+    size = volume.shape[2]
+    inside = volume[:, :, min(max(start, 0), size) : min(max(end, 0), size)]
+    before, after = min(max(-start, 0), end - start), min(max(end - size, 0), end - start)
+    return F.pad(inside, (0, 0, 0, 0, before, after)) if before or after else inside
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def slab_count(grad: Tensor, x: Tensor) -> int:
+    """Slabs for a weight gradient, by the operands' size. A single volume's go by twos: an even number."""
+    together = 2 if grad.shape[0] == 1 else 1
+    size = grad.numel() * grad.element_size() + x.numel() * x.element_size()
+    return together * max(1, min(SLABS, size // SLAB_BYTES, grad.shape[2] // (2 * together)))
+
+
+def operator_for(func: Any, args: Sequence[Any]) -> Any:
+    """The operator that computes `func(*args)` where that is worth it, else None. Tensors may be fake.
+
+    None as well for an input gradient by `aten.convolution_backward`. Of the other's three results the operator returns
+    the last two.
+    """
+    if func is aten.convolution.default and _unfolds(args[0], args[1], args[3:9]):
+        return torch.ops.xconv.single_convolution.default
+    if func is aten.convolution_backward.default and list(args[10][:2]) == [False, True] and _slabbed(args):
+        return torch.ops.xconv.volume_weight_gradient.default
+    return None
+
+
+def arguments_for(operator: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The operator's arguments from those of the function that it replaces, be they values or nodes of a graph."""
+    if operator is torch.ops.xconv.single_convolution.default:
+        return tuple(args[:9])
+    return (*args[:3], args[10][2], *args[4:8], args[9])
+
+
+def _unfolds(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether ATen would unfold a volume that two of it would not be."""
+    if x.dim() != 5 or x.shape[0] != 1 or x.device.type != "cpu":
+        return False
+    if "Slow" not in _backend(x, weight, geometry) or "Slow" in _backend(_twice(x), weight, geometry):
+        return False
+    stride, padding, dilation, transposed = geometry[:4]
+    spatial = x.shape[2:]
+    output = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(spatial, padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    unfolded = weight.numel() // weight.shape[0] * prod(spatial if transposed else output)
+    return unfolded > UNFOLDED * (x.numel() + weight.shape[0] * prod(output))
+
+
+def _slabbed(args: Sequence[Any]) -> bool:
+    """Whether a weight gradient is that of volumes which oneDNN computes, and of which there are slabs."""
+    grad, x, weight = args[:3]
+    if x.dim() != 5 or x.device.type != "cpu":
+        return False
+    small, large = (x, grad) if args[7] else (grad, x)
+    plain = (*args[4:7], False, [0, 0, 0], args[9])
+    several = large.expand(max(2, large.shape[0]), *large.shape[1:])
+    return min(small.shape[2], slab_count(small, large)) > 1 and "Slow" not in _backend(several, weight, plain)
+
+
+def _backend(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> str:
+    return str(torch._C._select_conv_backend(x, weight, None, *geometry))
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.stride() == other.stride()
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x.expand(2, *x.shape[1:])
