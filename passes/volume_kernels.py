@@ -31,8 +31,8 @@ def volume_kernels(graph: fx.Graph) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node, kernel: torch._ops.OpOverload, values: Any) -> None:
     with graph.inserting_before(node):
-        replaced = graph.call_function(kernel, arguments_for(kernel, node.args))
-    replaced.meta = {**node.meta, "val": kernel(*arguments_for(kernel, values))}
+        replaced = graph.call_function(kernel, arguments_for(kernel, node.args, values))
+    replaced.meta = {**node.meta, "val": kernel(*arguments_for(kernel, values, values))}
     if node.target is aten.convolution.default:
         node.replace_all_uses_with(replaced)
     else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx
 
+from xconv_fx import workspace
 from xconv_fx.measure import physical_peak
 from xconv_fx.workspace import node_workspace, workspace_bytes
 
@@ -85,3 +86,34 @@ def test_nodes_have_the_workspace_of_their_fake_tensors():
     node = graph.call_function(CONVOLUTION, (*inputs, None, *geometry))
     assert node_workspace(node) == workspace_bytes(CONVOLUTION, (x, weight, None, *geometry))
     assert node_workspace(graph.call_function(aten.relu.default, (node,))) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("last", [True, False])
+def test_deep_volumes_are_measured_on_shallow_ones(batch, last, monkeypatch):
+    """Convolutions, their input gradients, and weight gradients in slabs, against calls at full size."""
+    from xconv_fx.ops import volume
+
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    x = torch.randn(batch, 16, 96, 64, 8).contiguous(memory_format=form)
+    weight = torch.randn(8, 16, 3, 3, 3).contiguous(memory_format=form)
+    geometry = ([1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1)
+    depths = []
+    full = workspace.measured
+
+    def watched(func, *signature):
+        depths.append(signature[0].size[2])
+        return full(func, *signature)
+
+    monkeypatch.setattr(workspace, "measured", watched)
+    call = (x, weight, None, *geometry)
+    near = {"rel": 0.1, "abs": weight.nbytes}
+    assert workspace_bytes(CONVOLUTION, call) == pytest.approx(transient(lambda: CONVOLUTION(*call)), **near)
+    grad = torch.randn(batch, 8, 96, 64, 8).contiguous(memory_format=form)
+    call = (grad, weight, None, *geometry[:3], True, [0] * 3, 1)
+    assert workspace_bytes(CONVOLUTION, call) == pytest.approx(transient(lambda: CONVOLUTION(*call)), **near)
+    whole = (grad, x, weight, None, *geometry, [False, True, False])
+    slabs = volume.operator_for(BACKWARD, whole)
+    call = volume.arguments_for(slabs, whole, whole)
+    assert workspace_bytes(slabs, call) == pytest.approx(transient(lambda: slabs(*call)), **near)
+    assert max(depths) < 96

@@ -27,6 +27,8 @@ from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select
 FEW = 2
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
 SAVED = (0.5, 0.25)
+# Nodes of the largest joint graph of which torch's partitioner is asked for smaller cuts.
+LARGEST_CUT = 2000
 # A plain step predicted to exceed its budget by more than this share is not generated to make sure.
 DOUBT = 0.1
 
@@ -105,7 +107,7 @@ class Strategy:
         Keeps the problems that it poses on the way (`posed`, of one slice with none held), and notes why there are no
         slices.
         """
-        options, batch = self.traced.options, self.traced.batch
+        options = self.traced.options
         whole = self.whole = self.whole or Compilation(self.traced).pose()
         if whole is None or whole.posed is None:
             return [Way(AT_ONCE, 0.0, 0.0)]
@@ -115,17 +117,23 @@ class Strategy:
         if at_once:
             self.posed[AT_ONCE] = whole.posed
             found = best_ways(whole.posed, options, whole.posed, AT_ONCE)
-        if found and found[0].noise == 0 and found[0].slowdown <= NEGLIGIBLE:
-            return select(found, options)
-        if at_once:
-            found += self._at_once(whole.posed)
+        if not _settled(found):
+            found = self._in_slices(whole, found)
+        if at_once and not _settled(found):
+            found = found + self._at_once(whole)
+        return select(found, options)
+
+    def _in_slices(self, whole: Job, found: list[Way]) -> list[Way]:
+        """What was found, and ways to run the batch in more and more slices, until they get no better."""
+        options, batch = self.traced.options, self.traced.batch
         if options.slices == 1:
-            return select(found, options)
+            return found
         graphs = "a replayed CUDA graph overwrites what the slice before it holds"
         mixing = graphs if options.inductor_config().get("triton.cudagraphs") else whole.mixing
         if batch is None or mixing:
             self._cannot_slice(mixing)
-            return select(found, options)
+            return found
+        assert whole.posed is not None
         for wanted in self._slicings(batch, whole):
             sliced = self._sliced(wanted)
             if sliced is None:
@@ -135,28 +143,33 @@ class Strategy:
             route = Route(slicing)
             self.posed[route] = job.posed
             best = min((way.cost(options.prefer) for way in found), default=None)
-            found += best_ways(job.posed, options, whole.posed, route)
+            found = found + best_ways(job.posed, options, whole.posed, route)
             log.debug("ways up to %d slices: %s", slicing.count, found)
             if best is not None and best <= min(way.cost(options.prefer) for way in found):
                 break
-        return select(found, options)
+        return found
 
     def _time(self, way: Way) -> dict[str, float]:
         """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
         return {"time": way.slowdown * self.seconds} if way.route != AT_ONCE else {}
 
-    def _at_once(self, whole: Posed) -> list[Way]:
-        """Other ways to run all of the batch: contiguous volumes, and recomputed convolutions from a smaller cut."""
+    def _at_once(self, whole: Job) -> list[Way]:
+        """Other ways to run all of the batch: contiguous volumes, and recomputed convolutions from a smaller cut.
+
+        The cut takes torch longer than all else in a large graph.
+        """
         options = self.traced.options
+        assert whole.posed is not None
         routes = [Route(relayout=False)] if volume_convolutions(self.traced.gm) else []
-        if "recompute" in options.codecs and options.probes == Probes():
+        small = len(whole.joint.graph.nodes) <= LARGEST_CUT
+        if small and "recompute" in options.codecs and options.probes == Probes():
             routes += [Route(saved=saved) for saved in SAVED]
         found: list[Way] = []
         for route in routes:
             job = Compilation(self.traced, route).pose()
             if job is not None and job.posed is not None:
                 self.posed[route] = job.posed
-                found += best_ways(job.posed, options, whole, route)
+                found += best_ways(job.posed, options, whole.posed, route)
         log.debug("other ways at once: %s", found)
         return found
 
@@ -226,6 +239,11 @@ class Strategy:
                 errors[route] = error
         lowest = min(errors, key=lambda route: errors[route].smallest)
         return errors[lowest], lowest
+
+
+def _settled(ways: list[Way]) -> bool:
+    """Whether there is an exact way that is so fast that no other is looked for."""
+    return any(way.noise == 0 and way.slowdown <= NEGLIGIBLE for way in ways)
 
 
 def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:

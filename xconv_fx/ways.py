@@ -13,8 +13,8 @@ from .passes.problem import Posed
 from .passes.sliced import slice_step
 from .slices import Slicing
 
-# A plan for the whole batch that is exact and no slower than this is not compared with slices.
-NEGLIGIBLE = 0.02
+# A plan that is exact and no slower than this is not compared with others.
+NEGLIGIBLE = 0.05
 # Seconds for one solution of the planning problem while ways are compared.
 GLANCE = 0.5
 # What a call of a kernel from Python takes besides the kernel: it counts once more for every slice.

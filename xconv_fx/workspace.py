@@ -26,26 +26,46 @@ from .ops import volume
 aten = torch.ops.aten
 
 
-_MEASURED = (torch.ops.xconv.single_convolution.default, torch.ops.xconv.volume_weight_gradient.default)
 # The largest operands, in bytes, on which a call is made to see what it allocates.
 LARGEST = 1 << 28
+# The depth of a shallow volume, whose convolution takes little time.
+SHALLOW = 8
 
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
-    if func in _MEASURED or (
-        func in (aten.convolution.default, aten.convolution_backward.default) and _is_measured(func, args)
-    ):
+    if func is torch.ops.xconv.volume_weight_gradient.default:
+        return measured(func, *_signature(volume.two_slabs(args)))
+    if func is torch.ops.xconv.single_convolution.default:
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
-        return _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        return _measured_by_depth(args) if _is_measured(func, args) else _convolution(*args[:9])
     if func is aten.convolution_backward.default:
+        if _is_measured(func, args):
+            return measured(func, *_signature(args))
         _, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = args
         work = _convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
         # The weight gradient is produced in the library's blocked layout and copied out of it.
         return work + (weight.numel() * weight.element_size() if mask[1] else 0)
     return 0
+
+
+def _measured_by_depth(args: tuple[Any, ...]) -> int:
+    """The workspace of a convolution of volumes: that of two shallower ones, continued along a line.
+
+    What oneDNN copies grows with the depth, and the arithmetic as well: a call at full size can take seconds.
+    """
+    x, weight, *geometry = args[:9]
+    # A single volume has to be so deep that it does not go to another library.
+    least = volume.NATIVE // (x.shape[1] * x.shape[3]) + 1 if x.shape[0] == 1 else 1
+    shallow = max(SHALLOW, least)
+    if x.shape[2] <= 2 * shallow:
+        return measured(aten.convolution.default, *_signature(args[:9]))
+    less, more = (
+        measured(aten.convolution.default, *_signature((x[:, :, :depth], weight, *geometry)))
+        for depth in (shallow, 2 * shallow)
+    )
+    return less + (more - less) * (int(x.shape[2]) - shallow) // shallow
 
 
 def _is_measured(func: Any, args: tuple[Any, ...]) -> bool:
@@ -64,7 +84,9 @@ def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     def describe(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return _Shaped(tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype)
+            # What was cut out of a tensor is given a memory of its own, in the same order of dims.
+            dense = torch.empty_like(value)
+            return _Shaped(tuple(map(int, dense.shape)), tuple(map(int, dense.stride())), dense.dtype)
         return tuple(value) if isinstance(value, (list, tuple)) else value
 
     return tuple(map(describe, args))
@@ -95,7 +117,7 @@ def node_workspace(node: torch.fx.Node) -> int:
         return 0
     args: Any = torch.fx.node.map_arg(node.args, lambda arg: arg.meta["val"])  # type: ignore[arg-type]
     kernel = volume.operator_for(node.target, args)
-    return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args) if kernel else args)
+    return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args, args) if kernel else args)
 
 
 def _convolution(

@@ -56,7 +56,7 @@ def test_the_weight_gradient_is_exact(batch, geometry, monkeypatch):
     monkeypatch.setattr(volume, "SLAB_BYTES", 1)
     args = backward(call(batch, **geometry))
     kernel = torch.ops.xconv.volume_weight_gradient.default
-    weight, bias = kernel(*volume.arguments_for(kernel, args))
+    weight, bias = kernel(*volume.arguments_for(kernel, args, args))
     _, exact, exact_bias = aten.convolution_backward.default(*args)
     scale = exact.abs().max().item()
     torch.testing.assert_close(weight, exact, rtol=1e-4, atol=2e-6 * scale)
@@ -74,7 +74,7 @@ def test_sixteen_bit_slabs_are_rounded_once(monkeypatch):
     monkeypatch.setattr(volume, "SLAB_BYTES", 1)
     args = backward(call(2, dtype=torch.bfloat16, size=(16, 8, 8)), bias=False)
     kernel = torch.ops.xconv.volume_weight_gradient.default
-    weight, none = kernel(*volume.arguments_for(kernel, args))
+    weight, none = kernel(*volume.arguments_for(kernel, args, args))
     exact = aten.convolution_backward.default(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))[1]
     assert weight.dtype == torch.bfloat16 and none.numel() == 0
     assert (weight.double() - exact).norm() < 4e-3 * exact.norm()
@@ -85,7 +85,8 @@ def test_operators_keep_their_contracts():
     opcheck(torch.ops.xconv.single_convolution.default, args)
     kernel = torch.ops.xconv.volume_weight_gradient.default
     for bias, geometry in itertools.product((False, True), ({}, {"transposed": True, "last": False})):
-        opcheck(kernel, volume.arguments_for(kernel, backward(call(2, size=(8, 8, 8), **geometry), bias)))
+        args = backward(call(2, size=(8, 8, 8), **geometry), bias)
+        opcheck(kernel, (*volume.arguments_for(kernel, args, args)[:-1], 3))
 
 
 def test_where_they_are_worth_it():
@@ -115,5 +116,5 @@ def test_they_take_less_memory():
     args = backward(call(2, 16, 4, (32, 32, 32)), bias=False)
     kernel = torch.ops.xconv.volume_weight_gradient.default
     whole, _ = allocated_by(lambda: aten.convolution_backward.default(*args))
-    slabs, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args)))
+    slabs, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args, args)))
     assert slabs < whole / 2

@@ -16,7 +16,7 @@ gradient go to it two by two, for the same reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# A single volume goes to oneDNN when channels x depth x height exceed this (ATen's Convolution.cpp).
+NATIVE = 20480
 # Unfolding that takes more than this many times the operands is avoided; with few input channels it is cheap and fast.
 UNFOLDED = 2
 # Slabs of a volume: at most so many, of at least so many bytes in both operands.
@@ -76,6 +78,7 @@ def volume_weight_gradient(
     dilation: Sequence[int],
     transposed: bool,
     groups: int,
+    slabs: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias from `grad` (N, O, D', H', W') and `x` (N, C, D, H, W).
 
@@ -87,9 +90,9 @@ def volume_weight_gradient(
         # A transposed convolution is the adjoint of a plain one, whose input has the shape of `grad`.
         grad, x = x, grad
     total: Tensor | None = None
-    for slab in _slabs(grad, x, weight, stride[0], padding[0], dilation[0]):
-        geometry = (stride, [0, *padding[1:]], dilation, False, [0, 0, 0], groups)
-        part = aten.convolution_backward.default(*slab, weight, None, *geometry, [False, True, False])[1]
+    depth = -(-grad.shape[2] // slabs)
+    for first in range(0, grad.shape[2], depth * _together(grad)):
+        part = _slab_gradient(grad, x, weight, first, depth, stride, padding, dilation, groups)
         # Sums of 16-bit gradients are rounded once, at the end.
         part = part.float() if part.dtype.itemsize < 4 else part
         total = part if total is None else total.add_(part)
@@ -109,23 +112,36 @@ def _(
     dilation: Sequence[int],
     transposed: bool,
     groups: int,
+    slabs: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), grad.new_empty(grad.shape[1] if with_bias else 0)
 
 
-def _slabs(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slab by slab, rows of `grad` and the rows of `x` that they came from: two slabs at a time of a single volume."""
-    together = 2 if grad.shape[0] == 1 else 1
-    depth = -(-grad.shape[2] // slab_count(grad, x))
-    reach = (depth - 1) * stride + dilation * (weight.shape[2] - 1) + 1
-    starts = range(0, grad.shape[2], depth)
-    for first in starts[::together]:
-        rows = [first + depth * number for number in range(together)]
-        grads = [_rows(grad, row, row + depth) for row in rows]
-        inputs = [_rows(x, row * stride - padding, row * stride - padding + reach) for row in rows]
-        yield _joined(grads), _joined(inputs)
+def _together(grad: Tensor) -> int:
+    """Slabs that are convolved in one call: two of a single volume, as a batch of two."""
+    return 2 if grad.shape[0] == 1 else 1
+
+
+def _slab_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    first: int,
+    depth: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """What `depth` rows of `grad` from `first` on contribute, with the rows of `x` that they came from."""
+    reach = (depth - 1) * stride[0] + dilation[0] * (weight.shape[2] - 1) + 1
+    rows = [first + depth * number for number in range(_together(grad))]
+    grads = _joined([_rows(grad, row, row + depth) for row in rows])
+    starts = [row * stride[0] - padding[0] for row in rows]
+    inputs = _joined([_rows(x, start, start + reach) for start in starts])
+    geometry = (stride, [0, *padding[1:]], dilation, False, [0, 0, 0], groups)
+    part: Tensor = aten.convolution_backward.default(grads, inputs, weight, None, *geometry, [False, True, False])[1]
+    return part
 
 
 def _rows(volume: Tensor, start: int, end: int) -> Tensor:
@@ -142,7 +158,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def slab_count(grad: Tensor, x: Tensor) -> int:
     """Slabs for a weight gradient, by the operands' size. A single volume's go by twos: an even number."""
-    together = 2 if grad.shape[0] == 1 else 1
+    together = _together(grad)
     size = grad.numel() * grad.element_size() + x.numel() * x.element_size()
     return together * max(1, min(SLABS, size // SLAB_BYTES, grad.shape[2] // (2 * together)))
 
@@ -160,11 +176,33 @@ def operator_for(func: Any, args: Sequence[Any]) -> Any:
     return None
 
 
-def arguments_for(operator: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    """The operator's arguments from those of the function that it replaces, be they values or nodes of a graph."""
+def arguments_for(operator: Any, args: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
+    """The operator's arguments from those of the function that it replaces, be they tensors or nodes of a graph.
+
+    `values` are the same with tensors, whose shapes say how many slabs there are.
+    """
     if operator is torch.ops.xconv.single_convolution.default:
         return tuple(args[:9])
-    return (*args[:3], args[10][2], *args[4:8], args[9])
+    small, large = _plain_operands(values)
+    return (*args[:3], args[10][2], *args[4:8], args[9], slab_count(small, large))
+
+
+def two_slabs(args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of `volume_weight_gradient` cut down to two of its slabs (two pairs of a single volume's).
+
+    A call takes as much memory as with all of them.
+    """
+    *others, slabs = args
+    small, large = (args[1], args[0]) if args[7] else args[:2]
+    stride, padding, dilation, extent = args[4][0], args[5][0], args[6][0], args[2].shape[2]
+    few = 2 * _together(small)
+    if slabs <= few:
+        return tuple(args)
+    depth = few * -(-small.shape[2] // slabs)
+    reach = (depth - 1) * stride + dilation * (extent - 1) + 1 - padding
+    small, large = small[:, :, :depth], large[:, :, :reach]
+    others[:2] = (large, small) if args[7] else (small, large)
+    return (*others, few)
 
 
 def _unfolds(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
@@ -185,13 +223,18 @@ def _unfolds(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
 
 def _slabbed(args: Sequence[Any]) -> bool:
     """Whether a weight gradient is that of volumes which oneDNN computes, and of which there are slabs."""
-    grad, x, weight = args[:3]
-    if x.dim() != 5 or x.device.type != "cpu":
+    weight = args[2]
+    if weight.dim() != 5 or weight.device.type != "cpu":
         return False
-    small, large = (x, grad) if args[7] else (grad, x)
+    small, large = _plain_operands(args)
     plain = (*args[4:7], False, [0, 0, 0], args[9])
     several = large.expand(max(2, large.shape[0]), *large.shape[1:])
     return min(small.shape[2], slab_count(small, large)) > 1 and "Slow" not in _backend(several, weight, plain)
+
+
+def _plain_operands(args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Output gradient and input of a backward, or of the plain convolution whose adjoint a transposed one is."""
+    return (args[1], args[0]) if args[7] else (args[0], args[1])
 
 
 def _backend(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> str:
