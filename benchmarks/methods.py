@@ -44,6 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import training_peak
+from xconv_fx.report import read_json
 
 BUDGETS = (0.8, 0.6, 0.4, 0.2, 0.0)
 SHARES = (90, 80, 70, 65, 60, 50, 40, 30, 20)
@@ -161,7 +162,8 @@ class Subject:
             checkpoint_blocks(self.model, net.blocks)
         self.run: Callable[..., Any] = self.model
         if method.family == "xconv":
-            options: dict[str, Any] = {"mem_budget": budget, "codecs": method.codecs}
+            self.report = Path(tempfile.mkdtemp()) / "plan.json"
+            options: dict[str, Any] = {"mem_budget": budget, "codecs": method.codecs, "report": str(self.report)}
             self.run = torch.compile(self.model, backend="xconv", options=options)
         elif method.compiled:
             configure(method)
@@ -181,6 +183,12 @@ class Subject:
         """Bytes of the step's physical peak, and of what was there before it."""
         peak = training_peak(cast(nn.Module, self.run), self.inputs, self.loss)
         return peak.bytes, peak.resident
+
+    def predictions(self) -> dict[str, Any]:
+        """What xconv's plan says of its one graph: see `xconv_fx.plan.Plan` for the names."""
+        (plan,) = read_json(self.report)
+        names = ("foreseen", "audited_peak", "time", "attempts", "slices", "held_slices", "saved_share", "noise")
+        return {name: getattr(plan, name) for name in names}
 
     def gradients(self) -> list[Tensor | None]:
         """Gradients in float64, in the order of the parameters."""

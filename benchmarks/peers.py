@@ -19,6 +19,9 @@ The columns:
     bias          error of the mean of the draws over what unbiased noise alone would leave: 1, or sqrt(draws) if it is
                   all bias. Empty where there is no error but rounding
 
+Last come the predictions: of peaks before anything was generated, by the audit, and of step times, for which
+`xconv calibrate --threads 1` should have been run on the machine.
+
 A percentage below a budget that was refused is not tried again: its row repeats the smallest feasible budget. The
 lowest budgets are found by asking for one byte, then for what the refusal named.
 
@@ -44,7 +47,7 @@ from pathlib import Path
 
 from methods import AT_PEER, METHODS, PEER_NETS, Method, MethodError, Worker, tiny
 from rich.console import Console
-from tables import NetReport, Row, as_json, summarise, summary_table, table_of
+from tables import NetReport, Row, as_json, predictions_table, summarise, summary_table, table_of
 
 # A lowest budget that the audit finds too low comes back higher; more than a few rounds would mean it never settles.
 LOWEST_ROUNDS = 6
@@ -120,6 +123,8 @@ class Comparison:
         self.workers[method.name] = worker
         with self._noting(method.name):
             row.peak, row.resident = worker.ask("peak")
+            if method.family == "xconv":
+                row.predictions = worker.ask("predictions")
             row.gradient = worker.ask("gradient_error", self.reference, self.settings.draws)
 
     def _start(self, row: Row) -> Worker:
@@ -277,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.json:
             Path(chosen.json).write_text(as_json(reports, vars(chosen)))
     console.print(summary_table([summarise(report) for report in reports]))
+    console.print(predictions_table(reports))
     if chosen.plot:
         from plots import draw
 

@@ -39,6 +39,7 @@ class Row:
     compile_seconds: float | None = None
     compile_ratio: float | None = None
     gradient: GradientError | None = None
+    predictions: dict[str, Any] | None = None
     smallest: int | None = None
     note: str = ""
 
@@ -140,6 +141,37 @@ def summary_table(summaries: list[Summary]) -> Table:
             *(_judge(summary, name) for name in ("time at peer", "time at 65%", "error at 65%")),
         )
     return table
+
+
+def predictions_table(reports: list[NetReport]) -> Table:
+    """How far xconv's predictions were off, over all its rows of a network.
+
+    Peaks: predicted before anything was generated over audited in the code, and audited over measured. Time: predicted
+    over measured step time, as the factor between the two whichever is larger, in the mean over the rows.
+    """
+    table = Table(title="xconv's predictions: smallest and largest ratio over its rows", title_justify="left")
+    table.add_column("network")
+    for heading in ("rows", "predicted / audited peak", "audited / measured peak", "step time, mean factor"):
+        table.add_column(heading, justify="right")
+    for report in reports:
+        rows = [row for row in report.rows.values() if row.predictions and row.peak]
+        plain = report.rows["inductor"].seconds
+        foreseen = [row.predictions["foreseen"] for row in rows if row.predictions]
+        audited = [row.predictions["audited_peak"] / row.peak for row in rows if row.predictions and row.peak]
+        factors = [
+            max(ratio, 1 / ratio)
+            for row in rows
+            if row.predictions and row.slowdown and plain
+            for ratio in [(1 + row.predictions["time"] / plain) / row.slowdown]
+        ]
+        mean = sum(factors) / len(factors) if factors else None
+        table.add_row(report.net, str(len(rows)), _range(foreseen), _range(audited), _show(mean, "{:.2f}".format))
+    return table
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.3f} to {max(known):.3f}" if known else "-"
 
 
 def _judge(summary: Summary, name: str) -> str:

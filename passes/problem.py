@@ -176,7 +176,10 @@ class _Poser:
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.outside = outside
         self.results = self._results()
-        self.tangents = sum(nbytes(n) for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n))
+        tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
+        self.tangents = sum(map(nbytes, tangents))
+        # The loss gives them contiguous; AOTAutograd copies those that the graph wants otherwise.
+        self.relaid = sum(nbytes(n) for n in tangents if (v := tensor_of(n)) is not None and not v.is_contiguous())
         crossing = pair.residuals().items()
         self.rest = sum(nbytes(node) for name, (node, _) in crossing if name not in self.large)
         self.copies = layout_copies(pair.forward)
@@ -219,7 +222,7 @@ class _Poser:
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
         held = self.rest + self.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        backward = [more["backward"] + held + self.tangents + b for b in self.backward.profile()]
+        backward = [more["backward"] + held + self.tangents + self.relaid + b for b in self.backward.profile()]
         return [*forward, more["loss"] + held + LOSS_COPIES * self.tangents, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.

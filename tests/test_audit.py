@@ -109,3 +109,22 @@ def test_a_real_step_agrees_with_the_allocator(tmp_path):
     assert any(choice.codec != "keep" for choice in plan.choices)
     assert plan.audited_peak == pytest.approx(measured.bytes, rel=0.05)
     assert measured.bytes <= plan.budget
+
+
+def test_a_gradient_that_is_laid_out_anew_counts_twice():
+    """The engine holds what the loss gave, the code reads a copy."""
+    code = """
+import torch
+
+def call(args):
+    tangents_1, = args
+    args.clear()
+    buf0 = empty_strided_cpu((256, ), (1, ), torch.float32)  # 1 kB
+    del tangents_1
+    return (buf0, )
+"""
+    plain = torch.empty(1, 4, 8, 8)
+    for gradient, expected in ((plain, 2), (plain.contiguous(memory_format=torch.channels_last), 3)):
+        audit = Audit()
+        audit.forward("def call(args):\n    return ()", [], 0)
+        assert audit.backward(code, [gradient], [True]).bytes == expected * KB

@@ -67,13 +67,18 @@ class Audit:
         return self.tracker.take()
 
     def backward(self, source: str, inputs: Sequence[Any], tangents: Sequence[bool]) -> Peak:
-        """Replay the backward on what the forward saved, in order, and fakes of the gradients (`tangents`)."""
+        """Replay the backward on what the forward saved, in order, and fakes of the gradients (`tangents`).
+
+        Gradients are taken to come contiguous from the loss; of one that the code wants otherwise, AOTAutograd makes
+        the copy that is the argument.
+        """
         with self.mode:
             saved = iter(self.saved)
             arguments = [
                 _fake(value) if tangent else next(saved) for value, tangent in zip(inputs, tangents, strict=True)
             ]
-            gradients = [value for value, tangent in zip(arguments, tangents, strict=True) if tangent]
+            gradients = [_given(value) for value, tangent in zip(arguments, tangents, strict=True) if tangent]
+            self.tracker.see(gradients, "gradient")
             self.saved = []
             del saved
             outputs = self._call(source, arguments)
@@ -137,6 +142,13 @@ def _fake(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
     return value
+
+
+def _given(gradient: Any) -> Any:
+    """A gradient as the engine holds it."""
+    if isinstance(gradient, torch.Tensor) and not gradient.is_contiguous():
+        return torch.empty(gradient.size(), dtype=gradient.dtype, device=gradient.device)
+    return gradient
 
 
 def _load(source: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .slices import Batch, Sliced, slice_graph, slice_inputs
 from .ways import AT_ONCE, Route
 
 # Plans tried before giving up on a budget that the audit keeps finding exceeded.
-ATTEMPTS = 8
+ATTEMPTS = 6
 
 
 class _Abandoned(Exception):
@@ -89,6 +89,7 @@ class Compilation:
         self.skipped: tuple[str, ...] = ()
         self.abandoned = False
         self.attempts = 0
+        self.foreseen: float | None = None
 
     @property
     def peak(self) -> int:
@@ -199,6 +200,9 @@ class Compilation:
         for where, peak in self._replay(code, *self.half):
             self.peaks[where] = max(self.peaks.get(where, 0), self._whole_step(where, peak))
             log.debug("audit: %s reaches %d bytes at %s; alive: %s", where, peak.bytes, peak.at, peak.alive)
+        if self.attempts == 1:
+            predicted = max(peak for phase, peak in self.job.phase_peaks.items() if phase in self.peaks)
+            self.foreseen = predicted / self.peak
         budget = self.job.plan.budget
         if self.enforced and budget is not None and self.peak > (usable := self.traced.options.usable(budget)):
             self._tighten(usable)
@@ -244,6 +248,7 @@ class Compilation:
             "saved_share": self.route.saved,
             "audited_peak": self.peak or None,
             "attempts": max(self.attempts, 1),
+            "foreseen": self.foreseen,
             **known,
         }
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes), **found)

@@ -59,7 +59,8 @@ class Plan:
     A step that runs in `slices` of the batch has the choices of one of them. `held_slices` of them hold their residuals
     between forward and backward; the others run their forward again. `saved_share` below 1 is the share of all residual
     bytes that PyTorch's partitioner was allowed to save; what it recomputes instead is no choice of the plan. Times are
-    predicted with rates measured on the machine (`calibrated`), or with generic ones.
+    predicted with rates measured on the machine (`calibrated`), or with generic ones. `foreseen` is the predicted over
+    the audited peak of the first plan that was generated, before any audit corrected the prediction.
     """
 
     device: str
@@ -79,6 +80,7 @@ class Plan:
     held_slices: int = 1
     saved_share: float = 1.0
     calibrated: bool = False
+    foreseen: float | None = None
 
     @property
     def peak(self) -> int:

@@ -23,8 +23,8 @@ from .plan import Plan
 from .slices import Batch, Slicing
 from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select
 
-# Attempts at the second-best and the third-best way; corrected by audits, the best one mostly fits within a few more.
-FEW = 2
+# Attempts at the second-best and the third-best way.
+FEW = 1
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
 SAVED = (0.5, 0.25)
 # Nodes of the largest joint graph of which torch's partitioner is asked for smaller cuts.
