@@ -3,7 +3,7 @@
 A row of panels a network. Peaks are relative to Inductor's, so are step times. Methods with a knob are joined by a
 line, in the order of their peaks; what lies lower and further left is better.
 
-    python benchmarks/plots.py peers.json peers.png
+    python benchmarks/plots.py peers.json peers.png            # or several JSON files, whose networks are all drawn
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def _value(row: dict[str, Any], what: str) -> float | None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    draw(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
+    *measured, picture = sys.argv[1:]
+    draw({"nets": [net for path in measured for net in json.loads(Path(path).read_text())["nets"]]}, picture)
