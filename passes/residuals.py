@@ -16,6 +16,7 @@ is the rounding variance over their number, and is neglected (stated here, bound
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import torch
@@ -193,25 +194,32 @@ def is_linear(residual: fx.Node, masks: set[fx.Node] = frozenset()) -> bool:  # 
     only when one factor was reduced over at least `REDUCED` elements.
     """
     total = numel(residual)
+    known = _known_through(masks, residual)
     dependent = {residual}
-    effective = _effective(residual.graph, masks)
-    for node in residual.graph.nodes:
-        inputs = [arg for arg in node.all_input_nodes if arg in dependent]
-        if not inputs or node.op == "output" or node not in effective:
+    # In the graph's order, so that all inputs of a node are looked at before it.
+    waiting = list(residual.users)
+    heapq.heapify(waiting)
+    while waiting:
+        node = heapq.heappop(waiting)
+        if node in dependent or node in known or not node.users:
             continue
-        if not _keeps_linearity(node, inputs, total):
+        if not _keeps_linearity(node, [arg for arg in node.all_input_nodes if arg in dependent], total):
             return False
         dependent.add(node)
+        for user in node.users:
+            heapq.heappush(waiting, user)
     return True
 
 
-def _effective(graph: fx.Graph, masks: set[fx.Node]) -> set[fx.Node]:
-    """Nodes that some output depends on other than through the masks."""
-    effective: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node not in masks and (node.op == "output" or any(user in effective for user in node.users)):
-            effective.add(node)
-    return effective
+def _known_through(masks: set[fx.Node], residual: fx.Node) -> set[fx.Node]:
+    """The masks, and what lies between the residual and nothing but them."""
+    known, waiting = set(masks), list(masks)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is not residual and source not in known and all(user in known for user in source.users):
+                known.add(source)
+                waiting.append(source)
+    return known
 
 
 def _keeps_linearity(node: fx.Node, inputs: list[fx.Node], total: int) -> bool:

@@ -117,3 +117,18 @@ def test_deep_volumes_are_measured_on_shallow_ones(batch, last, monkeypatch):
     call = volume.arguments_for(slabs, whole, whole)
     assert workspace_bytes(slabs, call) == pytest.approx(transient(lambda: slabs(*call)), **near)
     assert max(depths) < 96
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_depthwise_and_contiguous_images(form):
+    x = torch.randn(2, 64, 20, 20).contiguous(memory_format=form)
+    weight = torch.randn(64, 1, 7, 7)
+    grad = torch.randn_like(x)
+    geometry = ([1, 1], [3, 3], [1, 1], False, [0, 0], 64)
+    call = (x, weight, None, *geometry)
+    assert workspace_bytes(CONVOLUTION, call) == transient(lambda: CONVOLUTION(*call))
+    call = (grad, x, weight, None, *geometry, [False, True, False])
+    found = workspace_bytes(BACKWARD, call)
+    assert found == transient(lambda: BACKWARD(*call))
+    if form is torch.channels_last:
+        assert found > 32 * weight.nbytes, "padded to the processor's vectors"

@@ -21,7 +21,7 @@ from .passes.problem import Posed
 from .passes.volumes import volume_convolutions
 from .plan import Plan
 from .slices import Batch, Slicing
-from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select
+from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select, slowdown
 
 # Attempts at the second-best and the third-best way.
 FEW = 1
@@ -227,7 +227,15 @@ class Strategy:
         smallest = options.needed(lowest.peak if plain is None else min(lowest.peak, plain))
         if smallest > budget:
             raise BudgetInfeasibleError(budget, smallest, error.consumers, self.traced.notes)
-        return _finished(lowest, attempts=tried + 1, **known)
+        return _finished(lowest, attempts=tried + 1, **known, **self._time_of(lowest))
+
+    def _time_of(self, compilation: Compilation) -> dict[str, float]:
+        """The predicted extra seconds of what was generated."""
+        job, whole = compilation.job, self.whole
+        assert job is not None and job.posed is not None and job.plan is not None
+        assert whole is not None and whole.posed is not None
+        slower = slowdown(job.posed, whole.posed, compilation.route.slicing, job.plan.time)
+        return self._time(Way(compilation.route, job.plan.noise, slower))
 
     def _lowest(self) -> tuple[BudgetInfeasibleError, Route]:
         """Among the routes that were compared the one of least predicted peak, and what the planner says of it."""

@@ -78,22 +78,32 @@ def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> lis
     `posed` is the problem of the route, for any number of slices held; `whole` is that of `AT_ONCE`, to whose time
     slowdowns refer.
     """
-    plain, slicing = sum(whole.seconds.values()), route.slicing
+    slicing = route.slicing
     if slicing is None:
         solution = _solution(posed, options)
-        extra = sum(posed.seconds.values()) - plain
-        return [] if solution is None else [Way(route, solution.noise, (solution.time + extra) / plain)]
+        return [] if solution is None else [Way(route, solution.noise, slowdown(posed, whole, None, solution.time))]
     held = _Held(posed, slicing, options)
     found = []
     for number in held.candidates():
         solution = held.solution(number, exact=False)
         if solution is not None:
-            again = (slicing.count - number) * posed.seconds["forward"]
-            once = sum(posed.seconds.values()) + solution.time + CALL * len(posed.phases)
-            slowdown = (slicing.count * once + again) / plain - 1
-            held_route = replace(route, slicing=replace(slicing, held=number))
-            found.append(Way(held_route, solution.noise, slowdown))
+            some = replace(slicing, held=number)
+            slower = slowdown(posed, whole, some, solution.time)
+            found.append(Way(replace(route, slicing=some), solution.noise, slower))
     return sorted(found, key=lambda way: way.cost(options.prefer))
+
+
+def slowdown(posed: Posed, whole: Posed, slicing: Slicing | None, codecs: float) -> float:
+    """How much longer than the plain step of `whole` a step takes, as a fraction of that.
+
+    `codecs` is what the choices for a slice add, in seconds.
+    """
+    plain = sum(whole.seconds.values())
+    once = sum(posed.seconds.values()) + codecs
+    if slicing is None:
+        return once / plain - 1
+    again = (slicing.count - slicing.held) * posed.seconds["forward"]
+    return (slicing.count * (once + CALL * len(posed.phases)) + again) / plain - 1
 
 
 class _Held:

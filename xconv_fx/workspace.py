@@ -3,11 +3,13 @@
 On CPU, ATen's convolution has several backends, and torch itself says which one runs:
 
 * the native ones unfold their input (im2col), C k^d x output positions, which can dwarf every activation;
-* oneDNN on channels-last images reorders the weights only;
-* oneDNN on volumes copies contiguous activations into blocked layouts of its own, in pieces that depend on the strides
-  and on the processor's vectors, and needs scratch for weight gradients in any layout. No rule of ours fits all
-  cases, so the call is made once on tensors of the same shapes and the allocator is watched (`measured`, cached; above
-  `LARGEST` bytes a rough rule is used instead).
+* oneDNN on channels-last images reorders the weights only, unless a weight gradient has groups: it then pads each group
+  to the processor's vectors, which makes 64 times the weights of a depthwise convolution;
+* oneDNN on volumes and on contiguous images copies activations into blocked layouts of its own, in pieces that depend
+  on the strides and on the processor's vectors, and needs scratch for the weight gradients of volumes in any layout.
+
+No rule of ours fits the last two, so the call is made once on tensors of the same shapes and the allocator is watched
+(`measured`, cached; above `LARGEST` bytes a rough rule is used instead).
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ def _measured_by_depth(args: tuple[Any, ...]) -> int:
     What oneDNN copies grows with the depth, and the arithmetic as well: a call at full size can take seconds.
     """
     x, weight, *geometry = args[:9]
+    if x.dim() != 5:
+        return measured(aten.convolution.default, *_signature(args[:9]))
     # A single volume has to be so deep that it does not go to another library.
     least = volume.NATIVE // (x.shape[1] * x.shape[3]) + 1 if x.shape[0] == 1 else 1
     shallow = max(SHALLOW, least)
@@ -69,10 +73,13 @@ def _measured_by_depth(args: tuple[Any, ...]) -> int:
 
 
 def _is_measured(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether oneDNN runs this on volumes."""
+    """Whether oneDNN runs this, and more than weights are laid out anew for it."""
     x, weight, *_ = args if func is aten.convolution.default else (args[1], args[2])
     geometry = args[3:9] if func is aten.convolution.default else args[4:10]
-    if x.dim() != 5 or x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dim() not in (4, 5):
+        return False
+    grouped = func is aten.convolution_backward.default and geometry[5] > 1
+    if x.dim() == 4 and not grouped and x.is_contiguous(memory_format=torch.channels_last):
         return False
     small = sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, torch.Tensor)) < LARGEST
     # oneDNN's transposed backend has no name in torch's Python binding.
@@ -115,9 +122,14 @@ def node_workspace(node: torch.fx.Node) -> int:
     """`workspace_bytes` of a graph's node, its arguments taken from their fake tensors."""
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
         return 0
-    args: Any = torch.fx.node.map_arg(node.args, lambda arg: arg.meta["val"])  # type: ignore[arg-type]
+    args: Any = torch.fx.node.map_arg(node.args, lambda arg: _laid_out(arg.meta["val"]))  # type: ignore[arg-type]
     kernel = volume.operator_for(node.target, args)
     return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args, args) if kernel else args)
+
+
+def _laid_out(value: torch.Tensor) -> torch.Tensor:
+    """An operand as Inductor will lay it out: images channels-last, as it decides for nearly all networks."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
 def _convolution(
