@@ -132,3 +132,14 @@ def test_depthwise_and_contiguous_images(form):
     assert found == transient(lambda: BACKWARD(*call))
     if form is torch.channels_last:
         assert found > 32 * weight.nbytes, "padded to the processor's vectors"
+
+
+@pytest.mark.parametrize("depth", [12, 48])
+def test_a_part_of_the_channels_is_copied(depth):
+    """A gradient that is part of a concatenation's: oneDNN wants it in memory of its own."""
+    whole = torch.randn(2, 32, depth, 24, 24).contiguous(memory_format=torch.channels_last_3d)
+    x, weight = whole[:, :16], torch.randn(8, 16, 3, 3, 3)
+    call = (x, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1)
+    found = workspace_bytes(CONVOLUTION, call)
+    assert found > x.numel() * 4
+    assert found == pytest.approx(transient(lambda: CONVOLUTION(*call)), rel=0.02)

@@ -37,7 +37,7 @@ SHALLOW = 8
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
     if func is torch.ops.xconv.volume_weight_gradient.default:
-        return measured(func, *_signature(volume.two_slabs(args)))
+        return measured(func, *_signature(tuple(map(_cut, volume.two_slabs(args), args))))
     if func is torch.ops.xconv.single_convolution.default:
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
@@ -66,7 +66,7 @@ def _measured_by_depth(args: tuple[Any, ...]) -> int:
     if x.shape[2] <= 2 * shallow:
         return measured(aten.convolution.default, *_signature(args[:9]))
     less, more = (
-        measured(aten.convolution.default, *_signature((x[:, :, :depth], weight, *geometry)))
+        measured(aten.convolution.default, *_signature((_cut(x[:, :, :depth], x), weight, *geometry)))
         for depth in (shallow, 2 * shallow)
     )
     return less + (more - less) * (int(x.shape[2]) - shallow) // shallow
@@ -91,9 +91,7 @@ def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     def describe(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            # What was cut out of a tensor is given a memory of its own, in the same order of dims.
-            dense = torch.empty_like(value)
-            return _Shaped(tuple(map(int, dense.shape)), tuple(map(int, dense.stride())), dense.dtype)
+            return _Shaped(tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype)
         return tuple(value) if isinstance(value, (list, tuple)) else value
 
     return tuple(map(describe, args))
@@ -125,6 +123,14 @@ def node_workspace(node: torch.fx.Node) -> int:
     args: Any = torch.fx.node.map_arg(node.args, lambda arg: _laid_out(arg.meta["val"]))  # type: ignore[arg-type]
     kernel = volume.operator_for(node.target, args)
     return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args, args) if kernel else args)
+
+
+def _cut(part: Any, whole: Any) -> Any:
+    """A part of an operand, with memory of its own if the whole has that; a view is copied by the library."""
+    if not isinstance(part, torch.Tensor) or part.shape == whole.shape:
+        return part
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(whole.shape, whole.stride(), strict=True))
+    return torch.empty_like(part) if reach == whole.numel() else part
 
 
 def _laid_out(value: torch.Tensor) -> torch.Tensor:
