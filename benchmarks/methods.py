@@ -162,7 +162,8 @@ class Subject:
             checkpoint_blocks(self.model, net.blocks)
         self.run: Callable[..., Any] = self.model
         if method.family == "xconv":
-            self.report = Path(tempfile.mkdtemp()) / "plan.json"
+            # Removed with the process's other files.
+            self.report = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "plan.json"
             options: dict[str, Any] = {"mem_budget": budget, "codecs": method.codecs, "report": str(self.report)}
             self.run = torch.compile(self.model, backend="xconv", options=options)
         elif method.compiled:

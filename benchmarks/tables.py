@@ -87,19 +87,7 @@ def summarise(report: NetReport) -> Summary:
 def table_of(report: NetReport) -> Table:
     shape = "x".join(map(str, report.shape))
     table = Table(title=f"{report.net}, {shape}: best exact peer {report.best_peer}", title_justify="left")
-    for heading in (
-        "method",
-        "budget",
-        "peak",
-        "added",
-        "OS",
-        "time",
-        "error",
-        "bias",
-        "compile",
-        "/ Inductor",
-        "note",
-    ):
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("method", "note") else "right", overflow="fold")
     for row in report.rows.values():
         gradient, added = row.gradient, None if row.peak is None else row.peak - (row.resident or 0)

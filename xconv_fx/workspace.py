@@ -53,17 +53,15 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def _measured_by_depth(args: tuple[Any, ...]) -> int:
-    """The workspace of a convolution of volumes: that of two shallower ones, continued along a line.
+    """The workspace of a convolution; of deep volumes, that of two shallower ones, continued along a line.
 
     What oneDNN copies grows with the depth, and the arithmetic as well: a call at full size can take seconds.
     """
     x, weight, *geometry = args[:9]
-    if x.dim() != 5:
-        return measured(aten.convolution.default, *_signature(args[:9]))
     # A single volume has to be so deep that it does not go to another library.
     least = volume.NATIVE // (x.shape[1] * x.shape[3]) + 1 if x.shape[0] == 1 else 1
     shallow = max(SHALLOW, least)
-    if x.shape[2] <= 2 * shallow:
+    if x.dim() != 5 or x.shape[2] <= 2 * shallow:
         return measured(aten.convolution.default, *_signature(args[:9]))
     less, more = (
         measured(aten.convolution.default, *_signature((_cut(x[:, :, :depth], x), weight, *geometry)))

@@ -34,8 +34,7 @@ UNFOLDED = 2
 SLABS, SLAB_BYTES = 8, 1 << 19
 
 
-@torch.library.custom_op("xconv::single_convolution", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
-def single_convolution(
+def _single_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -51,20 +50,11 @@ def single_convolution(
     return aten.convolution.default(_twice(x), weight, bias, *geometry)[:1].clone()
 
 
-@single_convolution.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    return aten.convolution.default(_twice(x), weight, bias, *geometry)[:1].clone()
+single_convolution = torch.library.custom_op(
+    "xconv::single_convolution", _single_convolution, mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,)
+)
+# Traceable as it is.
+single_convolution.register_fake(_single_convolution)
 
 
 @torch.library.custom_op("xconv::volume_weight_gradient", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
@@ -193,7 +183,7 @@ def two_slabs(args: Sequence[Any]) -> tuple[Any, ...]:
     A call takes as much memory as with all of them.
     """
     *others, slabs = args
-    small, large = (args[1], args[0]) if args[7] else args[:2]
+    small, large = _plain_operands(args)
     stride, padding, dilation, extent = args[4][0], args[5][0], args[6][0], args[2].shape[2]
     few = 2 * _together(small)
     if slabs <= few:
