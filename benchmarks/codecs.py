@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, aligned_probes, codec, layout, lowering
+from xconv_fx.ops import Held, codec, fitting_probes, layout, lowering
 from xconv_fx.sizes import format_size
 
 CHANNELS_LAST = (0, 2, 3, 1)
@@ -83,7 +84,11 @@ def tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
-    probes = aligned_probes(shape.size, shape.order, FOLD) if fields["codec"] == "probe" else None
+    probes = (
+        fitting_probes(shape.size, shape.order, math.prod(shape.size[1:]) // FOLD)
+        if fields["codec"] == "probe"
+        else None
+    )
     return Held(size=shape.size, dtype=dtype, order=shape.order, salt=1, probes=probes, **fields)
 
 

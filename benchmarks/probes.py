@@ -49,10 +49,11 @@ from torch._inductor.utils import fresh_cache
 from unbiased import Errors, verdict
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, aligned_probes, codec, lowering
+from xconv_fx.ops import Held, codec, lowering
 from xconv_fx.ops.conv import input_gradient, weight_gradient
 from xconv_fx.ops.estimator import sample_order
-from xconv_fx.passes.problem import FOLDS, SUM_BITS
+from xconv_fx.passes import rungs
+from xconv_fx.passes.rungs import SUM_BITS
 from xconv_fx.sizes import format_size
 
 PARTS = ("noise", "time")
@@ -223,14 +224,6 @@ def quantizers(x: Tensor) -> list[Held]:
     return [replace(blank(x, "quantize"), bits=bits) for bits in QUANTIZE_BITS]
 
 
-def offered(x: Tensor, payload: int) -> list[Held]:
-    """Those of the planner's own folds that fit the payload. It always holds means with them."""
-    held = replace(blank(x, "probe"), means=True)
-    counts = [aligned_probes(held.size, held.order, fold) for fold in FOLDS]
-    candidates = [replace(held, bits=bits, probes=probes) for bits in SUM_BITS for probes in counts]
-    return [candidate for candidate in candidates if bytes_of(candidate) <= payload]
-
-
 def best(layer: Layer, candidates: list[Held]) -> Held:
     """The candidate of least error in a few draws."""
     return min(candidates, key=lambda held: coded(layer, held, PILOT).loss)
@@ -260,9 +253,8 @@ def compare(layer: Layer, compression: int, draws: int, table: Table) -> tuple[S
     part = ratio / VARIANCE_GOAL
     goal = f"met by {part:.2f}x" if part >= 1 else f"missed by {1 / part:.2f}x"
     planners, alone = "-", "-"
-    if choices := offered(layer.x, payload):
-        choice = best(layer, choices)
-        planners = f"{described(choice).removesuffix(' means')}: {ratio_of(choice)}"
+    if choices := [held for held in rungs.offered(blank(layer.x, "probe"), ("fold",)) if bytes_of(held) <= payload]:
+        planners = f"{described(choices[0])}: {ratio_of(choices[0])}"
     if codes := [held for held in quantizers(layer.x) if bytes_of(held) <= payload]:
         alone = f"{codes[0].bits} bit{'s' * (codes[0].bits != 1)}: {ratio_of(codes[0])}"
     table.add_row(

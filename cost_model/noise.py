@@ -26,14 +26,10 @@ different residuals count as independent; a travelling error is not damped by th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
 
 TRAVEL = {"weight": 0.0, "norm": 0.05, "other": 1.0}
-# Distance of the smallest to the largest value of a quantised group, in units of the group's root mean square. 6.4 fits
-# what was measured on activations of a small trained network: 0.03 at 4 bits, 0.7 at 2.
-SPAN = 6.4
 
 
 @dataclass(frozen=True)
@@ -53,70 +49,3 @@ class Use:
 def sensitivity(uses: Iterable[Use]) -> float:
     """Noise of a plan for each unit of a residual's relative noise energy, summed over the residual's uses."""
     return sum(use.ratio * use.share + TRAVEL[use.kind] * use.upstream for use in uses)
-
-
-def plan_noise(weights: Sequence[float], energies: Sequence[float]) -> float:
-    """Noise of a plan: the sensitivity of every residual times the relative noise energy of what holds it."""
-    return sum(weight * energy for weight, energy in zip(weights, energies, strict=True))
-
-
-def shares(parameters: Sequence[int], *, by_size: bool = False) -> list[float]:
-    """Every layer's share of the total, summing to 1: equal, or in proportion to its number of parameters.
-
-    Equal shares keep small early layers, which have few weights and large activations, from being sacrificed.
-    """
-    total = sum(parameters)
-    if by_size and total > 0:
-        return [count / total for count in parameters]
-    return [1 / len(parameters) for _ in parameters]
-
-
-def rounding_noise(bits: int) -> float:
-    """Relative noise energy of b-bit codes with stochastic rounding between a group's smallest and largest value.
-
-    Rounding to a grid of step d at random, up or down without bias, has variance d^2/6 averaged over the positions
-    within a step; d = SPAN / (2^b - 1).
-    """
-    if bits < 1:
-        raise ValueError(f"bits: {bits} is less than 1")
-    return (SPAN / (2**bits - 1)) ** 2 / 6
-
-
-def fold_noise(fold: float, rounding: float = 0.0) -> float:
-    """Relative noise energy of folding `fold` values into one by random signs, its values rounded with `rounding`.
-
-    Unfolding returns each value plus fold - 1 others of random sign: energy fold - 1. A folded value has fold times the
-    energy of one, and its rounding error comes back to all of them: (fold - 1) + fold * rounding.
-    """
-    if fold < 1:
-        raise ValueError(f"fold: {fold} is less than 1")
-    return fold - 1 + fold * rounding
-
-
-def fold_for_bytes(sizes: Sequence[float], energies: Sequence[float], budget: float) -> list[float]:
-    """The folds c of least noise that hold residuals of the given sizes in `budget` bytes.
-
-    Minimises sum E c over the residuals under sum bytes / c <= budget and c >= 1. Where c > 1, the Lagrangian's
-    derivative E - m bytes / c^2 is zero: c = sqrt(m bytes / E), ActNN's rule. Putting that into the budget gives
-
-        sqrt(m) = sum sqrt(bytes E) / (budget - bytes of the residuals with c = 1),
-
-    and the residuals with c = 1 are those of smallest bytes / E, split off one by one until the rest has c > 1.
-    `sizes` and `budget` in bytes, `energies` in any common unit, all positive. Real numbers: use them to choose which
-    probe counts to offer to the solver. Raises `ValueError` when something is not positive.
-    """
-    if not (budget > 0 and all(size > 0 for size in sizes) and all(energy > 0 for energy in energies)):
-        raise ValueError(f"fold_for_bytes: sizes, energies and budget {budget!r} must be positive")
-    pairs = list(zip(sizes, energies, strict=True))
-    order = sorted(range(len(pairs)), key=lambda index: pairs[index][0] / pairs[index][1])
-    folds = [1.0] * len(pairs)
-    left = budget
-    for place, index in enumerate(order):
-        size, energy = pairs[index]
-        root = sum(sqrt(pairs[other][0] * pairs[other][1]) for other in order[place:]) / left
-        if root * sqrt(size / energy) >= 1:
-            for other in order[place:]:
-                folds[other] = root * sqrt(pairs[other][0] / pairs[other][1])
-            break
-        left -= size
-    return folds

@@ -32,16 +32,18 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
     if slicing is not None:
         found, peaks = plan(slice_step(posed, slicing), options)
         return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
+    unprobed = _unprobed(posed, options)
     keep = tuple(0 for _ in posed.residuals)
     baseline, _ = peak(posed.problem, keep)
     if options.mem_budget is None:
-        return describe(posed, keep, None, baseline, 0.0), posed.phase_peaks(keep)
+        return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(with_unseen(baseline))
     try:
         solution = solve(posed.problem, options.usable(budget), time_limit=SECONDS, tradeoff=tradeoff(posed, options))
     except Infeasible as error:
         raise infeasible(posed, error, budget, options) from None
-    return describe(posed, solution.choice, budget, baseline, solution.gap), posed.phase_peaks(solution.choice)
+    found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
+    return found, posed.phase_peaks(solution.choice)
 
 
 def tradeoff(posed: Posed, options: Options) -> float:
@@ -51,7 +53,9 @@ def tradeoff(posed: Posed, options: Options) -> float:
     return 0.0 if options.prefer == "exact" else math.inf
 
 
-def describe(posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float) -> Plan:
+def describe(
+    posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float, notes: tuple[str, ...] = ()
+) -> Plan:
     """The plan that the solver's choice stands for."""
     chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
     bytes_at_peak, step = peak(posed.problem, choice)
@@ -68,7 +72,18 @@ def describe(posed: Posed, choice: tuple[int, ...], budget: int | None, baseline
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
         calibrated=calibration.spec(posed.device).calibrated,
-        notes=uncompressible({residual.name: residual for residual in posed.residuals}),
+        notes=(*uncompressible({residual.name: residual for residual in posed.residuals}), *notes),
+    )
+
+
+def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
+    """A note for each layer that must use probes by the options, but whose input cannot be held as such."""
+    return tuple(
+        f"{residual.reader}: its input {residual.name} is not held as probes: the backward reads it elsewhere as well"
+        for residual, row in zip(posed.residuals, posed.candidates, strict=True)
+        if residual.reader
+        and options.probes.count_for(residual.reader) is not None
+        and all(candidate.choice.codec != "probe" for candidate in row)
     )
 
 

@@ -22,11 +22,12 @@ from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry
-from xconv_fx.ops.layout import aligned_probes
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
 
+from . import rungs
+from .expected_noise import expected_noise
 from .graph import (
     arguments,
     is_elementwise,
@@ -44,9 +45,6 @@ from .recompute import Chain, find_chain
 from .residuals import Residual, small
 from .step_time import step_seconds
 
-# Folds offered to the planner, and the widths in which the folded sums are held: below 16-fold, plain codes are better.
-FOLDS = (4, 8, 16, 32, 64)
-SUM_BITS = (2, 4)
 # Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
 # entropy the log-probabilities and two gradients.
 LOSS_COPIES = 3
@@ -232,7 +230,7 @@ class _Poser:
         row = [keep]
         fixed = self.options.probes.count_for(residual.reader) if "weight_grad" in residual.uses else None
         if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
-            return [self._probe(residual, fixed, None)]
+            return [self._probe(residual, fixed)]
         allowed = self.options.codecs
         if "bitmask" in allowed and residual.uses == {"mask"}:
             row.append(self._bitmask(residual))
@@ -247,7 +245,8 @@ class _Poser:
         if "quantize" in allowed:
             row += [self._coded(residual, Held("quantize", **self._held(residual), bits=bits)) for bits in allowed.bits]
         if "probe" in allowed and residual.uses <= {"weight_grad", "mask"}:
-            row += self._probes(residual)
+            blank = Held("probe", **self._held(residual))
+            row += [self._coded(residual, held) for held in rungs.offered(blank, self.options.codecs.kinds)]
         return row
 
     def _held(self, residual: Residual) -> dict[str, Any]:
@@ -267,7 +266,7 @@ class _Poser:
             held.codec,
             codec.payload_bytes(held) + masks,
             decoded=True,
-            noise=codec.noise(held),
+            noise=expected_noise(held, rectified=residual.uses <= {"weight_grad", "mask"}),
             traffic=codec.traffic(held) + 2 * masks,
         )
         choice = replace(
@@ -276,29 +275,15 @@ class _Poser:
         )  # fmt: skip
         return replace(candidate, choice=choice)
 
-    def _probes(self, residual: Residual) -> list[Candidate]:
+    def _probe(self, residual: Residual, probes: int) -> Candidate:
+        """As many probes as the user asks for, of the first kind that is allowed."""
         kinds = self.options.codecs.kinds
+        kind = "fold" if "fold" in kinds or not kinds else kinds[0]
         length = numel(residual.forward) // residual.shape[0]
-        if residual.order[0] != 0 or len(residual.shape) < 2:
-            return []
-        row = []
-        for fold in FOLDS:
-            if fold * 8 > length:
-                break
-            if "fold" in kinds:
-                r = aligned_probes(residual.shape, residual.order, fold)
-                row += [self._probe(residual, r, bits) for bits in SUM_BITS]
-            else:
-                row += [self._probe(residual, ceil(length / fold), None, kind=kind) for kind in kinds]
-        return row
-
-    def _probe(self, residual: Residual, probes: int, bits: int | None, kind: str | None = None) -> Candidate:
-        kinds = self.options.codecs.kinds
-        chosen = kind or ("fold" if "fold" in kinds or not kinds else kinds[0])
-        length = numel(residual.forward) // residual.shape[0]
-        means = chosen == "fold" and len(residual.shape) > 2 and probes < length
-        held = Held("probe", **self._held(residual), probes=min(probes, length), bits=bits, kind=chosen, means=means)
-        return self._coded(residual, held)
+        means = kind == "fold" and len(residual.shape) > 2 and probes < length
+        return self._coded(
+            residual, Held("probe", **self._held(residual), probes=min(probes, length), kind=kind, means=means)
+        )
 
     def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
         sources = [(self.index[name], self.large[name]) for name in chain.sources]
@@ -349,7 +334,7 @@ class _Poser:
     def _noise_of(self, source: Residual) -> float:
         bits = max((b for b in self.options.codecs.bits), default=8)
         held = Held("quantize", **self._held(source), bits=min(bits, 4))
-        return registry.codec("quantize").noise(held)
+        return expected_noise(held, rectified=False)
 
     def _candidate(
         self, residual: Residual, codec: str, size: int, *, decoded: bool, noise: float, traffic: int

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from xconv_fx.ops import PROBE, Held, aligned_probes, hash, layout
+from xconv_fx.ops import PROBE, Held, fitting_probes, hash, layout
 from xconv_fx.ops.fold import STREAM
 
 CASES = [
@@ -18,7 +19,9 @@ IMAGE = ((4, 32, 16, 16), (0, 2, 3, 1))
 
 
 def held_as(size, order, fold=4, dtype=torch.float32, **options):
-    return Held("probe", size, dtype, order, 5, probes=aligned_probes(size, order, fold), **options)
+    return Held(
+        "probe", size, dtype, order, 5, probes=fitting_probes(size, order, -(-math.prod(size[1:]) // fold)), **options
+    )
 
 
 def round_trip(x, held, seed=7):

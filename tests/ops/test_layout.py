@@ -90,13 +90,13 @@ def test_long_rows_are_divided_exactly_where_they_can():
     assert 1000 % layout.group_extents((2, 1000))[1] == 0
 
 
-@pytest.mark.parametrize("fold", [1, 2, 3, 4, 16, 64])
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 16, 64])
 @pytest.mark.parametrize(("size", "order"), SHAPES[:5], ids=str)
-def test_aligned_probes_meet_the_fold_with_whole_rows(size, order, fold):
-    probes = layout.aligned_probes(size, order, fold)
+def test_fitting_probes_are_whole_rows_or_all_that_fit(size, order, part):
     length = math.prod(size[1:])
-    assert length / probes >= 0.9 * fold or probes == -(-length // fold)
-    assert length / probes <= fold
+    limit = -(-length // part)
+    probes = layout.fitting_probes(size, order, limit)
+    assert 0.9 * limit <= probes <= limit
     plan = layout.folding(size, order, probes)
     assert plan.rows * math.prod(plan.block) == probes
     assert plan.terms * probes >= length > (plan.terms - 1) * probes
@@ -104,8 +104,14 @@ def test_aligned_probes_meet_the_fold_with_whole_rows(size, order, fold):
 
 
 def test_a_good_fold_of_an_activation_takes_whole_rows():
-    plan = layout.folding((16, 64, 64, 64), CHANNELS_LAST, layout.aligned_probes((16, 64, 64, 64), CHANNELS_LAST, 16))
+    plan = layout.folding(
+        (16, 64, 64, 64), CHANNELS_LAST, layout.fitting_probes((16, 64, 64, 64), CHANNELS_LAST, 16500)
+    )
     assert plan.block == (64, 64) and plan.rows == 4 and plan.terms == 16
+
+
+def test_all_elements_are_the_most_probes_that_fit():
+    assert layout.fitting_probes((2, 3, 4), (0, 1, 2), 99) == 12
 
 
 def test_wrong_arguments_are_named():
@@ -116,8 +122,8 @@ def test_wrong_arguments_are_named():
         layout.check_order((2, 0), (0, 1))
     with pytest.raises(ValueError, match=r"bits=3.*16, 8, 4, 2, 1"):
         layout.check_bits(3)
-    with pytest.raises(ValueError, match="fold=0"):
-        layout.aligned_probes((2, 3), (0, 1), 0)
+    with pytest.raises(ValueError, match="limit=0"):
+        layout.fitting_probes((2, 3), (0, 1), 0)
     for probes, order in itertools.product([0, 13], [(0, 1, 2)]):
         with pytest.raises(ValueError, match=r"1 \.\. 12"):
             layout.folding((2, 3, 4), order, probes)

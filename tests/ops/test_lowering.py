@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from xconv_fx.ops import aligned_probes, layout, lowering
+from xconv_fx.ops import fitting_probes, layout, lowering
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -62,7 +62,7 @@ def vectorised(code: str) -> bool:
 
 @pytest.mark.parametrize(("size", "order", "dtype", "bits", "fold"), CASES, ids=str)
 def test_kernels_compute_what_the_reference_does(size, order, dtype, bits, fold):
-    probes = aligned_probes(size, order, fold)
+    probes = fitting_probes(size, order, -(-math.prod(size[1:]) // fold))
 
     def every_operator(x, seed):
         words = ops.pack_mask(x > 0, order)
@@ -133,7 +133,7 @@ def test_a_decoded_tensor_is_inlined_into_its_reader():
 def test_encoders_read_the_activation_and_allocate_payloads_only():
     # The second convolution makes Inductor store the activation; every encoder must read that buffer.
     weight = torch.randn(16, 16, 3, 3)
-    probes = aligned_probes((2, 16, 16, 16), CHANNELS_LAST, 16)
+    probes = fitting_probes((2, 16, 16, 16), CHANNELS_LAST, 256)
 
     def forward(x, weight, seed):
         y = torch.relu(torch.nn.functional.conv2d(x, weight, padding=1))

@@ -124,3 +124,12 @@ def test_nonlinear_residuals_are_noted():
     traced = trace(nn.Sequential(conv(3, 8), nn.SiLU(), conv(8, 8)), torch.randn(2, 3, 16, 16))
     (note,) = planned(traced).notes
     assert note.startswith("0: convolution is read nonlinearly by the backward")
+
+
+def test_a_layer_that_cannot_use_the_probes_is_named():
+    """The sigmoid's own backward reads the second convolution's input."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sigmoid(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    plan = planned(trace(net, torch.randn(4, 3, 24, 24)), probes=64, mem_budget="1GB")
+    (note,) = (note for note in plan.notes if "not held as probes" in note)
+    assert note.startswith("3: its input sigmoid is not held as probes")
+    assert any(choice.codec == "probe" for choice in plan.choices)

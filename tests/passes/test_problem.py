@@ -105,7 +105,7 @@ def test_layout_copies_are_those_of_contiguous_4d_operands(pairs):
 
 
 LEGAL = [
-    ("relu", "relu", {}, {"keep", "quantize1", "quantize2", "quantize4", "quantize8", "probe2", "probe4"}),
+    ("relu", "relu", {}, {"keep", "quantize1", "quantize2", "quantize4", "quantize8", "probe2"}),
     ("relu", "relu", {"codecs": "exact"}, {"keep"}),
     ("relu", "relu", {"codecs": ["quantize:2"]}, {"keep"}),  # Without "bitmask" its sign cannot be held.
     ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "quantize2"}),

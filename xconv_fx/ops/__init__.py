@@ -8,7 +8,7 @@ graph calls the eager reference.
 from . import pool, seed, stored, volume  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
 from .fold import PROBE
-from .layout import aligned_probes, order_of
+from .layout import fitting_probes, order_of
 from .quantize import QUANTIZE
 from .registry import Codec, Held, codec, names, register
 
@@ -18,8 +18,8 @@ __all__ = [
     "QUANTIZE",
     "Codec",
     "Held",
-    "aligned_probes",
     "codec",
+    "fitting_probes",
     "names",
     "order_of",
     "register",

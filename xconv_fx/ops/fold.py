@@ -45,7 +45,7 @@ def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) 
 
     Args:
         x: floating point, samples first. `seed`: int64, one element. `salt`: tells residuals apart.
-        probes: sums a sample, 1 .. elements a sample; `layout.aligned_probes` names fast ones.
+        probes: sums a sample, 1 .. elements a sample; `layout.fitting_probes` names fast ones.
         order: dimensions from the outermost in memory to the innermost; must begin with 0.
 
     Returns:

@@ -274,19 +274,14 @@ def folding(size: Sequence[int], order: Sequence[int], probes: int) -> Folding:
     return Folding(physical, probes, next(splits))
 
 
-def aligned_probes(size: Sequence[int], order: Sequence[int], fold: int) -> int:
-    """The number of sums a sample, whole outer rows each, that folds about `fold` elements into one.
+def fitting_probes(size: Sequence[int], order: Sequence[int], limit: int) -> int:
+    """The largest number of sums a sample up to `limit`, in whole outer rows as long as these reach nine tenths of it.
 
-    Rows as long as possible are taken, as long as the payload is within a tenth of 1/`fold` of the elements; at most
-    all elements (`fold` 1) and at least one.
+    At most all elements of a sample.
     """
-    if fold < 1:
-        raise ValueError(f"fold={fold}: must be 1 or more")
+    if limit < 1:
+        raise ValueError(f"limit={limit}: must be 1 or more")
     physical = physical_size(size, order)
-    length = math.prod(physical[1:])
-    for split in range(1, len(physical)):
-        block = math.prod(physical[split:])
-        rows = -(-length // (fold * block))
-        if length >= _FOLD_SLACK * fold * rows * block:
-            return rows * block
-    return -(-length // min(fold, length))
+    limit = min(limit, math.prod(physical[1:]))
+    blocks = (math.prod(physical[split:]) for split in range(1, len(physical)))
+    return next((limit // b * b for b in blocks if limit // b * b >= _FOLD_SLACK * limit), limit)
