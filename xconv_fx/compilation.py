@@ -166,7 +166,7 @@ class Compilation:
         self.kernels = hooks.Deferred()
         with (
             hooks.ahead_of_time_backward(),
-            hooks.separate_kernels(budgeted),
+            hooks.early_releases(budgeted),
             hooks.cheap_strides(budgeted),
             hooks.fusion_rules(LocalFusion() if budgeted else None),
             hooks.generated_code(self._generated),

@@ -118,3 +118,13 @@ def test_they_take_less_memory():
     whole, _ = allocated_by(lambda: aten.convolution_backward.default(*args))
     slabs, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args, args)))
     assert slabs < whole / 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_pointwise_weight_gradient_copies_nothing(last):
+    """The gradient lies contiguous, as losses give it, the input in either layout."""
+    args = backward(call(2, 16, 3, (16, 16, 16), kernel=1, padding=0, last=last))
+    args = (args[0].contiguous(), *args[1:])
+    kernel = volume.operator_for(aten.convolution_backward.default, args)
+    taken, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args, args)))
+    assert taken <= 8 * args[2].numel() * 4

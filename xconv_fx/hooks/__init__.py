@@ -23,6 +23,7 @@ from xconv_fx.errors import UnsupportedTorchError
 
 from .indexing import cheap_strides as cheap_strides
 from .kernels import Deferred as Deferred
+from .releases import early_releases as early_releases
 
 CHECKED = ("2.13.0",)
 
@@ -226,39 +227,3 @@ def fusion_rules(rules: Any) -> Iterator[None]:
 
     with V.set_choices_handler(rules) if rules is not None else contextlib.nullcontext():
         yield
-
-
-# Loop nests that allocate and release less than this together share a C++ function.
-GATHERED_BYTES = 1 << 16
-
-
-@contextlib.contextmanager
-def separate_kernels(enabled: bool = True) -> Iterator[None]:
-    """End a C++ function after every loop nest that allocates or releases much.
-
-    Inductor's C++ backend otherwise gathers every loop nest between two extern kernels into one function, whose buffers
-    are then all alive at once. A call costs microseconds, the buffers megabytes.
-    """
-    from torch._inductor.codegen.cpp import CppScheduling
-
-    generate = CppScheduling.codegen_node
-
-    def codegen_node(self: Any, node: Any) -> Any:
-        result = generate(self, node)
-        names = {*node.get_buffer_names(), *node.last_usage}
-        if sum(_buffer_bytes(name) for name in names) > GATHERED_BYTES:
-            self._set_flush_status(True)
-        return result
-
-    with mock.patch.object(CppScheduling, "codegen_node", codegen_node) if enabled else contextlib.nullcontext():
-        yield
-
-
-def _buffer_bytes(name: str) -> int:
-    """Bytes of a buffer of the graph that is being lowered; 0 for a tuple of tensors, which are buffers themselves."""
-    from torch._inductor.ir import MultiOutputLayout
-    from torch._inductor.virtualized import V
-
-    if isinstance(getattr(V.graph.name_to_buffer.get(name), "layout", None), MultiOutputLayout):
-        return 0
-    return int(V.graph.get_numel(name)) * V.graph.get_dtype(name).itemsize

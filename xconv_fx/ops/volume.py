@@ -3,7 +3,7 @@
 `volume_weight_gradient` goes through the volume in slabs of its depth, with the halo that the kernel needs. oneDNN
 transposes what it is given, one sample for each thread: 24 MB for a 34 MB input of two samples. Eight slabs take a
 quarter of that, and half of the time, since a slab's transposed operands stay in the processor's caches. The slabs'
-gradients add up to the exact one.
+gradients add up to the exact one. For a 1x1x1 kernel it is a product of matrices, of the volumes as they lie in memory.
 
 `single_convolution` is for one small volume: ATen gives a batch of one with channels x depth x height up to 20480 to
 its native convolution, which unfolds it, for a 3x3x3 kernel into 27 times its memory at up to seven times oneDNN's
@@ -76,6 +76,8 @@ def volume_weight_gradient(
     unless it is wanted.
     """
     of_bias = grad.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
+    if _is_pointwise(weight, stride, padding, transposed, groups):
+        return _pointwise_gradient(grad, x, weight), of_bias
     if transposed:
         # A transposed convolution is the adjoint of a plain one, whose input has the shape of `grad`.
         grad, x = x, grad
@@ -105,6 +107,26 @@ def _(
     slabs: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), grad.new_empty(grad.shape[1] if with_bias else 0)
+
+
+def _pointwise_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    total = torch.zeros(weight.shape[:2], dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    for grads, inputs in zip(grad, x, strict=True):
+        total += _matrix(grads) @ _matrix(inputs).t()
+    return torch.empty_like(weight).copy_(total.view(weight.shape))
+
+
+def _matrix(sample: Tensor) -> Tensor:
+    """(C, D, H, W) as (C, voxels), without a copy if the sample lies contiguous or channels-last."""
+    if sample.is_contiguous():
+        return sample.flatten(1)
+    return sample.permute(1, 2, 3, 0).flatten(0, 2).t()
+
+
+def _is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], transposed: bool, groups: int) -> bool:
+    """Whether a convolution is a product of its weight and every voxel."""
+    plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
+    return plain and weight.shape[2:].numel() == 1
 
 
 def _together(grad: Tensor) -> int:
@@ -161,7 +183,7 @@ def operator_for(func: Any, args: Sequence[Any]) -> Any:
     """
     if func is aten.convolution.default and _unfolds(args[0], args[1], args[3:9]):
         return torch.ops.xconv.single_convolution.default
-    if func is aten.convolution_backward.default and list(args[10][:2]) == [False, True] and _slabbed(args):
+    if func is aten.convolution_backward.default and list(args[10][:2]) == [False, True] and _is_ours(args):
         return torch.ops.xconv.volume_weight_gradient.default
     return None
 
@@ -211,11 +233,13 @@ def _unfolds(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
     return unfolded > UNFOLDED * (x.numel() + weight.shape[0] * prod(output))
 
 
-def _slabbed(args: Sequence[Any]) -> bool:
-    """Whether a weight gradient is that of volumes which oneDNN computes, and of which there are slabs."""
+def _is_ours(args: Sequence[Any]) -> bool:
+    """Whether a weight gradient is a product, or that of volumes which oneDNN computes and of which there are slabs."""
     weight = args[2]
     if weight.dim() != 5 or weight.device.type != "cpu":
         return False
+    if _is_pointwise(weight, args[4], args[5], args[7], args[9]):
+        return True
     small, large = _plain_operands(args)
     plain = (*args[4:7], False, [0, 0, 0], args[9])
     several = large.expand(max(2, large.shape[0]), *large.shape[1:])
