@@ -38,7 +38,7 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
     if func is torch.ops.xconv.volume_weight_gradient.default:
         return measured(func, *_signature(tuple(map(_cut, volume.two_slabs(args), args))))
-    if func is torch.ops.xconv.single_convolution.default:
+    if func in (torch.ops.xconv.single_convolution.default, torch.ops.xconv.pointwise_convolution.default):
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
         return _measured_by_depth(args) if _is_measured(func, args) else _convolution(*args[:9])
@@ -155,7 +155,7 @@ def _convolution(
     )
     if "Slow" not in backend:
         return weight_bytes
-    if backend.endswith("Slow2d") and _is_pointwise(weight, stride, padding):
+    if backend.endswith((".Slow2d", ".Slow3d")) and _is_pointwise(weight, stride, padding):
         return 0  # Unfolding such an input is a view of it.
     columns = weight.numel() // weight.size(0)
     positions = _positions(x, weight, stride, padding, dilation, transposed, output_padding)

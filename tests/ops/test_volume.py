@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -96,7 +97,6 @@ def test_where_they_are_worth_it():
     assert volume.operator_for(forward, small) is single
     assert volume.operator_for(forward, large) is None, "oneDNN computes it by itself"
     assert volume.operator_for(forward, call(2, 16, 16, (16, 32, 8))) is None
-    assert volume.operator_for(forward, call(1, 16, 16, kernel=1, padding=0)) is None, "nothing is unfolded"
     assert volume.operator_for(forward, call(1, 16, 16, dtype=torch.float64)) is None, "oneDNN has no float64"
     assert volume.operator_for(gradient, backward(small)) is slabs
     assert volume.operator_for(gradient, backward(call(2, 16, 16, (16, 32, 32)))) is slabs
@@ -128,3 +128,30 @@ def test_a_pointwise_weight_gradient_copies_nothing(last):
     kernel = volume.operator_for(aten.convolution_backward.default, args)
     taken, _ = allocated_by(lambda: kernel(*volume.arguments_for(kernel, args, args)))
     assert taken <= 8 * args[2].numel() * 4
+
+
+@pytest.mark.parametrize("geometry", [{}, {"last": False}, {"transposed": True}, {"dtype": torch.float64}], ids=str)
+def test_a_pointwise_convolution_is_exact_and_copies_nothing(geometry):
+    x, weight, _, *rest = call(2, 16, 8, kernel=1, padding=0, **geometry)
+    kernel = torch.ops.xconv.pointwise_convolution.default
+    for bias in (None, torch.randn(8, dtype=x.dtype)):
+        args = (x, weight, bias, *rest)
+        got = kernel(*volume.arguments_for(kernel, args, args))
+        taken, _ = allocated_by(functools.partial(kernel, *volume.arguments_for(kernel, args, args)))
+        torch.testing.assert_close(got, aten.convolution.default(*args), rtol=1e-4, atol=1e-4)
+        assert got.is_contiguous() and taken <= got.nbytes + 64
+    opcheck(kernel, volume.arguments_for(kernel, args, args))
+
+
+def test_pointwise_convolutions_stand_for_native_ones():
+    kernel = torch.ops.xconv.pointwise_convolution.default
+    double = call(2, 16, 8, kernel=1, padding=0, dtype=torch.float64)
+    assert volume.operator_for(aten.convolution.default, double) is kernel, "oneDNN has no float64"
+    assert volume.operator_for(aten.convolution.default, call(2, 16, 8, kernel=1, padding=1)) is not kernel
+    threads = torch.get_num_threads()
+    try:
+        for number, expected in ((1, kernel), (2, None)):
+            torch.set_num_threads(number)
+            assert volume.operator_for(aten.convolution.default, call(2, 16, 8, kernel=1, padding=0)) is expected
+    finally:
+        torch.set_num_threads(threads)

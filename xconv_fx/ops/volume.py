@@ -10,6 +10,9 @@ its native convolution, which unfolds it, for a 3x3x3 kernel into 27 times its m
 time. Two samples always go to oneDNN, so the operator shows it the volume twice. The slabs of a single volume's weight
 gradient go to it two by two, for the same reason.
 
+`pointwise_convolution` is for 1x1x1 kernels where ATen would take its native convolution, as it does in one thread:
+that copies a channels-last volume. Here too, volumes are matrices as they lie in memory.
+
 `operator_for` says where the operators are worth it, which is decided by shapes alone. They are put in the place of
 `aten.convolution` and `aten.convolution_backward` after autograd, and have no derivatives of their own.
 """
@@ -57,6 +60,28 @@ single_convolution = torch.library.custom_op(
 single_convolution.register_fake(_single_convolution)
 
 
+def _pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """`aten.convolution` of `x` (N, C, D, H, W) with a 1x1x1 kernel, stride 1, no padding and one group; contiguous."""
+    matrix = weight.flatten(1).t() if transposed else weight.flatten(1)
+    out = x.new_empty(x.shape[0], matrix.shape[0], *x.shape[2:])
+    for sample, result in zip(x, out, strict=True):
+        if bias is None:
+            torch.mm(matrix, _matrix(sample), out=result.flatten(1))
+        else:
+            torch.addmm(bias.unsqueeze(1), matrix, _matrix(sample), out=result.flatten(1))
+    return out
+
+
+pointwise_convolution = torch.library.custom_op(
+    "xconv::pointwise_convolution", _pointwise_convolution, mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,)
+)
+
+
+@pointwise_convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
+
+
 @torch.library.custom_op("xconv::volume_weight_gradient", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
 def volume_weight_gradient(
     grad: Tensor,
@@ -76,7 +101,7 @@ def volume_weight_gradient(
     unless it is wanted.
     """
     of_bias = grad.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
-    if _is_pointwise(weight, stride, padding, transposed, groups):
+    if not transposed and _is_pointwise(weight, stride, padding, groups):
         return _pointwise_gradient(grad, x, weight), of_bias
     if transposed:
         # A transposed convolution is the adjoint of a plain one, whose input has the shape of `grad`.
@@ -123,10 +148,9 @@ def _matrix(sample: Tensor) -> Tensor:
     return sample.permute(1, 2, 3, 0).flatten(0, 2).t()
 
 
-def _is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], transposed: bool, groups: int) -> bool:
-    """Whether a convolution is a product of its weight and every voxel."""
-    plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
-    return plain and weight.shape[2:].numel() == 1
+def _is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+    """Whether a convolution is a product of a matrix and every voxel."""
+    return weight.shape[2:].numel() == 1 and groups == 1 and set(stride) == {1} and set(padding) == {0}
 
 
 def _together(grad: Tensor) -> int:
@@ -181,8 +205,11 @@ def operator_for(func: Any, args: Sequence[Any]) -> Any:
     None as well for an input gradient by `aten.convolution_backward`. Of the other's three results the operator returns
     the last two.
     """
-    if func is aten.convolution.default and _unfolds(args[0], args[1], args[3:9]):
-        return torch.ops.xconv.single_convolution.default
+    if func is aten.convolution.default and _is_native(args[0], args[1], args[3:9]):
+        if _is_pointwise(args[1], args[3], args[4], args[8]):
+            return torch.ops.xconv.pointwise_convolution.default
+        if _unfolds(args[0], args[1], args[3:9]):
+            return torch.ops.xconv.single_convolution.default
     if func is aten.convolution_backward.default and list(args[10][:2]) == [False, True] and _is_ours(args):
         return torch.ops.xconv.volume_weight_gradient.default
     return None
@@ -195,6 +222,8 @@ def arguments_for(operator: Any, args: Sequence[Any], values: Sequence[Any]) -> 
     """
     if operator is torch.ops.xconv.single_convolution.default:
         return tuple(args[:9])
+    if operator is torch.ops.xconv.pointwise_convolution.default:
+        return (*args[:3], args[6])
     small, large = _plain_operands(values)
     return (*args[:3], args[10][2], *args[4:8], args[9], slab_count(small, large))
 
@@ -217,11 +246,14 @@ def two_slabs(args: Sequence[Any]) -> tuple[Any, ...]:
     return (*others, few)
 
 
+def _is_native(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether ATen takes its own convolution for a volume."""
+    return x.dim() == 5 and x.device.type == "cpu" and "Slow" in _backend(x, weight, geometry)
+
+
 def _unfolds(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
-    """Whether ATen would unfold a volume that two of it would not be."""
-    if x.dim() != 5 or x.shape[0] != 1 or x.device.type != "cpu":
-        return False
-    if "Slow" not in _backend(x, weight, geometry) or "Slow" in _backend(_twice(x), weight, geometry):
+    """Whether a volume is unfolded that two of it would not be."""
+    if x.shape[0] != 1 or "Slow" in _backend(_twice(x), weight, geometry):
         return False
     stride, padding, dilation, transposed = geometry[:4]
     spatial = x.shape[2:]
@@ -238,7 +270,7 @@ def _is_ours(args: Sequence[Any]) -> bool:
     weight = args[2]
     if weight.dim() != 5 or weight.device.type != "cpu":
         return False
-    if _is_pointwise(weight, args[4], args[5], args[7], args[9]):
+    if not args[7] and _is_pointwise(weight, args[4], args[5], args[9]):
         return True
     small, large = _plain_operands(args)
     plain = (*args[4:7], False, [0, 0, 0], args[9])
