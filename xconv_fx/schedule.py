@@ -23,11 +23,12 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.virtualized import V
 
+from .ops import volume
 from .passes.graph import MATMULS
 
 aten = torch.ops.aten
 
-_EXTERN = {aten.convolution.default, aten.convolution_backward.default, *MATMULS}
+_EXTERN = {aten.convolution.default, aten.convolution_backward.default, *MATMULS, *volume.OPERATORS}
 
 
 def in_order(key: str) -> dict[str, Any]:

@@ -199,6 +199,13 @@ def slab_count(grad: Tensor, x: Tensor) -> int:
     return together * max(1, min(SLABS, size // SLAB_BYTES, grad.shape[2] // (2 * together)))
 
 
+OPERATORS = (
+    torch.ops.xconv.single_convolution.default,
+    torch.ops.xconv.pointwise_convolution.default,
+    torch.ops.xconv.volume_weight_gradient.default,
+)
+
+
 def operator_for(func: Any, args: Sequence[Any]) -> Any:
     """The operator that computes `func(*args)` where that is worth it, else None. Tensors may be fake.
 
