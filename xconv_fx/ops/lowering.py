@@ -322,6 +322,8 @@ def _lower_max_pool_backward(
 ) -> ir.TensorBox:
     for tensor in (grad, offsets):
         tensor.realize()
+    # The layout of the offsets is that of pooling's input. Inductor finds none in quotients, and takes contiguous.
+    order = layout.order_of(offsets.get_size(), offsets.get_stride())
     load_grad, load_offset = grad.make_loader(), offsets.make_loader()
     pooled = [int(extent) for extent in grad.get_size()[2:]]
     windows = list(itertools.product(*(range(-(-k // s)) for k, s in zip(kernel, stride, strict=True))))
@@ -344,14 +346,15 @@ def _lower_max_pool_backward(
 
         return ops.masked(_within(conditions), value, 0.0)
 
-    def body(index: Index) -> Value:
+    def body(physical: Index) -> Value:
+        index = [physical[place] for place in layout.inverse(order)]
         total = won(index, windows[0])
         for back in windows[1:]:
             total = ops.add(total, won(index, back))
         return total
 
-    ranges = [*grad.get_size()[:2], *input_size]
-    return ir.Pointwise.create(device=grad.get_device(), dtype=grad.get_dtype(), inner_fn=body, ranges=ranges)
+    size = [*grad.get_size()[:2], *input_size]
+    return loops.decoded(grad, grad.get_dtype(), [size[dim] for dim in order], order, body)
 
 
 def _within(conditions: Sequence[tuple[sympy.Expr, int, int]]) -> Value:
