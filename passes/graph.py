@@ -82,12 +82,9 @@ def is_view(node: fx.Node) -> bool:
     return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
 
 
-def storage_root(node: fx.Node, into_tuples: bool = False) -> fx.Node:
-    """The node whose memory a view shows; the node itself where it is none.
-
-    `into_tuples` goes on from an element of a tuple to the operation that returned the tuple.
-    """
-    while is_view(node) and node.all_input_nodes and (into_tuples or node.target in VIEWS):
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows; the node itself where it is none, also if it is an element of a tuple."""
+    while node.op == "call_function" and node.target in VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

@@ -61,23 +61,27 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
 
     `dropped` are returned values to treat as if they were not: they die after their last reader.
     """
-    roots = {node: storage_root(node, into_tuples=True) for node in graph.nodes}
+    roots = {node: storage_root(node) for node in graph.nodes}
     gone = set(dropped)
     returned = {roots[node] for node in output_node(graph).all_input_nodes if node not in gone}
     reads: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    stored: list[fx.Node] = []
+    stored: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op != "call_function" or is_view(node):
             continue
-        inputs = dict.fromkeys(
-            source
-            for arg in node.all_input_nodes
-            for source in ((roots[arg],) if roots[arg] not in reads or roots[arg] in stored else reads[roots[arg]])
-        )
+        inputs: dict[fx.Node, None] = {}
+        for root in (roots[arg] for arg in node.all_input_nodes):
+            inlined = _maker(root) in reads and _maker(root) not in stored
+            inputs.update(dict.fromkeys(reads[_maker(root)] if inlined else (root,)))
         reads[node] = tuple(inputs)
         if _is_stored(node, len(inputs), returned, roots):
-            stored.append(node)
-    return _lifetimes(stored, reads, returned)
+            stored[node] = None
+    return _lifetimes(list(stored), reads, returned)
+
+
+def _maker(root: fx.Node) -> fx.Node:
+    """The operation that makes a value: of an element of a tuple, what returns the tuple."""
+    return root.all_input_nodes[0] if is_view(root) else root
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -104,6 +108,11 @@ def _is_stored(node: fx.Node, reads: int, returned: set[fx.Node], roots: dict[fx
 
 def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node]) -> Timeline:
     step = {node: index for index, node in enumerate(stored)}
+    for node in stored:
+        # Each element of a tuple is a buffer of its own.
+        step.update(
+            (user, step[node]) for user in node.users if is_view(user) and _maker(user) is node and _is_tuple(node)
+        )
     last = {node: len(stored) - 1 if node in returned else index for node, index in step.items()}
     for node in stored:
         for source in reads[node]:
@@ -113,9 +122,9 @@ def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]],
         if _overwrites(node) and (reused := _reusable(node, reads[node], step, last, returned)) is not None:
             last[reused] -= 1
     buffers = tuple(
-        Buffer(node, step[node], last[node], nbytes(node) or _tuple_bytes(node))
-        for node in stored
-        if last[node] >= step[node]
+        Buffer(node, first, last[node], _unread_bytes(node) if _is_tuple(node) else nbytes(node))
+        for node, first in step.items()
+        if last[node] >= first
     )
     read_at: dict[fx.Node, list[int]] = {}
     for node in stored:
@@ -143,8 +152,15 @@ def _reusable(
     return None
 
 
-def _tuple_bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    if not isinstance(value, (tuple, list)):
-        return 0
-    return sum(v.numel() * v.element_size() for v in value if hasattr(v, "element_size"))
+def _is_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (tuple, list))
+
+
+def _unread_bytes(node: fx.Node) -> int:
+    """Bytes of the elements of a tuple that nothing picks: they die with the call."""
+    picked = {user.args[1] for user in node.users if is_view(user)}
+    return sum(
+        value.numel() * value.element_size()
+        for place, value in enumerate(node.meta["val"])
+        if place not in picked and hasattr(value, "element_size")
+    )
