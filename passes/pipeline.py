@@ -1,7 +1,8 @@
 """The pipeline: every pass over a joint graph, in order.
 
     joint graph -> deduplicate -> separate -> split_backward -> gather_pooling
-                -> partition -> forward, backward -> hoist -> analyse -> pose -> plan -> rewrite -> volume_kernels
+                -> partition -> forward, backward -> hoist -> late_layout -> analyse -> pose -> plan -> rewrite
+                -> volume_kernels
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -25,10 +26,12 @@ from xconv_fx.slices import Batch, Slicing
 from . import planning
 from .gather_pooling import gather_pooling as gather_pool_backward
 from .graph import nbytes
+from .layouts import late_layout as lay_out_late
+from .layouts import relaid_operands
 from .partition import Pair
 from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
-from .problem import Posed, link, relaid_operands
+from .problem import Posed, link
 from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
@@ -109,6 +112,11 @@ def hoist(job: Job) -> None:
     hoist_saved(job.pair.forward.graph)
 
 
+def late_layout(job: Job) -> None:
+    assert job.pair is not None
+    lay_out_late(job.pair)
+
+
 def analyse(job: Job) -> None:
     assert job.pair is not None
     job.residuals = find_residuals(job.pair)
@@ -145,6 +153,7 @@ BUDGETED: tuple[Pass, ...] = (
     gather_pooling,
     partition,
     hoist,
+    late_layout,
     analyse,
     pose,
     plan,

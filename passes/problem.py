@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-import torch
 from torch import fx
 
-from xconv_fx import calibration, hooks
+from xconv_fx import calibration
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
@@ -39,6 +38,7 @@ from .graph import (
     output_node,
     tensor_of,
 )
+from .layouts import layout_copies
 from .lifetimes import Timeline, timeline
 from .partition import Pair
 from .recompute import Chain, find_chain
@@ -120,36 +120,6 @@ def pose(
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
     """Parameters, buffers and inputs among the nodes: alive during the whole step."""
     return sum(nbytes(node) for node in nodes if is_primal(node))
-
-
-def layout_copies(forward: fx.GraphModule) -> int:
-    """Bytes of the channels-last copies that Inductor makes of convolution weights and of contiguous inputs.
-
-    It makes them when the forward begins and saves them for the backward in the place of the originals.
-    """
-    return sum(nbytes(node) for node in (*relaid_operands(forward, 0), *relaid_operands(forward, 1)))
-
-
-def relaid_operands(forward: fx.GraphModule, place: int) -> list[fx.Node]:
-    """Inputs (`place` 0) or weights (1) of convolutions that the forward gets in another layout than channels-last."""
-    if not hooks.channels_last_convolutions(forward):
-        return []
-    found: dict[fx.Node, None] = {}
-    for node in forward.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
-        operand = arguments(node)[place]
-        value = tensor_of(operand)
-        if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
-            found[operand] = None
-    return list(found)
-
-
-def _is_relaid(value: torch.Tensor) -> bool:
-    """Whether channels-last is another layout than the one the tensor has."""
-    return (
-        value.shape[1] > 1
-        and value.shape[2] * value.shape[3] > 1
-        and not value.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 class _Poser:

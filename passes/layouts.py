@@ -1,0 +1,83 @@
+"""Channels-last copies of a graph's own inputs: what Inductor makes of them, and how long they live.
+
+Inductor runs image networks channels-last. When the forward begins it copies convolution weights to that layout, and
+contiguous images as well, and saves the copies for the backward in the place of the originals. A weight's copy is
+small; an image's stands beside the caller's own all the way. `late_layout` makes one copy before each convolution
+instead, and another before the weight gradient, released at once: one more pass over the input. What is saved is then
+a matrix, a view of the image: of anything with four dimensions Inductor would save its copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xconv_fx import hooks
+
+from .graph import arguments, inline, is_primal, nbytes, origin_meta, output_node, tensor_of
+from .partition import Pair
+
+aten = torch.ops.aten
+
+
+def layout_copies(forward: fx.GraphModule) -> int:
+    """Bytes of the copies that Inductor makes when the forward begins and saves for the backward."""
+    return sum(nbytes(node) for node in (*relaid_operands(forward, 0), *relaid_operands(forward, 1)))
+
+
+def relaid_operands(forward: fx.GraphModule, place: int) -> list[fx.Node]:
+    """Inputs (`place` 0) or weights (1) of convolutions that the forward gets in another layout than channels-last."""
+    if not hooks.channels_last_convolutions(forward):
+        return []
+    found: dict[fx.Node, None] = {}
+    for node in forward.graph.find_nodes(op="call_function", target=aten.convolution.default):
+        operand = arguments(node)[place]
+        value = tensor_of(operand)
+        if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
+            found[operand] = None
+    return list(found)
+
+
+def _is_relaid(value: torch.Tensor) -> bool:
+    """Whether channels-last is another layout than the one the tensor has."""
+    return (
+        value.shape[1] > 1
+        and value.shape[2] * value.shape[3] > 1
+        and not value.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def late_layout(pair: Pair) -> None:
+    """Copy contiguous images where convolutions read them; rewrites both halves in place."""
+    images = {node.name for node in relaid_operands(pair.forward, 0) if node.meta["val"].is_contiguous()}
+    for half in (pair.forward, pair.backward):
+        for place, target in ((0, aten.convolution.default), (1, aten.convolution_backward.default)):
+            for node in half.graph.find_nodes(op="call_function", target=target):
+                image = arguments(node)[place]
+                if image.name in images:
+                    _copy_before(half.graph, node, image)
+    for name, (image, placeholder) in pair.saved().items():
+        if name in images:
+            _save_as_matrix(pair, image, placeholder)
+    for half in (pair.forward, pair.backward):
+        half.recompile()
+
+
+def _copy_before(graph: fx.Graph, node: fx.Node, image: fx.Node) -> None:
+    with graph.inserting_before(node):
+        (copied,) = inline(graph, lambda x: x.clone(memory_format=torch.channels_last), [image], origin_meta(node))
+    node.replace_input_with(image, copied)
+
+
+def _save_as_matrix(pair: Pair, image: fx.Node, placeholder: fx.Node) -> None:
+    size = list(image.meta["val"].shape)
+    with pair.forward.graph.inserting_before(output_node(pair.forward.graph)):
+        (matrix,) = inline(pair.forward.graph, lambda x: aten.view.default(x, [size[0], -1]), [image])
+    matrix.name = f"{image.name}_matrix"
+    saved = pair.cross(matrix, matrix.name)
+    with pair.backward.graph.inserting_before(
+        next(node for node in pair.backward.graph.nodes if node.op != "placeholder")
+    ):
+        (restored,) = inline(pair.backward.graph, lambda x: aten.view.default(x, size), [saved])
+    placeholder.replace_all_uses_with(restored)
+    pair.uncross(image, placeholder)
