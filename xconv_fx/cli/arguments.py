@@ -1,13 +1,6 @@
-"""The command line. Every mistake a user can make ends in one line that says what is wrong and one that says what to
-type next; `--debug` adds the traceback. Imports of torch wait until they are needed: `xconv --help` answers at once.
+"""What the commands share: exit codes, input shapes, the planner's options as flags, and the model that a target names.
 
-`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it. The model is
-built on torch's meta device, so planning a network needs neither its memory nor a GPU.
-
-`xconv calibrate`: measure the machine that plans predict times for (`calibrate.py`).
-
-Known gap: a builder that reads real values, such as pretrained weights, cannot run on the meta device and needs
-`--allocate`.
+Everything that goes wrong with a user's model becomes a `UsageError` that says what to type next.
 """
 
 from __future__ import annotations
@@ -20,16 +13,10 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
-
-from xconv_fx import __version__
-from xconv_fx.errors import BudgetInfeasibleError, OptionError, UsageError, XConvError
+from xconv_fx.errors import OptionError, UsageError, XConvError
 from xconv_fx.options import CODECS_HINT, PREFERENCES, Options, join_clauses, nearest
-from xconv_fx.report import render, to_json
-from xconv_fx.sizes import sufficient_size
 from xconv_fx.target import build, summary
 
 if TYPE_CHECKING:
@@ -43,8 +30,6 @@ EXIT_CODES = (
 )
 INPUT_HINT = "write sizes joined by x and an optional dtype, such as 4x1x96x96x96 or 32x3x224x224:bfloat16"
 PROBES_HINT = "write --probes 8 for every layer, or --probes 'encoder.*=8,head=2' by layer name or pattern"
-# Of `cost_model/device.py`, whose package imports too much for `xconv --help`.
-DEVICES = ("cpu", "cuda")
 FLAGS = {
     "mem_budget": "--budget",
     "codecs": "--codecs",
@@ -69,66 +54,19 @@ DTYPE_ALIASES = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of the process) and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parsed = _parser().parse_args(arguments)
-        return parsed.run(parsed)
-    except XConvError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        _print_error(error)
-        return INFEASIBLE if isinstance(error, BudgetInfeasibleError) else FAILED
-
-
-def _print_error(error: XConvError) -> None:
-    hint = getattr(error, "hint", "") if isinstance(error, UsageError) else ""
-    if isinstance(error, BudgetInfeasibleError):
-        hint = f"--budget {sufficient_size(error.smallest)}"
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(Text("error: ", style="bold red").append(str(error), style="default not bold"))
-    if hint:
-        console.print(Text("try:   ", style="bold").append(hint, style="default not bold"))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports usage errors like every other error here, and suggests the nearest option for an unknown one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"{self.prog} --help")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = getattr(parsed, "flags", ())
-            name = unknown[0].partition("=")[0]
-            raise UsageError(f"unknown argument {name!r}", nearest(name, known) or f"{self.prog} --help")
-        return parsed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
-    parser.set_defaults(run=lambda _: parser.error("no command given"))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (_add_plan(commands), _add_calibrate(commands)):
-        command.set_defaults(flags=re.findall(r"--[a-z-]+", command.format_usage()))
-    return parser
-
-
-def _add_plan(commands: Any) -> argparse.ArgumentParser:
-    plan: argparse.ArgumentParser = commands.add_parser(
-        "plan",
-        help="show what would be held between forward and backward under a budget",
-        description="Show what would be held between forward and backward under a budget, without training.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
-    )
-    plan.add_argument("target", metavar="TARGET", help="what builds the model: FILE.py:callable or module:callable")
-    add = plan.add_argument
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Declare what names a model, its inputs and its loss."""
+    add = command.add_argument
+    add("target", metavar="TARGET", help="what builds the model: FILE.py:callable or module:callable")
     inputs = "an input of the model such as 4x1x96x96x96 or 2x77:int64; repeat it, one for every argument"
     add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", required=True, help=inputs)
+    add("--loss", choices=("mean", "sum"), help="how the output becomes a loss (default: mean)")
+    add("--allocate", action="store_true", help="build the model with real memory, for builders that read weights")
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the planner's options."""
+    add = command.add_argument
     add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
     add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
     add("--probes", metavar="N|LAYER=N,...", help="probes a layer must use, for all layers or by name or pattern")
@@ -137,54 +75,12 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
     add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
-    add("--loss", choices=("mean", "sum"), help="how the output becomes a loss (default: mean)")
-    add("--json", metavar="PATH", help="write the plans as JSON to PATH, or to standard output and nothing else with -")
-    add("--limit", metavar="N", default="25", help="residuals to list, 0 for all (default: %(default)s)")
-    add("--allocate", action="store_true", help="build the model with real memory, for builders that read weights")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    plan.set_defaults(run=_plan)
-    return plan
 
 
-def _add_calibrate(commands: Any) -> argparse.ArgumentParser:
-    calibrate: argparse.ArgumentParser = commands.add_parser(
-        "calibrate",
-        help="measure this machine once, so that later plans predict its times",
-        description="Measure bandwidth, convolutions and the start of kernels here, and keep them for later plans.",
-        epilog=f"exit codes: {OK} measured and kept, {FAILED} usage error, or the numbers cannot be kept",
-        allow_abbrev=False,
-    )
-    add = calibrate.add_argument
-    add("--device", choices=DEVICES, help="what to measure (default: cuda where there is one, else cpu)")
-    add(
-        "--threads",
-        metavar="N",
-        help="threads of the CPU; plans for another number use other numbers (default: torch's)",
-    )
-    add("--json", action="store_true", help="print the numbers as JSON and nothing else")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    calibrate.set_defaults(run=_calibrate)
-    return calibrate
-
-
-def _calibrate(arguments: argparse.Namespace) -> int:
-    threads = arguments.threads
-    if threads is not None and not re.fullmatch(r"[1-9]\d{0,3}", threads):
-        raise UsageError(f"--threads {threads!r} is not a number of threads", "--threads 4")
-
-    import torch
-
-    from xconv_fx.calibrate import calibrate
-
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() and threads is None else "cpu")
-    calibrate(kind, None if threads is None else int(threads), arguments.json)
-    return OK
-
-
-def _limit(text: str) -> int | None:
-    if not re.fullmatch(r"\d+", text):
-        raise UsageError(f"--limit {text!r} is not a number of rows", "--limit 25, or --limit 0 for all")
-    return int(text) or None
+def add_json(command: argparse.ArgumentParser, what: str) -> None:
+    """Declare `--json PATH`, to be written with `write`."""
+    text = f"write {what} as JSON to PATH, or to standard output and nothing else with -"
+    command.add_argument("--json", metavar="PATH", help=text)
 
 
 @dataclass(frozen=True)
@@ -215,25 +111,16 @@ class InputSpec:
         return f"{'x'.join(map(str, self.shape))}:{self.dtype}"
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    options = _options(arguments)
+def plans_of(arguments: argparse.Namespace) -> Sequence[Plan]:
+    """The plans of the model, inputs and options that the command line names. Raises `UsageError`."""
+    chosen = options(arguments)
     specs = [InputSpec.parse(text) for text in arguments.inputs]
-    limit = _limit(arguments.limit)
     model = build(arguments.target, "cpu" if arguments.allocate else "meta")
     _check_count(model, specs)
-    plans = _explain(model, specs, options)
-    if arguments.json is not None:
-        _write(to_json(plans), arguments.json)
-    if arguments.json != "-":
-        console = Console()
-        for index, plan in enumerate(plans):
-            title = f"graph {index + 1} of {len(plans)}" if len(plans) > 1 else None
-            console.print(render(plan, limit=limit, title=title))
-    missed = any(plan.budget is not None and plan.peak > plan.budget for plan in plans)
-    return INFEASIBLE if missed else OK
+    return _explain(model, specs, chosen)
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `explain`, checked before the user's file is run."""
     given = {
         "mem_budget": arguments.budget,
@@ -271,18 +158,6 @@ def _probes(text: str) -> int | dict[str, int]:
     if not all(pairs):
         raise UsageError(f"--probes {text!r} is not a number of probes", PROBES_HINT)
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
-
-
-def _write(text: str, path: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path!r}: {error.strerror}", "--json with a path that can be written"
-        ) from error
 
 
 def _check_count(model: torch.nn.Module, specs: Sequence[InputSpec]) -> None:
@@ -339,3 +214,16 @@ def _layer_of(model: torch.nn.Module, error: BaseException) -> str:
         if isinstance(layer, torch.nn.Module) and names.get(id(layer)):
             where = f", in {names[id(layer)]} ({type(layer).__name__}({layer.extra_repr()}))"
     return where
+
+
+def write(text: str, path: str) -> None:
+    """Write what `--json PATH` asks for; raises `UsageError` where that is impossible."""
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path!r}: {error.strerror}", "--json with a path that can be written"
+        ) from error

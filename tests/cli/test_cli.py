@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from xconv_fx.cli import FAILED, INFEASIBLE, OK, InputSpec, main
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK, InputSpec
 from xconv_fx.errors import BudgetInfeasibleError, UnsupportedModelError, UsageError
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.report import read_json

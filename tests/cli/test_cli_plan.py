@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from xconv_fx.cli import FAILED, INFEASIBLE, OK, main
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
 from xconv_fx.explain import explain
 from xconv_fx.plan import Plan
 from xconv_fx.report import read_json
