@@ -8,6 +8,7 @@ single tensor of it is: of that size, systems refuse even to reserve.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +40,31 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, *inputs: Any, mem_budget: str | int | None = None, loss: str = "mean", **options: Any
+    model: nn.Module,
+    *inputs: Any,
+    mem_budget: str | int | None = None,
+    loss: str | Callable[..., Tensor] = "mean",
+    targets: Sequence[Any] = (),
+    **options: Any,
 ) -> Explanation:
     """The plan that `torch.compile(model, backend="xconv", options=...)` would start from, for these inputs.
 
     `options` are those of the backend. The model trains on the mean or sum of its output (`loss`), which adds nothing
-    to the graph. The peaks are predicted ones: nothing is compiled. Raises what the backend would raise, and
+    to the graph, or on `loss(output, *targets)`, which is traced with the model as when one compiled function computes
+    both. The peaks are predicted ones: nothing is compiled. Raises what the backend would raise, and
     `UnsupportedModelError` when no graph of the model has a backward.
     """
     hooks.require_checked_torch()
-    if loss not in ("mean", "sum"):
-        raise ValueError(f"loss={loss!r}: write 'mean' or 'sum'")
+    if loss not in ("mean", "sum") and not callable(loss):
+        raise ValueError(f"loss={loss!r}: write 'mean', 'sum' or a callable of the output and the targets")
     chosen = Options.parse({**options, **({} if mem_budget is None else {"mem_budget": mem_budget})})
     lowering.install()
-    model, arguments = _placed(model), [_placed(value) for value in inputs]
+    model, arguments = _placed(model), [_placed(value) for value in (*inputs, *targets)]
     session = Session(chosen, model)
+
+    # A function, not a module: layers keep the names that they have in the model.
+    def with_loss(*arguments: Any) -> Any:
+        return loss(model(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
 
     @surfaced_by_dynamo
     def planner(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -63,7 +74,7 @@ def explain(
         return _Unrun(gm)
 
     with torch.enable_grad():
-        torch.compile(model, backend=planner)(*arguments)
+        torch.compile(with_loss if callable(loss) else model, backend=planner)(*arguments)
     if not session.plans:
         raise UnsupportedModelError(
             type(model).__name__, "nothing in it requires a gradient", "train at least one parameter or input"

@@ -1,9 +1,4 @@
-"""`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it. The model is
-built on torch's meta device, so planning a network needs neither its memory nor a GPU.
-
-Known gap: a builder that reads real values, such as pretrained weights, cannot run on the meta device and needs
-`--allocate`.
-"""
+"""`xconv plan`: what a model would keep, recompute, quantise or probe under a budget, without training it."""
 
 from __future__ import annotations
 
