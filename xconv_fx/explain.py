@@ -6,6 +6,7 @@ generated or run, and the device that the plan is for need not be there.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,10 @@ class _Trace:
 
     def run(self, step: Callable[..., Any]) -> None:
         """Plan every graph of the step, in the order in which they run."""
-        with torch.enable_grad(), self.scenario.in_effect(self.home), self.mode, warnings.catch_warnings():
+        with contextlib.ExitStack() as stack:
+            for entered in (torch.enable_grad(), hooks.cheap_graphs(), self.scenario.in_effect(self.home), self.mode):
+                stack.enter_context(entered)
+            stack.enter_context(warnings.catch_warnings())
             # Dynamo asks the inputs of a later graph for their gradients, and means to hide this itself.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             torch.compile(step, backend=surfaced_by_dynamo(self._plan))(*self.inputs)

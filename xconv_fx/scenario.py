@@ -58,12 +58,12 @@ class Scenario:
             raise OptionError("channels_last", channels_last, "write True or False")
         board = None if gpu is None else GPUS[gpu]
         if board is not None and device == "cpu":
-            raise OptionError("gpu", gpu, "a GPU is no CPU; write device='cuda', or leave one of the two out")
+            raise OptionError("gpu", gpu, "a GPU is not a CPU: leave out the device, or the GPU")
         if board is not None and not board.bfloat16 and amp == "bf16":
-            raise OptionError("amp", amp, f"a {gpu} has no bfloat16 arithmetic; write 'fp16'")
+            raise OptionError("amp", amp, f"a {gpu} has no bfloat16 arithmetic; write fp16")
         device = device if board is None else "cuda"
         if amp == "fp16" and device == "cpu":
-            raise OptionError("amp", amp, "float16 trains on GPUs; write 'bf16' for the CPU, or device='cuda'")
+            raise OptionError("amp", amp, "CPUs do not train in float16; write bf16, or plan for the device cuda")
         return Scenario(device, board, amp, channels_last, optimizer)
 
     @property
