@@ -66,7 +66,7 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
     gone = set(dropped)
     returned = {roots[node] for node in output_node(graph).all_input_nodes if node not in gone}
     reads: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    stored: list[fx.Node] = []
+    stored: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op != "call_function" or is_view(node):
             continue
@@ -77,8 +77,8 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
         )
         reads[node] = tuple(inputs)
         if _is_stored(node, len(inputs), returned, roots):
-            stored.append(node)
-    return _lifetimes(stored, reads, returned)
+            stored[node] = None
+    return _lifetimes(list(stored), reads, returned)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -97,7 +97,7 @@ def separate(job: Job) -> None:
 
 
 def split_backward(job: Job) -> None:
-    split_joint(job.joint)
+    split_joint(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
 
 
 def gather_pooling(job: Job) -> None:

@@ -28,6 +28,9 @@ from .report import render
 from .scenario import Scenario
 from .session import Session
 
+# Variants of one piece of code that Dynamo traces before it gives up.
+MANY = 1 << 20
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -116,7 +119,9 @@ class _Trace:
             stack.enter_context(warnings.catch_warnings())
             # Dynamo asks the inputs of a later graph for their gradients, and means to hide this itself.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            torch.compile(step, backend=surfaced_by_dynamo(self._plan))(*self.inputs)
+            # However often the same code is planned: each of its shapes is a plan of its own.
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY))
+            torch.compile(step, backend=surfaced_by_dynamo(self._plan), dynamic=False)(*self.inputs)
 
     def _plan(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         """A backend: plans the graph, and leaves it to compute the shapes of its results."""

@@ -131,7 +131,7 @@ class _Move:
         self.moved: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, value: FakeTensor) -> Tensor:
-        kind = (value.shape, value.stride(), value.dtype)
+        kind = (tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype)
         if kind not in self.moved:
             meta = torch.empty_strided(*kind[:2], dtype=value.dtype, device="meta")
             if self.images and value.dim() == 4:

@@ -69,11 +69,17 @@ def saved_descriptor(index: int) -> Any:
     return SavedForBackwardsAOTOutput(index)
 
 
-def channels_last_convolutions(gm: fx.GraphModule) -> bool:
-    """Whether Inductor will lay out the 4d activations of this graph channels-last."""
+def channels_last_convolutions(gm: fx.GraphModule, device: str | None = None) -> bool:
+    """Whether Inductor will lay out the 4d activations of this graph channels-last.
+
+    `device` is where the graph will be, if that is not where it was traced.
+    """
     from torch._inductor.graph import GraphLowering
 
-    return GraphLowering.decide_layout_opt(gm, is_inference=False)
+    # Inductor asks for oneDNN where all tensors are on the CPU, and decides by the convolutions' channels elsewhere.
+    elsewhere = mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False)
+    with contextlib.nullcontext() if device is None else elsewhere:
+        return GraphLowering.decide_layout_opt(gm, is_inference=False)
 
 
 def source_hash() -> str:
