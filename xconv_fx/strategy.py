@@ -94,7 +94,8 @@ class Strategy:
             ways = self.ways()
             if not ways:
                 error, _ = self._lowest()
-                raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
+                budget = self.traced.options.mem_budget.resolve(0)  # type: ignore[union-attr]
+                raise BudgetInfeasibleError(budget, error.smallest, error.consumers, self.traced.notes)
             route = ways[0].route
             known = {"baseline_peak": baseline, **self._time(ways[0])}
         compilation = Compilation(self.traced, route)
