@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .cudnn import cudnn_workspace
 from .measure import allocated_by, storage_bytes
 from .ops import volume
 from .portable import is_portable
@@ -124,6 +125,8 @@ def node_workspace(node: torch.fx.Node) -> int:
     """`workspace_bytes` of a graph's node, its arguments taken from their fake tensors."""
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
         return 0
+    if node.args[0].meta["val"].device.type == "cuda":  # type: ignore[union-attr]
+        return cudnn_workspace(node)
     args: Any = torch.fx.node.map_arg(node.args, lambda arg: _laid_out(arg.meta["val"]))  # type: ignore[arg-type]
     kernel = volume.operator_for(node.target, args)
     return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args, args) if kernel else args)

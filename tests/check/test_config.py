@@ -17,7 +17,9 @@ def read(tmp_path, text, name="xconv.toml"):
 
 
 def test_a_file_of_its_own(tmp_path):
-    settings = read(tmp_path, f'tolerance = "2%"\n{CHECK}budget = "60%"\nloss = "sum"\n')
+    settings = read(
+        tmp_path, f'tolerance = "2%"\n{CHECK}budget = "60%"\nloss = "sum"\ngpu = "t4"\noptimizer = "adam"\n'
+    )
     (check,) = settings.checks
     assert (settings.lock, settings.tolerance) == (tmp_path / "xconv.lock", Tolerance(share=0.02))
     assert (check.workload.target, check.workload.inputs, check.workload.loss) == (
@@ -25,7 +27,7 @@ def test_a_file_of_its_own(tmp_path):
         ("4x3x16x16",),
         "sum",
     )
-    assert check.options == {"mem_budget": "60%"}
+    assert check.options == {"mem_budget": "60%", "gpu": "t4", "optimizer": "adam"}
 
 
 def test_a_table_of_pyproject(tmp_path):
@@ -60,6 +62,8 @@ MISTAKES = [
     (CHECK + 'buget = "60%"\n', ["check.net has an unknown key 'buget'", "did you mean 'budget'"]),
     (CHECK + 'budget = "lots"\n', ["check.net: budget = 'lots'", "'8GB'"]),
     (CHECK + 'codecs = "exakt"\n', ["check.net: codecs = 'exakt'", "did you mean 'exact'"]),
+    (CHECK + 'gpu = "h1000"\n', ["check.net: gpu = 'h1000'", "did you mean 'h100'"]),
+    (CHECK + 'device = "cpu"\ngpu = "t4"\n', ["check.net: gpu = 't4'", "a GPU is not a CPU"]),
     (CHECK + "loss = 3\n", ["check.net: loss = 3", 'loss = "mean"']),
     (CHECK + "allocate = 1\n", ["check.net: allocate = 1", "allocate = true"]),
     ('[check.net]\ntarget = "net.py:build"\n', ["check.net has no inputs"]),

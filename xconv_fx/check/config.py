@@ -22,6 +22,7 @@ from typing import Any
 
 from xconv_fx.errors import OptionError, UsageError
 from xconv_fx.options import Options, join_clauses, nearest
+from xconv_fx.scenario import Scenario
 from xconv_fx.sizes import format_size, parse_size
 from xconv_fx.workload import Workload
 
@@ -45,6 +46,8 @@ PLANNER = {
     "max_slowdown": "max_slowdown",
     "reserve": "reserve",
 }
+# Those that say what is planned for.
+SCENARIO = ("device", "gpu", "amp", "channels_last", "optimizer")
 TOP = ("tolerance", "lock", "check")
 
 
@@ -154,7 +157,7 @@ def _check(path: Path, name: str, table: Any) -> Check:
     where = f"{path}: check.{name}"
     if not isinstance(table, dict):
         raise UsageError(f"{where} is no table", EXAMPLE)
-    _refuse_unknown(table, ("target", "inputs", "loss", "labels", "allocate", *PLANNER), where)
+    _refuse_unknown(table, ("target", "inputs", "loss", "labels", "allocate", *PLANNER, *SCENARIO), where)
     target, loss, allocate = table.get("target"), table.get("loss"), table.get("allocate", False)
     inputs, labels = (_texts(where, key, table.get(key, [])) for key in ("inputs", "labels"))
     if not isinstance(target, str) or not inputs:
@@ -164,13 +167,15 @@ def _check(path: Path, name: str, table: Any) -> Check:
         key, hint = ("loss", 'loss = "mean"') if isinstance(allocate, bool) else ("allocate", "allocate = true")
         raise UsageError(f"{where}: {key} = {table[key]!r}", hint)
     options = {PLANNER[key]: value for key, value in table.items() if key in PLANNER}
+    scenario = {key: value for key, value in table.items() if key in SCENARIO}
     try:
         Options.parse(options)
+        Scenario.parse(**scenario)
     except OptionError as error:
         key = next((key for key, option in PLANNER.items() if option == error.option), error.option)
         raise UsageError(f"{where}: {key} = {error.value!r}: {error.hint}", f"xconv check {name}") from error
     workload = Workload(target, inputs, loss, labels, allocate, spelling=("inputs", "labels"))
-    return Check(name, workload, options, dict(table))
+    return Check(name, workload, {**options, **scenario}, dict(table))
 
 
 def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:

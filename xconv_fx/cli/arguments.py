@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xconv_fx.cli.scenario import add_scenario, scenario
 from xconv_fx.errors import OptionError, UsageError
 from xconv_fx.options import CODECS_HINT, PREFERENCES, Options
 from xconv_fx.workload import LOSSES, Workload
@@ -51,7 +52,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Declare the planner's options."""
+    """Declare the planner's options, and what it plans for."""
     add = command.add_argument
     add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
     add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
@@ -61,6 +62,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
+    add_scenario(command)
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
@@ -102,7 +104,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
             reason = error.hint.partition(";")[0]
             raise UsageError(f"--probes {arguments.probes!r}: {reason}", PROBES_HINT) from error
         raise UsageError(f"{FLAGS[error.option]} {error.value!r}: {error.hint}") from error
-    return given
+    return {**given, **scenario(arguments)}
 
 
 def _number(text: str | None, kind: type) -> Any:

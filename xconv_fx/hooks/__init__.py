@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .graphs import cheap_graphs as cheap_graphs
 from .indexing import cheap_strides as cheap_strides
 from .kernels import Deferred as Deferred
 
