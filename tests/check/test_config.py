@@ -17,9 +17,8 @@ def read(tmp_path, text, name="xconv.toml"):
 
 
 def test_a_file_of_its_own(tmp_path):
-    settings = read(
-        tmp_path, f'tolerance = "2%"\n{CHECK}budget = "60%"\nloss = "sum"\ngpu = "t4"\noptimizer = "adam"\n'
-    )
+    options = 'budget = "60%"\nloss = "sum"\ngpu = "t4"\noptimizer = "adam"\n'
+    settings = read(tmp_path, f'tolerance = "2%"\n{CHECK}{options}')
     (check,) = settings.checks
     assert (settings.lock, settings.tolerance) == (tmp_path / "xconv.lock", Tolerance(share=0.02))
     assert (check.workload.target, check.workload.inputs, check.workload.loss) == (

@@ -84,7 +84,8 @@ def _result(
     try:
         record = measure(check, settings.path.resolve().parent)
     except BudgetInfeasibleError as error:
-        return Result(check.name, problem=str(error))
+        told = BudgetInfeasibleError(error.budget, error.smallest, error.consumers)
+        return Result(check.name, problem=str(told))
     except UsageError as error:
         raise UsageError(f"check {check.name}: {error}", error.hint) from error
     if update:
