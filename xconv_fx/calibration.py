@@ -28,6 +28,7 @@ import torch
 
 from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec, device
 from xconv_fx.log import log
+from xconv_fx.portable import is_portable
 
 FORMAT = 1
 MEASURED = (*RATES, "launch")
@@ -67,14 +68,14 @@ def folder() -> Path:
 
 
 def spec(name: str) -> DeviceSpec:
-    """The calibrated numbers of a device, or the generic ones. Raises `ValueError` for a device that has neither.
+    """The calibrated numbers of a device, or the generic ones, as always in plans for no machine in particular.
 
-    Those of a device that is `assumed` stand for all of its type.
+    Those of a device that is `assumed` stand for all of its type. Raises `ValueError` for a device that has neither.
     """
     generic = device(name)
     if (assumption := _assumed.get()) is not None and assumption.name == generic.name:
         return assumption
-    if generic.name == "cuda" and not torch.cuda.is_available():
+    if is_portable() or (generic.name == "cuda" and not torch.cuda.is_available()):
         return generic
     return load(Machine.of(name)) or generic
 

@@ -79,11 +79,13 @@ def explain(
     lowering.install()
     trace = _Trace(model, (*inputs, *targets), chosen, scenario)
 
-    # A function, not a module: layers keep the names that they have in the model.
-    def with_loss(*arguments: Any) -> Any:
-        return loss(trace.model(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
+    faked = trace.model
 
-    trace.run(with_loss if callable(loss) else trace.model)
+    # A function of a module, not a module with a part: layers keep the names that they have in the model.
+    def with_loss(*arguments: Any) -> Any:
+        return loss(faked(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
+
+    trace.run(with_loss if callable(loss) else faked)
     if not trace.session.plans:
         raise UnsupportedModelError(
             type(model).__name__, "nothing in it requires a gradient", "train at least one parameter or input"

@@ -98,12 +98,10 @@ class Workload:
         inputs, labels = _sources(self.inputs, input_option), _sources(self.labels, label_option)
         if labels and self.loss in (None, *LOSSES):
             raise UsageError(f"{label_option} given, but no loss that takes it", "--loss FILE.py:callable")
-        device = "cpu" if self.allocate else "meta"
-        loss = self._loss()
-        model = build(self.target, device)
+        loss, model = self._loss(), self.model()
         # A builder may place its model itself, and a model built at import is where the file put it.
         weight = next(model.parameters(), None)
-        place = device if weight is None else str(weight.device)
+        place = self._device if weight is None else str(weight.device)
         given = _bound(model, _built(inputs, place), input_option)
         targets = _built(labels, place)
         if loss is not None:
@@ -113,6 +111,14 @@ class Workload:
         if targets:
             options["targets"] = targets
         return self._explained(model, given, options)
+
+    def model(self) -> torch.nn.Module:
+        """The model, built anew. Raises `UsageError`."""
+        return build(self.target, self._device)
+
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.allocate else "meta"
 
     def _loss(self) -> str | Callable[..., Any] | None:
         """What `explain` takes as a loss."""

@@ -37,6 +37,13 @@ def require_checked_torch() -> None:
         )
 
 
+def cpp_compiler() -> str:
+    """The command of the C++ compiler that Inductor uses. Raises where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
 def deduplicate(gm: fx.GraphModule) -> None:
     """Dead code and common subexpressions out of a joint graph, as torch's partitioner does it itself."""
     from torch._functorch.compile_utils import fx_graph_cse
