@@ -78,7 +78,6 @@ def explain(
     scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
     lowering.install()
     trace = _Trace(model, (*inputs, *targets), chosen, scenario)
-
     faked = trace.model
 
     # A function of a module, not a module with a part: layers keep the names that they have in the model.
