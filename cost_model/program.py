@@ -14,6 +14,7 @@ Known gaps: scipy passes HiGHS no starting plan and no tolerance of ours, so the
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -33,6 +34,19 @@ BYTE_RANGE = 1e3
 
 # A cost a column, and what their sum over a plan may be at most.
 Cap: TypeAlias = tuple[Costs, float]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What HiGHS may spend: until `end` on the monotonic clock, and so many `nodes` of a search tree (None: any)."""
+
+    end: float
+    nodes: int | None = None
+
+    def options(self) -> dict[str, float]:
+        """As `scipy.optimize.milp` takes it, from now on."""
+        limits: dict[str, float] = {"time_limit": max(self.end - time.monotonic(), 0.01)}
+        return limits if self.nodes is None else {**limits, "node_limit": self.nodes}
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,9 @@ class Program:
             self.rows.append(LinearConstraint(_beside(own + table.forbidden, _zeros(needs, steps)), 0, 1))
 
     def cheapest(
-        self, costs: Costs, limit: int, allowed: Mask, cap: Cap | None, left: float, *, relax: bool = False
+        self, costs: Costs, limit: int, allowed: Mask, cap: Cap | None, effort: Effort, *, relax: bool = False
     ) -> Answer:
-        """Least `costs` within `limit` bytes and `left` seconds, with `allowed` columns only and `cap` kept.
+        """Least `costs` within `limit` bytes, with `allowed` columns only and `cap` kept.
 
         `relax` lets options be taken in fractions: a linear program, whose optimum bounds that of every plan.
         """
@@ -85,10 +99,10 @@ class Program:
             rows.append(LinearConstraint(row[None, :], -np.inf, 1))
         upper = np.concatenate((allowed.astype(float), np.full(steps, limit / self.scale)))
         objective = np.concatenate((np.where(allowed, costs, 0.0), np.zeros(steps)))
-        return self._run(objective, upper, rows, left, relax)
+        return self._run(objective, upper, rows, effort, relax)
 
-    def lower_peak(self, left: float) -> Answer:
-        """The smallest peak within `left` seconds; the bound is in bytes."""
+    def lower_peak(self, effort: Effort) -> Answer:
+        """The smallest peak; the bound is in bytes."""
         steps, columns = self.table.loads.shape
         objective = np.zeros(columns + steps + 1)
         objective[-1] = 1
@@ -96,10 +110,10 @@ class Program:
         under = _beside(_zeros(steps, columns), sparse.eye_array(steps), sparse.csr_array(-np.ones((steps, 1))))
         rows.append(LinearConstraint(under, -np.inf, 0))
         upper = np.concatenate((np.ones(columns), np.full(steps + 1, np.inf)))
-        answer = self._run(objective, upper, rows, left, relax=False)
+        answer = self._run(objective, upper, rows, effort, relax=False)
         return replace(answer, bound=answer.bound * self.scale)
 
-    def _run(self, objective: Costs, upper: Costs, rows: list[LinearConstraint], left: float, relax: bool) -> Answer:
+    def _run(self, objective: Costs, upper: Costs, rows: list[LinearConstraint], effort: Effort, relax: bool) -> Answer:
         columns = self.table.loads.shape[1]
         others = objective.size - columns
         found = milp(
@@ -107,7 +121,7 @@ class Program:
             integrality=np.concatenate((np.full(columns, 0 if relax else 1), np.zeros(others))),
             bounds=Bounds(np.concatenate((np.zeros(columns), np.full(others, -np.inf))), upper),
             constraints=rows,
-            options={"time_limit": max(left, 0.01), "mip_rel_gap": RELATIVE_GAP},
+            options={**effort.options(), "mip_rel_gap": RELATIVE_GAP},
         )
         proven = found.fun if relax and found.status == 0 else found.mip_dual_bound
         bound = float(proven) if proven is not None and math.isfinite(proven) else -math.inf

@@ -11,9 +11,9 @@ The first incumbent comes from `greedy.py`, the next from rounding the linear re
 runs only when the relaxation leaves room for something better. So there is an answer when time runs out. HiGHS works in
 floating point: a plan counts as fitting only when its bytes, added up as integers, do.
 
-Known gaps: plans are the same on every run only while HiGHS finishes within the time limit; when it does not, how far
-it came depends on the machine, and `gap` says what is left open. HiGHS looks at its clock between operations and can
-overrun a limit somewhat.
+Known gaps: plans are the same on every run only while HiGHS finishes within the time limit, or when `nodes` stops it
+before; else how far it came depends on the machine. `gap` says what is left open. HiGHS looks at its clock between
+operations and can overrun a limit somewhat.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 from xconv_fx.cost_model.greedy import Costs, Mask, Table, descend, relax
 from xconv_fx.cost_model.memory import Problem, peak
-from xconv_fx.cost_model.program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Program
+from xconv_fx.cost_model.program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Effort, Program
 
 # Plans whose first objective is within this fraction of the least are told apart by the second one. The noise model is
 # no better than that, and a looser cap lets the second program find plans quickly.
@@ -70,15 +70,18 @@ class Infeasible(Exception):
         self.bound = bound
 
 
-def solve(problem: Problem, budget: int, *, time_limit: float = 2.0, tradeoff: float = 0.0) -> Solution:
+def solve(
+    problem: Problem, budget: int, *, time_limit: float = 2.0, nodes: int | None = None, tradeoff: float = 0.0
+) -> Solution:
     """The plan of least noise, then least time, whose peak is at most `budget` bytes.
 
     `tradeoff` is the noise that saving one second a step is worth. 0, the default, is lossless first: noise is accepted
     only for bytes that no lossless option can save, and time only breaks ties (to within `TIE`). A positive number
     minimises noise + tradeoff * time, for those who would rather add 0.01 noise than replay a convolution; for a
     relative price, divide it by the seconds a step takes. `math.inf` minimises time and lets noise break ties.
-    `time_limit` is in seconds; half as much again may go into the smallest peak when nothing fits. Raises `Infeasible`
-    with that peak, `ValueError` for a negative tradeoff.
+    `time_limit` is in seconds; half as much again may go into the smallest peak when nothing fits. `nodes` bounds each
+    search tree of HiGHS, which unlike seconds gives the same plan on every machine. Raises `Infeasible` with the
+    smallest peak, `ValueError` for a negative tradeoff.
     """
     if not tradeoff >= 0:
         raise ValueError(f"tradeoff: {tradeoff!r} is not a number from 0 (lossless first) to inf (fastest first)")
@@ -87,15 +90,15 @@ def solve(problem: Problem, budget: int, *, time_limit: float = 2.0, tradeoff: f
     first, second = _objectives(problem, tradeoff)
     everything = np.ones(first.size, dtype=bool)
     start = _quick_plan(table, budget, first, second)
-    stage = _minimise(table, budget, first, start, everything, None, end - 0.4 * time_limit)
+    stage = _minimise(table, budget, first, start, everything, None, Effort(end - 0.4 * time_limit, nodes))
     best = stage.choice
     if best is None:
-        best = relax(table, _lowest_plan(problem, budget, time_limit / 2), budget, first, everything)
+        best = relax(table, _lowest_plan(problem, budget, time_limit / 2, nodes), budget, first, everything)
     extra = first - _least(table, first)[table.owner]
     cap = table.cost(extra, best) * (1 + TIE)
     no_dearer = first <= first[table.columns(best)][table.owner]
     start = relax(table, best, budget, second, no_dearer)
-    final = _minimise(table, budget, second, start, extra <= cap, (extra, cap), end)
+    final = _minimise(table, budget, second, start, extra <= cap, (extra, cap), Effort(end, nodes))
     assert final.choice is not None, "the second objective starts from a plan that fits"
     plan = _describe(problem, final.choice)
     objective, tie = table.cost(first, final.choice), table.cost(second, final.choice)
@@ -108,9 +111,9 @@ def solve(problem: Problem, budget: int, *, time_limit: float = 2.0, tradeoff: f
     )
 
 
-def _lowest_plan(problem: Problem, budget: int, time_limit: float) -> tuple[int, ...]:
+def _lowest_plan(problem: Problem, budget: int, time_limit: float, nodes: int | None) -> tuple[int, ...]:
     """The plan of smallest peak. Raises `Infeasible` when even that is over the budget."""
-    lowest = minimum_peak(problem, time_limit=time_limit)
+    lowest = minimum_peak(problem, time_limit=time_limit, nodes=nodes)
     if lowest.peak > budget:
         raise Infeasible(
             budget=budget, smallest=lowest.peak, choice=lowest.choice, step=lowest.step, bound=lowest.bound
@@ -118,14 +121,14 @@ def _lowest_plan(problem: Problem, budget: int, time_limit: float) -> tuple[int,
     return lowest.choice
 
 
-def minimum_peak(problem: Problem, *, time_limit: float = 2.0) -> Solution:
-    """The plan with the smallest peak, whatever its noise and time. `objective` and `bound` are bytes."""
+def minimum_peak(problem: Problem, *, time_limit: float = 2.0, nodes: int | None = None) -> Solution:
+    """The plan with the smallest peak, whatever its noise and time. `objective` and `bound` are bytes; see `solve`."""
     table = Table(problem)
     best = _lowest_greedy(table)
     top = int(table.alive(best).max())
     lowest = _floor(table)
     if top > lowest:
-        answer = Program(table, top).lower_peak(time_limit)
+        answer = Program(table, top).lower_peak(Effort(time.monotonic() + time_limit, nodes))
         lowest = max(lowest, answer.bound * (1 - TOLERANCE))
         if answer.choice is not None and table.legal(answer.choice) and table.alive(answer.choice).max() < top:
             best = answer.choice
@@ -173,9 +176,9 @@ def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[
 
 
 def _minimise(
-    table: Table, budget: int, costs: Costs, best: list[int] | None, allowed: Mask, cap: Cap | None, end: float
+    table: Table, budget: int, costs: Costs, best: list[int] | None, allowed: Mask, cap: Cap | None, effort: Effort
 ) -> _Stage:
-    """Least `costs` from the incumbent `best` (None: none known). `end` is on the monotonic clock.
+    """Least `costs` from the incumbent `best` (None: none known).
 
     A round is the relaxation (a bound, and a plan by rounding), then the program itself. There is another round only
     for a plan so much cheaper than the last that it deserves its own scale, or after one that exceeds the budget by
@@ -192,13 +195,13 @@ def _minimise(
             break
         scale = _scale(table, extra, best)
         usable = allowed & (extra <= scale)
-        relaxed = program.cheapest(extra / scale, limit, usable, cap, end - time.monotonic(), relax=True)
+        relaxed = program.cheapest(extra / scale, limit, usable, cap, effort, relax=True)
         rounded = _repair(table, budget, extra, usable, relaxed)
         best = _better(table, budget, extra, cap, best, rounded)
         bound = max(bound, (relaxed.bound - TOLERANCE) * scale) if limit == budget else bound
         if relaxed.infeasible or (best is not None and table.cost(extra, best) * (1 - RELATIVE_GAP) <= bound):
             break
-        answer = program.cheapest(extra / scale, limit, usable, cap, end - time.monotonic())
+        answer = program.cheapest(extra / scale, limit, usable, cap, effort)
         bound = max(bound, (answer.bound - TOLERANCE) * scale) if limit == budget else bound
         if answer.choice is None:
             break

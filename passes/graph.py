@@ -13,6 +13,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from xconv_fx.cost_model.allocator import block_bytes
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -58,9 +60,12 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
 
 
 def nbytes(node: fx.Node) -> int:
-    """Bytes of the node's tensor, 0 where it is none. Expanded dims count in full."""
+    """Bytes of the node's tensor, 0 where it is none. Expanded dims count in full, on CUDA allocator's blocks."""
     value = tensor_of(node)
-    return 0 if value is None else prod(int(n) for n in value.shape) * value.element_size()
+    if value is None:
+        return 0
+    size = prod(int(n) for n in value.shape) * value.element_size()
+    return block_bytes(size) if value.device.type == "cuda" else size
 
 
 def numel(node: fx.Node) -> int:

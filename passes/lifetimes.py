@@ -8,6 +8,7 @@ is audited on the generated code (`xconv_fx/audit.py`); this model only has to r
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class Timeline:
 
     def step_of(self, node: fx.Node) -> int:
         """The first step at or after `node` in the graph's order."""
-        return next((i for i, step in enumerate(self.steps) if step >= node), len(self.steps) - 1)
+        return min(bisect_left(self.steps, node), len(self.steps) - 1)
 
 
 def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:

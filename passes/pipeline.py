@@ -1,8 +1,8 @@
 """The pipeline: every pass over a joint graph, in order.
 
     joint graph -> deduplicate -> separate -> split_backward -> gather_pooling
-                -> partition -> forward, backward -> hoist -> late_layout -> analyse -> pose -> plan -> rewrite
-                -> volume_kernels
+                -> partition -> forward, backward -> hoist -> place -> late_layout -> analyse -> pose -> plan
+                -> rewrite -> volume_kernels
 
 A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
 (`disabled`); passes contain none of that.
@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.fake_device import place as place_halves
 from xconv_fx.log import log
 from xconv_fx.options import Options
 from xconv_fx.plan import Plan
@@ -48,7 +49,8 @@ class Job:
     `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
     many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
-    the others being recomputed from them, convolutions included. The fields below are filled by the passes: `mixing` is
+    the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
+    were traced on another one (None: nowhere). The fields below are filled by the passes: `mixing` is
     why the batch cannot be sliced, "" when it can; `phase_peaks` are the plan's.
     """
 
@@ -62,6 +64,7 @@ class Job:
     batch: Batch | None = None
     slicing: Slicing | None = None
     saved: float = 1.0
+    device: str | None = None
     random: bool = False
     mixing: str = "no input holds samples"
     pair: Pair | None = None
@@ -96,7 +99,7 @@ def separate(job: Job) -> None:
 
 
 def split_backward(job: Job) -> None:
-    split_joint(job.joint)
+    split_joint(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
 
 
 def gather_pooling(job: Job) -> None:
@@ -110,6 +113,12 @@ def partition(job: Job) -> None:
 def hoist(job: Job) -> None:
     assert job.pair is not None
     hoist_saved(job.pair.forward.graph)
+
+
+def place(job: Job) -> None:
+    if job.device is not None:
+        assert job.pair is not None
+        place_halves((job.pair.forward, job.pair.backward), job.device)
 
 
 def late_layout(job: Job) -> None:
@@ -153,6 +162,7 @@ BUDGETED: tuple[Pass, ...] = (
     gather_pooling,
     partition,
     hoist,
+    place,
     late_layout,
     analyse,
     pose,
@@ -161,7 +171,7 @@ BUDGETED: tuple[Pass, ...] = (
     volume_kernels,
 )
 # Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
-PLAIN: tuple[Pass, ...] = (deduplicate, partition, analyse, pose, plan)
+PLAIN: tuple[Pass, ...] = (deduplicate, partition, place, analyse, pose, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

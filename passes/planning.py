@@ -11,6 +11,7 @@ from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import Options, with_unseen
 from xconv_fx.plan import Choice, Plan
+from xconv_fx.portable import effort
 from xconv_fx.slices import Slicing
 
 from .problem import Posed
@@ -39,7 +40,7 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
         return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(with_unseen(baseline))
     try:
-        solution = solve(posed.problem, options.usable(budget), time_limit=SECONDS, tradeoff=tradeoff(posed, options))
+        solution = solve(posed.problem, options.usable(budget), **effort(SECONDS), tradeoff=tradeoff(posed, options))
     except Infeasible as error:
         raise infeasible(posed, error, budget, options) from None
     found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)

@@ -19,11 +19,15 @@ from .graph import arguments, inline, is_tangent, origin_meta, tensor_of
 aten = torch.ops.aten
 
 
-def split_backward(gm: fx.GraphModule) -> None:
-    """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is."""
+def split_backward(gm: fx.GraphModule, channels_last: bool = True) -> None:
+    """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is.
+
+    `channels_last` says that Inductor will lay out images so.
+    """
     for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
         if arguments(node)[10][0]:
-            _share_layout(gm.graph, node)
+            if channels_last:
+                _share_layout(gm.graph, node)
             _split(gm.graph, node)
     gm.graph.lint()
     gm.recompile()

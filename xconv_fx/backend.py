@@ -44,6 +44,8 @@ def xconv(
     return Strategy(Traced(gm, example_inputs, chosen, Session.of(chosen))).compile()
 
 
-def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session) -> Plan | None:
-    """The plan of one graph, without generating code; None for a graph without a backward."""
-    return Strategy(Traced(gm, example_inputs, options, session)).plan()
+def plan_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session, notes: tuple[str, ...] = ()
+) -> Plan | None:
+    """The plan of one graph, with these notes, without generating code; None for a graph without a backward."""
+    return Strategy(Traced(gm, example_inputs, options, session, notes)).plan()

@@ -10,6 +10,8 @@ shares of a host, and a machine that was busy while it was measured stays slow u
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
@@ -17,7 +19,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,11 @@ import torch
 
 from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec, device
 from xconv_fx.log import log
+from xconv_fx.portable import is_portable
 
 FORMAT = 1
 MEASURED = (*RATES, "launch")
+_assumed: contextvars.ContextVar[DeviceSpec | None] = contextvars.ContextVar("assumed", default=None)
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,26 @@ def folder() -> Path:
 
 
 def spec(name: str) -> DeviceSpec:
-    """The calibrated numbers of a device, or the generic ones. Raises `ValueError` for a device that has neither."""
+    """The calibrated numbers of a device, or the generic ones, as always in plans for no machine in particular.
+
+    Those of a device that is `assumed` stand for all of its type. Raises `ValueError` for a device that has neither.
+    """
     generic = device(name)
-    if generic.name == "cuda" and not torch.cuda.is_available():
+    if (assumption := _assumed.get()) is not None and assumption.name == generic.name:
+        return assumption
+    if is_portable() or (generic.name == "cuda" and not torch.cuda.is_available()):
         return generic
     return load(Machine.of(name)) or generic
+
+
+@contextlib.contextmanager
+def assumed(numbers: DeviceSpec) -> Iterator[None]:
+    """Plan for a device that need not be there: `numbers` are those of every device of its type."""
+    token = _assumed.set(numbers)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def specs(values: Iterable[Any]) -> tuple[DeviceSpec, ...]:

@@ -125,9 +125,17 @@ class Compilation:
         """The job up to the planning problem; None for a graph without a backward."""
         return self._trace(("plan", "rewrite", "volume_kernels"))
 
-    def plan(self) -> pipeline.Job | None:
-        """The job up to the plan; None for a graph without a backward."""
-        return self._trace(("rewrite", "volume_kernels"))
+    def plan(self, posed: pipeline.Job | None = None) -> pipeline.Job | None:
+        """The job up to the plan; None for a graph without a backward.
+
+        `posed` is a job of this route up to the problem, which saves the trace. The budget and the number of slices
+        that are held may be others now.
+        """
+        if posed is None:
+            return self._trace(("rewrite", "volume_kernels"))
+        self.job = replace(posed, options=self.traced.options, slicing=self.route.slicing)
+        pipeline.plan(self.job)
+        return self.job
 
     def _trace(self, skipped: tuple[str, ...]) -> pipeline.Job | None:
         """The job after all passes but the `skipped` ones, without code."""
@@ -179,7 +187,7 @@ class Compilation:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
             stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.route.slicing,
-            saved=self.route.saved,
+            saved=self.route.saved, device=self.traced.session.device,
         )  # fmt: skip
         self.job = job
         pipeline.run(job, disabled=self.skipped)
@@ -249,6 +257,7 @@ class Compilation:
             "audited_peak": self.peak or None,
             "attempts": max(self.attempts, 1),
             "foreseen": self.foreseen,
+            **self.traced.session.facts,
             **known,
         }
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes), **found)

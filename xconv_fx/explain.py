@@ -1,30 +1,35 @@
-"""`explain`: the plan of a model for a budget, without training it.
+"""`explain`: the plan of a model for a budget, without training it, and without its memory.
 
-The model is traced and planned graph by graph; no kernel is generated or run. Memory is reserved for parameters and
-inputs but not touched when they are on the meta device, so that a model larger than the machine can be planned, if no
-single tensor of it is: of that size, systems refuse even to reserve.
+The model is traced and planned graph by graph on fake tensors (`fake_device.py`): nothing is allocated, no kernel is
+generated or run, and the device that the plan is for need not be there.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from . import hooks
 from .backend import plan_graph
 from .errors import UnsupportedModelError, surfaced_by_dynamo
+from .fake_device import fake_mode, fake_module, fake_tensor, place_inputs
 from .ops import lowering
 from .options import Options
 from .plan import Plan
 from .report import render
+from .scenario import Scenario
 from .session import Session
+
+# Variants of one piece of code that Dynamo traces before it gives up.
+MANY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,62 +44,91 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, *inputs: Any, mem_budget: str | int | None = None, loss: str = "mean", **options: Any
+    model: nn.Module,
+    *inputs: Any,
+    mem_budget: str | int | None = None,
+    loss: str | Callable[..., Tensor] = "mean",
+    targets: Sequence[Any] = (),
+    device: str | None = None,
+    gpu: str | None = None,
+    amp: str | None = None,
+    channels_last: bool = False,
+    optimizer: str | None = None,
+    **options: Any,
 ) -> Explanation:
     """The plan that `torch.compile(model, backend="xconv", options=...)` would start from, for these inputs.
 
     `options` are those of the backend. The model trains on the mean or sum of its output (`loss`), which adds nothing
-    to the graph. The peaks are predicted ones: nothing is compiled. Raises what the backend would raise, and
-    `UnsupportedModelError` when no graph of the model has a backward.
+    to the graph, or on `loss(output, *targets)`, which is traced with the model as when one compiled function computes
+    both. The peaks are predicted ones: nothing is compiled, and the memory of model and inputs is not read, so they may
+    be on the meta device.
+
+    The step is planned for `device` ("cpu" or "cuda"; None: where the model is, the CPU for the meta device), which
+    need not be there, or for a `gpu` of `cost_model/gpus.py`; if they are given, under autocast (`amp` "bf16" or
+    "fp16"), with model and inputs laid out `channels_last`, and beside the state of an `optimizer` ("sgd", "momentum",
+    "adam" or "adamw").
+
+    Raises what the backend would raise, `OptionError` for a scenario that makes no sense, and `UnsupportedModelError`
+    when no graph of the model has a backward.
     """
     hooks.require_checked_torch()
-    if loss not in ("mean", "sum"):
-        raise ValueError(f"loss={loss!r}: write 'mean' or 'sum'")
+    if loss not in ("mean", "sum") and not callable(loss):
+        raise ValueError(f"loss={loss!r}: write 'mean', 'sum' or a callable of the output and the targets")
     chosen = Options.parse({**options, **({} if mem_budget is None else {"mem_budget": mem_budget})})
+    scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
     lowering.install()
-    model, arguments = _placed(model), [_placed(value) for value in inputs]
-    session = Session(chosen, model)
+    trace = _Trace(model, (*inputs, *targets), chosen, scenario)
+    faked = trace.model
 
-    @surfaced_by_dynamo
-    def planner(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        hooks.specialise(example_inputs)
-        if hooks.needs_backward(example_inputs):
-            plan_graph(gm, example_inputs, chosen, session)
-        return _Unrun(gm)
+    # A function of a module, not a module with a part: layers keep the names that they have in the model.
+    def with_loss(*arguments: Any) -> Any:
+        return loss(faked(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
 
-    with torch.enable_grad():
-        torch.compile(model, backend=planner)(*arguments)
-    if not session.plans:
+    trace.run(with_loss if callable(loss) else faked)
+    if not trace.session.plans:
         raise UnsupportedModelError(
             type(model).__name__, "nothing in it requires a gradient", "train at least one parameter or input"
         )
-    return Explanation(tuple(session.plans.values()))
+    return Explanation(tuple(trace.session.plans.values()))
 
 
-class _Unrun:
-    """Stands for a compiled graph: gives outputs of the right shapes, whose memory is reserved but never touched."""
+class _Trace:
+    """A model and its inputs without memory, and the plans of the graphs that running it is compiled as."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], options: Options, scenario: Scenario) -> None:
+        self.options, self.scenario, self.mode = options, scenario, fake_mode()
+        home = "cpu" if scenario.moves else scenario.device
+        self.model = fake_module(model, self.mode, home, scenario.channels_last)
+        self.inputs = tree_map_only(
+            Tensor, lambda value: fake_tensor(value, self.mode, home, scenario.channels_last), tuple(inputs)
+        )
+        parameters = list(self.model.parameters())
+        self.home = parameters[0].device.type if parameters else home or "cpu"
+        self.session = Session(
+            options,
+            self.model,
+            device="cuda" if scenario.moves else None,
+            optimizer_bytes=scenario.optimizer_bytes(parameters),
+            facts=scenario.facts(parameters),
+        )
 
-    def __call__(self, *arguments: Any) -> Any:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = tree_map_only(Tensor, mode.from_tensor, arguments)
-        with mode:
-            outputs = self.gm(*fakes)
-        return tree_map_only(Tensor, _empty_like, outputs)
+    def run(self, step: Callable[..., Any]) -> None:
+        """Plan every graph of the step, in the order in which they run."""
+        with contextlib.ExitStack() as stack:
+            for entered in (torch.enable_grad(), hooks.cheap_graphs(), self.scenario.in_effect(self.home), self.mode):
+                stack.enter_context(entered)
+            stack.enter_context(warnings.catch_warnings())
+            # Dynamo asks the inputs of a later graph for their gradients, and means to hide this itself.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            # However often the same code is planned: each of its shapes is a plan of its own.
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY))
+            torch.compile(step, backend=surfaced_by_dynamo(self._plan), dynamic=False)(*self.inputs)
 
-
-def _empty_like(value: Tensor) -> Tensor:
-    empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return empty.requires_grad_(value.requires_grad) if value.dtype.is_floating_point else empty
-
-
-def _placed(value: Any) -> Any:
-    """A copy of a module or tensor on the meta device in untouched memory on the CPU; anything else as it is."""
-    if isinstance(value, nn.Module):
-        on_meta = any(t.is_meta for t in (*value.parameters(), *value.buffers()))
-        return copy.deepcopy(value).to_empty(device="cpu") if on_meta else value
-    if isinstance(value, Tensor) and value.is_meta:
-        return torch.empty_like(value, device="cpu").requires_grad_(value.requires_grad)
-    return value
+    def _plan(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        """A backend: plans the graph, and leaves it to compute the shapes of its results."""
+        hooks.specialise(example_inputs)
+        if hooks.needs_backward(example_inputs):
+            if self.session.device is not None:
+                place_inputs(gm, self.session.device)
+            plan_graph(gm, example_inputs, self.options, self.session, self.scenario.notes)
+        return gm.forward

@@ -25,10 +25,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 DEVICES = ("cpu", "cuda")
@@ -174,41 +175,67 @@ def _cuda_transient(step: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+class Event(NamedTuple):
+    """What an allocator did: positive bytes allocate, negative ones free. `node` is the profiler's node of it."""
+
+    address: int
+    size: int
+    node: Any = None
+
+
 def _cpu_transient(step: Callable[[], object]) -> int:
-    with _quiet_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with cpu_events() as events:
+        step()
+    return running_maximum((event.address, event.size) for event in events)
+
+
+@contextlib.contextmanager
+def cpu_events(stacks: bool = False) -> Iterator[list[Event]]:
+    """Watches the CPU allocator; the list is filled at the end, in the order of the events.
+
+    With `stacks` Python's calls are among the parents of an event's node, which takes time at every call. Raises
+    `RuntimeError` if another profiler is running.
+    """
+    events: list[Event] = []
+    activities = [ProfilerActivity.CPU]
+    with _quiet_kineto(), profile(activities=activities, profile_memory=True, with_stack=stacks) as profiled:
         # A byte allocated and freed on either side of the step proves that the profiler saw all there was to see.
         torch.empty(1, dtype=torch.uint8)
-        step()
+        yield events
         torch.empty(1, dtype=torch.uint8)
     kineto = profiled.profiler
     if kineto is None or kineto.kineto_results is None:
         raise RuntimeError("the profiler returned no results")
-    events = list(_allocations(kineto.kineto_results.experimental_event_tree()))
+    found = _allocations(kineto.kineto_results.experimental_event_tree())
     marker = [1, -1]
-    if [size for _, size in events[:2]] != marker or [size for _, size in events[-2:]] != marker or len(events) < 4:
+    if [e.size for e in found[:2]] != marker or [e.size for e in found[-2:]] != marker or len(found) < 4:
         raise RuntimeError("the profiler lost allocator events; the peak of this step is unknown")
-    return running_maximum(events[2:-2])
+    events.extend(found[2:-2])
 
 
 def running_maximum(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once, given (address, bytes) in order: positive bytes allocate, negative ones free.
+    """The most bytes alive at once, given (address, bytes) in order: positive bytes allocate, negative ones free."""
+    return max((current for current, _ in replay(events)), default=0)
+
+
+def replay(events: Iterable[tuple[int, int]]) -> Iterator[tuple[int, Mapping[int, tuple[int, int]]]]:
+    """After each (address, bytes): the bytes alive, and what is alive as {address: (bytes, number of the event)}.
 
     Frees of addresses that were not allocated among the events are ignored, and an address that is allocated again
     without a free in between is taken to have been freed (in a thread that nobody watched).
     """
-    alive: dict[int, int] = {}
-    current = highest = 0
-    for address, size in events:
-        current -= alive.pop(address, 0)
+    alive: dict[int, tuple[int, int]] = {}
+    current = 0
+    for number, (address, size) in enumerate(events):
+        current -= alive.pop(address, (0, 0))[0]
         if size > 0:
-            alive[address] = size
+            alive[address] = size, number
             current += size
-            highest = max(highest, current)
-    return highest
+        yield current, alive
 
 
-def _allocations(roots: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of every CPU allocator event in a profiler's event tree, in the order in which they happened.
+def _allocations(roots: Sequence[Any]) -> list[Event]:
+    """Every CPU allocator event in a profiler's event tree, in the order in which they happened.
 
     The tree lists children under the operator in which they fell, by time, so pre-order is the order of a thread; the
     stable sort keeps it among events of the same nanosecond.
@@ -216,12 +243,12 @@ def _allocations(roots: Sequence[Any]) -> Iterator[tuple[int, int]]:
     found = []
     stack = list(reversed(roots))
     while stack:
-        event = stack.pop()
-        stack.extend(reversed(event.children))
-        if event.name == "[memory]" and event.extra_fields.device.type == "cpu":
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    found.sort(key=lambda entry: entry[0])
-    return ((address, size) for _, address, size in found)
+        node = stack.pop()
+        stack.extend(reversed(node.children))
+        # Not by their names: those of Python's calls, of which there may be millions, need not be text.
+        if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
+            found.append(Event(node.extra_fields.ptr, node.extra_fields.alloc_size, node))
+    return sorted(found, key=lambda event: event.node.start_time_ns)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,9 @@ class Plan:
     bytes that PyTorch's partitioner was allowed to save; what it recomputes instead is no choice of the plan. Times are
     predicted with rates measured on the machine (`calibrated`), or with generic ones. `foreseen` is the predicted over
     the audited peak of the first plan that was generated, before any audit corrected the prediction.
+
+    A plan made ahead may count the state of an `optimizer`, which `fixed_bytes` include, and be for a `gpu`, with the
+    memory and rates of its data sheet.
     """
 
     device: str
@@ -81,6 +84,10 @@ class Plan:
     saved_share: float = 1.0
     calibrated: bool = False
     foreseen: float | None = None
+    optimizer: str | None = None
+    optimizer_bytes: int = 0
+    gpu: str | None = None
+    gpu_memory: int = 0
 
     @property
     def peak(self) -> int:

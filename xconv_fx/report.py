@@ -148,16 +148,28 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         spare = plan.budget - plan.peak
         verdict = f"fits, {format_size(spare)} to spare" if spare >= 0 else f"missed by {format_size(-spare)}"
         yield "budget", f"{format_size(plan.budget)}: {verdict}"
+    if plan.gpu is not None:
+        spare = plan.gpu_memory - plan.peak
+        verdict = f"leaves {format_size(spare)} free" if spare >= 0 else f"exceeds it by {format_size(-spare)}"
+        yield "gpu", f"{plan.gpu} of {format_size(plan.gpu_memory)}: the peak {verdict}"
     if plan.peak_at:
         yield "peak at", plan.peak_at
-    rates = "calibrated" if plan.calibrated else "generic"
     yield "fixed", f"{format_size(plan.fixed_bytes)} on {plan.device} whatever the plan"
-    yield "time", f"{_duration(plan.time)} more a step, predicted with {rates} rates"
+    if plan.optimizer is not None:
+        yield "optimizer", f"{format_size(plan.optimizer_bytes)} of that is the state of {plan.optimizer}"
+    yield "time", f"{_duration(plan.time)} more a step, predicted with {_rates(plan)} rates"
     if plan.noise:
         yield "noise", f"{plan.noise:.2g}"
     yield "search", f"{_attempts(plan.attempts)}, {_gap(plan.gap)}"
     for note in plan.notes:
         yield "note", note
+
+
+def _rates(plan: Plan) -> str:
+    """Whose rates the times were predicted with."""
+    if plan.gpu is not None:
+        return f"the data sheet's ({plan.gpu})"
+    return "calibrated" if plan.calibrated else "generic"
 
 
 def _times_less(before: int, after: int) -> str:

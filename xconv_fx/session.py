@@ -8,8 +8,9 @@ a graph's budget. A graph that is compiled again (another batch size) replaces i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -26,6 +27,8 @@ class Session:
     """The plans of the graphs compiled so far, by the frame that each was traced from.
 
     `stream` names the sequence of seeds that a fixed `seed` starts; None draws from torch's generator.
+    When planning ahead, `device` is where graphs are moved after they were traced elsewhere (None: nowhere),
+    `optimizer_bytes` what an optimiser holds besides, and `facts` are fields that all plans share.
     """
 
     options: Options
@@ -34,6 +37,9 @@ class Session:
     plans: dict[Hashable, Plan] = field(default_factory=dict)
     parameters: dict[Hashable, int] = field(default_factory=dict)
     inputs: dict[Hashable, int] = field(default_factory=dict)
+    device: str | None = None
+    optimizer_bytes: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(options: Options) -> Session:
@@ -55,11 +61,13 @@ class Session:
         """Bytes alive while this graph runs that are none of its tensors.
 
         The parameters and buffers of the module's other graphs; what earlier graphs hold for their backward, and their
-        inputs; and the gradients of later graphs, which their backward has left when this one's runs.
+        inputs; the gradients of later graphs, which their backward has left when this one's runs; and the optimiser's
+        state.
         """
         # Graphs are compiled in the order in which they run, and keep their place when compiled again.
         earlier = list(itertools.takewhile(lambda frame: frame != hooks.frame(), self.plans))
-        held = sum(self.plans[frame].saved_after + self.inputs[frame] for frame in earlier)
+        held = self.optimizer_bytes
+        held += sum(self.plans[frame].saved_after + self.inputs[frame] for frame in earlier)
         if self.module is None:
             return held
         mine = hooks.parameter_bytes(gm)

@@ -38,9 +38,14 @@ class Strategy:
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self.posed: dict[Route, Posed] = {}
+        self.jobs: dict[Route, Job] = {}
         self.seconds = 0.0
         self.whole: Job | None = None
+
+    @property
+    def posed(self) -> dict[Route, Posed]:
+        """The planning problems that were compared, by their routes."""
+        return {route: job.posed for route, job in self.jobs.items() if job.posed is not None}
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -90,15 +95,16 @@ class Strategy:
             if job is None or job.posed is None:
                 return None
             baseline = job.posed.baseline_peak()
-            self.traced = self.traced.within(self.traced.options.mem_budget.resolve(with_unseen(baseline)))
+            budget = self.traced.options.mem_budget.resolve(with_unseen(baseline))
+            self.traced = self.traced.within(budget)
             ways = self.ways()
             if not ways:
                 error, _ = self._lowest()
-                raise BudgetInfeasibleError(error.budget, error.smallest, error.consumers, self.traced.notes)
+                raise BudgetInfeasibleError(budget, error.smallest, error.consumers, self.traced.notes)
             route = ways[0].route
             known = {"baseline_peak": baseline, **self._time(ways[0])}
         compilation = Compilation(self.traced, route)
-        compilation.plan()
+        compilation.plan(self.jobs.get(_compared(route)))
         return compilation.report(**known)
 
     def ways(self) -> list[Way]:
@@ -115,7 +121,7 @@ class Strategy:
         self.seconds = sum(whole.posed.seconds.values())
         at_once = options.slices in (None, 1)
         if at_once:
-            self.posed[AT_ONCE] = whole.posed
+            self.jobs[AT_ONCE] = whole
             found = best_ways(whole.posed, options, whole.posed, AT_ONCE)
         if not _settled(found):
             found = self._in_slices(whole, found)
@@ -141,7 +147,7 @@ class Strategy:
             slicing, job = sliced
             assert job.posed is not None
             route = Route(slicing)
-            self.posed[route] = job.posed
+            self.jobs[route] = job
             best = min((way.cost(options.prefer) for way in found), default=None)
             found = found + best_ways(job.posed, options, whole.posed, route)
             log.debug("ways up to %d slices: %s", slicing.count, found)
@@ -168,7 +174,7 @@ class Strategy:
         for route in routes:
             job = Compilation(self.traced, route).pose()
             if job is not None and job.posed is not None:
-                self.posed[route] = job.posed
+                self.jobs[route] = job
                 found += best_ways(job.posed, options, whole.posed, route)
         log.debug("other ways at once: %s", found)
         return found
@@ -247,6 +253,11 @@ class Strategy:
                 errors[route] = error
         lowest = min(errors, key=lambda route: errors[route].smallest)
         return errors[lowest], lowest
+
+
+def _compared(route: Route) -> Route:
+    """The route whose problem was posed for `route`: the same whatever number of slices is held."""
+    return route if route.slicing is None else replace(route, slicing=replace(route.slicing, held=0))
 
 
 def _settled(ways: list[Way]) -> bool:

@@ -11,6 +11,7 @@ from .options import Options
 from .passes.planning import NOISE_PRICE, tradeoff
 from .passes.problem import Posed
 from .passes.sliced import slice_step
+from .portable import effort
 from .slices import Slicing
 
 # A plan that is exact and no slower than this is not compared with others.
@@ -134,6 +135,6 @@ def _solution(posed: Posed, options: Options) -> Solution | None:
     assert options.mem_budget is not None
     usable = options.usable(options.mem_budget.resolve(0))
     try:
-        return solve(posed.problem, usable, time_limit=GLANCE, tradeoff=tradeoff(posed, options))
+        return solve(posed.problem, usable, **effort(GLANCE), tradeoff=tradeoff(posed, options))
     except Infeasible:
         return None

@@ -9,7 +9,7 @@ On CPU, ATen's convolution has several backends, and torch itself says which one
   on the strides and on the processor's vectors, and needs scratch for the weight gradients of volumes in any layout.
 
 No rule of ours fits the last two, so the call is made once on tensors of the same shapes and the allocator is watched
-(`measured`, cached; above `LARGEST` bytes a rough rule is used instead).
+(`measured`, cached; above `LARGEST` bytes, and in plans for no machine in particular, a rough rule is used instead).
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .cudnn import cudnn_workspace
 from .measure import allocated_by, storage_bytes
 from .ops import volume
+from .portable import is_portable
 
 aten = torch.ops.aten
 
@@ -36,6 +38,11 @@ SHALLOW = 8
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
+    if is_portable() and func in (
+        torch.ops.xconv.volume_weight_gradient.default,
+        torch.ops.xconv.single_convolution.default,
+    ):
+        return 0
     if func is torch.ops.xconv.volume_weight_gradient.default:
         return measured(func, *_signature(tuple(map(_cut, volume.two_slabs(args), args))))
     if func in volume.OPERATORS:
@@ -74,7 +81,7 @@ def _is_measured(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether oneDNN runs this, and more than weights are laid out anew for it."""
     x, weight, *_ = args if func is aten.convolution.default else (args[1], args[2])
     geometry = args[3:9] if func is aten.convolution.default else args[4:10]
-    if x.device.type != "cpu" or x.dim() not in (4, 5):
+    if x.device.type != "cpu" or x.dim() not in (4, 5) or is_portable():
         return False
     grouped = func is aten.convolution_backward.default and geometry[5] > 1
     if x.dim() == 4 and not grouped and x.is_contiguous(memory_format=torch.channels_last):
@@ -118,6 +125,8 @@ def node_workspace(node: torch.fx.Node) -> int:
     """`workspace_bytes` of a graph's node, its arguments taken from their fake tensors."""
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
         return 0
+    if node.args[0].meta["val"].device.type == "cuda":  # type: ignore[union-attr]
+        return cudnn_workspace(node)
     args: Any = torch.fx.node.map_arg(node.args, lambda arg: _laid_out(arg.meta["val"]))  # type: ignore[arg-type]
     kernel = volume.operator_for(node.target, args)
     return workspace_bytes(kernel or node.target, volume.arguments_for(kernel, args, args) if kernel else args)

@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .graphs import cheap_graphs as cheap_graphs
 from .indexing import cheap_strides as cheap_strides
 from .kernels import Deferred as Deferred
 from .releases import early_releases as early_releases
@@ -35,6 +36,13 @@ def require_checked_torch() -> None:
         raise UnsupportedTorchError(
             found, f"=={CHECKED[-1]}", f"private hooks of its compiler were checked on {', '.join(CHECKED)}"
         )
+
+
+def cpp_compiler() -> str:
+    """The command of the C++ compiler that Inductor uses. Raises where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
 
 
 def deduplicate(gm: fx.GraphModule) -> None:
@@ -69,11 +77,17 @@ def saved_descriptor(index: int) -> Any:
     return SavedForBackwardsAOTOutput(index)
 
 
-def channels_last_convolutions(gm: fx.GraphModule) -> bool:
-    """Whether Inductor will lay out the 4d activations of this graph channels-last."""
+def channels_last_convolutions(gm: fx.GraphModule, device: str | None = None) -> bool:
+    """Whether Inductor will lay out the 4d activations of this graph channels-last.
+
+    `device` is where the graph will be, if that is not where it was traced.
+    """
     from torch._inductor.graph import GraphLowering
 
-    return GraphLowering.decide_layout_opt(gm, is_inference=False)
+    # Inductor asks for oneDNN where all tensors are on the CPU, and decides by the convolutions' channels elsewhere.
+    elsewhere = mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False)
+    with contextlib.nullcontext() if device is None else elsewhere:
+        return GraphLowering.decide_layout_opt(gm, is_inference=False)
 
 
 def source_hash() -> str:

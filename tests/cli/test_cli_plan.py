@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from xconv_fx.cli import FAILED, INFEASIBLE, OK, main
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
 from xconv_fx.explain import explain
 from xconv_fx.plan import Plan
 from xconv_fx.report import read_json
@@ -31,6 +32,9 @@ def build():
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2),
         nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1),
     )
+
+def entropy(output, labels):
+    return nn.functional.cross_entropy(output, labels)
 
 def huge():
     return nn.Sequential(
@@ -150,6 +154,25 @@ def test_every_graph_of_a_broken_trace_has_a_plan(capsys):
 def test_several_inputs_of_several_types(capsys):
     (plan,) = plans(capsys, "nets.py:Tokens", "--input", "4x20:int64", "--input", "4x16x20")
     assert {choice.shape[0] for choice in plan.choices} == {4}
+
+
+def test_a_loss_is_planned_with_the_model(capsys):
+    """Layers keep their names, and what the loss holds is a residual like every other."""
+    (alone,) = plans(capsys, "nets.py:build", *IMAGES)
+    loss = ["--loss", "nets.py:entropy", "--label", "2x32x32:int64"]
+    (both,) = plans(capsys, "nets.py:build", *IMAGES, *loss)
+    names = {choice.layer for choice in alone.choices}
+    assert names <= {choice.layer for choice in both.choices}
+    # The log-probabilities of 4 classes.
+    assert (2, 4, 32, 32) in {choice.shape for choice in both.choices} - {choice.shape for choice in alone.choices}
+
+
+def test_a_loss_that_fails_is_told_apart_from_the_model(capsys):
+    given = ["--loss", "nets.py:entropy", "--label", "2x16x16:int64"]
+    assert main(["plan", "nets.py:build", *IMAGES, *given]) == FAILED
+    error = capsys.readouterr().err
+    assert "--loss nets.py:entropy failed on the output of Sequential --label 2x16x16:int64" in error
+    assert "one --label for each further argument" in error
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -10,10 +10,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from xconv_fx.cli import FAILED, INFEASIBLE, OK, InputSpec, main
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
 from xconv_fx.errors import BudgetInfeasibleError, UnsupportedModelError, UsageError
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.report import read_json
+from xconv_fx.workload import InputSpec
 
 ROWS = tuple(Choice(f"r{i}", f"layer{i}", "relu", (4, 4), "float32", (), "keep", 64 + i, 64 + i) for i in range(30))
 PLAN = Plan("cpu", 2000, 5000, 1500, "mm", 0, ROWS)
@@ -40,6 +42,9 @@ def reads(): return Net() if torch.ones(1).item() else None
 def nothing(): pass
 def quits(): raise SystemExit(0)
 def _private(): pass
+def inputs(size=8): return torch.randn(1, 3, size, size)
+def named(name="x"): return {name: torch.randn(1, 3, 8, 8)}
+def loss(output, label): return torch.nn.functional.cross_entropy(output.mean((2, 3)), label)
 """
 
 
@@ -109,6 +114,46 @@ def test_every_option_reaches_the_planner(explain):
 def test_ways_to_name_a_model(target, explain):
     assert main(["plan", target, *INPUT]) == OK
     assert type(explain.calls[0][0]).__name__ == "Net"
+
+
+@pytest.mark.parametrize("target", ["net.py:make(2, 3)", "net:make(depth=2, width=3, bias=False)", "net:Net()"])
+def test_models_with_arguments(target, explain):
+    assert main(["plan", target, *INPUT]) == OK
+    assert type(explain.calls[0][0]).__name__ == "Net"
+
+
+def test_arguments_arrive_as_the_literals_they_are(project, explain):
+    made = "    net = torch.nn.Conv2d(3, 4, 3)\n    net.got = args, kw\n    return net\n"
+    (project / "echo.py").write_text(f"import torch\ndef build(*args, **kw):\n{made}")
+    assert main(["plan", "echo.py:build(-1, 'a:b(c)', norm=\"batch\", sizes=[1, 2], flag=True)", *INPUT]) == OK
+    assert explain.calls[0][0].got == ((-1, "a:b(c)"), {"norm": "batch", "sizes": [1, 2], "flag": True})
+
+
+@pytest.mark.parametrize("source", ["net.py:inputs", "net.py:inputs(size=8)", "net.py:named", "net:named"])
+def test_inputs_from_a_callable(source, explain):
+    assert main(["plan", "net.py:build", "--input", source]) == OK
+    ((_, inputs, _),) = explain.calls
+    assert [(tuple(item.shape), item.device.type) for item in inputs] == [((1, 3, 8, 8), "meta")]
+
+
+def test_a_loss_and_its_labels(explain):
+    assert main(["plan", "net.py:build", *INPUT, "--loss", "net.py:loss", "--label", "1:int64"]) == OK
+    _, _, options = explain.calls[0]
+    assert options["loss"].__name__ == "loss"
+    assert [(tuple(label.shape), label.dtype) for label in options["targets"]] == [((1,), torch.int64)]
+    target = "torch.nn:CrossEntropyLoss(label_smoothing=0.5)"
+    assert main(["plan", "net.py:build", *INPUT, "--loss", target, "--label", "1:int64"]) == OK
+    assert explain.calls[1][2]["loss"].label_smoothing == 0.5
+
+
+def test_model_inputs_and_loss_share_one_file(project, explain):
+    (project / "once.py").write_text(
+        "import torch\nfrom pathlib import Path\n"
+        "Path('runs').write_text((Path('runs').read_text() if Path('runs').exists() else '') + 'x')\n"
+        "build = lambda: torch.nn.Conv2d(3, 4, 3)\ninputs = lambda: torch.randn(1, 3, 8, 8)\nloss = lambda y: y.sum()\n"
+    )
+    assert main(["plan", "once.py:build", "--input", "once.py:inputs", "--loss", "once.py:loss"]) == OK
+    assert (project / "runs").read_text() == "x"
 
 
 def test_a_module_in_a_package(project):
@@ -192,7 +237,28 @@ MISTAKES = [
     (["nett.model:build", *INPUT], ["no module named 'nett.model'", "nett/model.py:callable"]),
     (["net.py:biuld", *INPUT], ["net.py has no 'biuld'", "did you mean 'build'", "callables there: Net, build"]),
     (["net.py:number", *INPUT], ["not callable but a int", "callables there"]),
-    (["net.py:make", *INPUT], ["needs arguments: depth, width", "return make(depth=..., width=...)"]),
+    (["net.py:make(3)", *INPUT], ["net.py:make(3) cannot be called: missing a required argument: 'width'"]),
+    (["net.py:make(dept=3, width=2)", *INPUT], ["missing a required argument: 'depth'", "make(depth=..., width=2)"]),
+    (["net.py:build(width=2)", *INPUT], ["unexpected keyword argument 'width'", "write 'net.py:build()'"]),
+    (["net.py:make(width=WIDE)", *INPUT], ["(width=WIDE) are not literals", "'net.py:build(width=32, norm"]),
+    (["net.py:make(f(1), 2)", *INPUT], ["are not literals"]),
+    (["net.py:make(1)(2)", *INPUT], ["are not literals"]),
+    (["net.py:make(**{'depth': 1})", *INPUT], ["are not literals"]),
+    (["net.py:make(1", *INPUT], ["names no callable", "net.py:build"]),
+    (["net.py:ready()", *INPUT], ["net.py:ready is a model already", "try:   net.py:ready"]),
+    (["net.py:build", "--input", "net.py:inptus"], ["net.py has no 'inptus'", "did you mean 'inputs'"]),
+    (
+        ["net.py:build", "--input", "net.py:inputs", *INPUT],
+        ["'net.py:inputs' and 1 more given", "tuple or dict"],
+    ),
+    (["net.py:build", "--input", "net.py:named('y')"], ["1 --input given: y, but", "forward(x)"]),
+    (["net.py:build", "--input", "net.py:broken"], ["net.py:broken failed (line 17): RuntimeError: no weights here"]),
+    (["net.py:build", *INPUT, "--loss", "meen"], ["no loss 'meen'", "did you mean 'mean'", "FILE.py:callable"]),
+    (["net.py:build", *INPUT, "--loss", "net.py:los"], ["net.py has no 'los'"]),
+    (["net.py:build", *INPUT, "--loss", "net.py:number"], ["not callable but a int"]),
+    (["net.py:build", *INPUT, "--label", "8:int64"], ["--label given, but no loss", "--loss FILE.py:callable"]),
+    (["net.py:build", *INPUT, "--loss", "net.py:loss", "--label", "8:label"], ["--label '8:label': no dtype 'label'"]),
+    (["net.py:make", *INPUT], ["needs arguments: depth, width", "net.py:make(depth=..., width=...)"]),
     (["net.py:broken", *INPUT], ["net.py:broken failed (line 17): RuntimeError: no weights here", "--debug"]),
     (["net.py:quits", *INPUT], ["SystemExit"]),
     (["net.py:nothing", *INPUT], ["returned NoneType", "return the model"]),

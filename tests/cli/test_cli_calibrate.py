@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 
-from xconv_fx import calibrate, cli
+from xconv_fx import calibrate
 from xconv_fx.calibration import Machine, spec
-from xconv_fx.cli import FAILED, OK, main
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import FAILED, OK
+from xconv_fx.cli.calibrate import DEVICES
 from xconv_fx.cost_model import device
 from xconv_fx.cost_model.device import DeviceSpec
 
@@ -100,7 +102,7 @@ def test_a_cache_that_cannot_be_written(capsys, cache):
 
 
 def test_the_devices_are_those_of_the_cost_model():
-    assert set(cli.DEVICES) == set(device.DEVICES)
+    assert set(DEVICES) == set(device.DEVICES)
 
 
 def test_help_does_not_wait_for_torch(capsys):

@@ -1,0 +1,82 @@
+"""`xconv doctor`: a machine that works, and each way in which it may not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from xconv_fx import doctor, hooks
+from xconv_fx.cli import main
+from xconv_fx.cli.arguments import OK
+from xconv_fx.cli.doctor import BROKEN
+
+
+def findings(capsys, *arguments: str, code: int) -> dict[str, dict[str, str]]:
+    """What `xconv doctor --json` finds, by name."""
+    assert main(["doctor", "--json", *arguments]) == code
+    data = json.loads(capsys.readouterr().out)
+    assert data["works"] == (code == OK)
+    return {finding["name"]: finding for finding in data["findings"]}
+
+
+def test_this_machine_trains(capsys):
+    found = findings(capsys, code=OK)
+    assert {name: item["status"] for name, item in found.items()} == {
+        "python": "ok",
+        "torch": "ok",
+        "hooks": "ok",
+        "backend": "ok",
+        "compiler": "ok",
+        "caches": "ok",
+        "cuda": "note",
+        "rates": "note",
+        "planning": "ok",
+        "training": "ok",
+    }
+    assert torch.__version__ in found["torch"]["detail"]
+    assert found["rates"]["fix"] == "xconv calibrate"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Neither plans nor trains."""
+    fine = doctor.Finding("planning", doctor.OK, "")
+    monkeypatch.setattr(doctor, "_planning", lambda: fine)
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_torch(capsys, monkeypatch):
+    monkeypatch.setattr(hooks, "CHECKED", ("2.99.0",))
+    found = findings(capsys, "--quick", code=BROKEN)
+    assert found["hooks"]["status"] == "broken" and found["hooks"]["fix"] == "pip install torch==2.99.0"
+    assert "training" not in found
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
+def test_no_compiler(capsys, monkeypatch, compiler):
+    monkeypatch.setattr(hooks, "cpp_compiler", lambda: compiler)
+    assert findings(capsys, "--quick", code=BROKEN)["compiler"]["status"] == "broken"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XCONV_FX_CACHE", str(tmp_path / "file"))
+    found = findings(capsys, "--quick", code=BROKEN)["caches"]
+    assert str(tmp_path / "file") in found["detail"] and found["fix"].startswith("XCONV_FX_CACHE=DIR")
+
+
+def test_a_check_that_raises_is_a_finding(capsys, monkeypatch):
+    def planning() -> None:
+        raise KeyError("a new torch")
+
+    monkeypatch.setattr(doctor, "_planning", planning)
+    assert main(["doctor", "--quick"]) == BROKEN
+    shown = capsys.readouterr()
+    assert "broken  KeyError: 'a new torch'" in shown.out and "planning: xconv doctor --debug" in shown.out
+    assert shown.err == ""
+    main(["doctor", "--quick", "--debug"])
+    assert "Traceback" in capsys.readouterr().err
