@@ -81,3 +81,4 @@ def _save_as_matrix(pair: Pair, image: fx.Node, placeholder: fx.Node) -> None:
         (restored,) = inline(pair.backward.graph, lambda x: aten.view.default(x, size), [saved])
     placeholder.replace_all_uses_with(restored)
     pair.uncross(image, placeholder)
+    pair.restored[image.name] = restored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -17,12 +17,14 @@ from .graph import is_primal, output_node, storage_root
 class Pair:
     """A forward and a backward graph. The forward returns `results` values to the caller, then what it saves.
 
-    The backward's placeholders have the saved values' names: that is how the two are matched.
+    The backward's placeholders have the saved values' names: that is how the two are matched. `restored` are values of
+    the forward that the backward makes of others that are saved: their names, and its nodes.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     results: int
+    restored: dict[str, fx.Node] = field(default_factory=dict)
 
     def saved(self) -> dict[str, tuple[fx.Node, fx.Node]]:
         """Name of a saved value to (node that the forward returns, placeholder of the backward), in order."""

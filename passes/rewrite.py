@@ -210,7 +210,9 @@ class _Writer:
         return values[chain.nodes[-1]]
 
     def available(self, node: fx.Node) -> fx.Node:
-        """The backward's placeholder of a forward value, crossing with it if need be."""
+        """The backward's node of a forward value, crossing with it if need be."""
+        if node.name in self.pair.restored:
+            return self.pair.restored[node.name]
         if node.name not in self.saved:
             self.saved[node.name] = (node, self.pair.cross(node, node.name))
         return self.saved[node.name][1]

@@ -38,14 +38,11 @@ SHALLOW = 8
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes allocated and freed within one call of `func` beyond its outputs; 0 where nothing is known."""
-    if is_portable() and func in (
-        torch.ops.xconv.volume_weight_gradient.default,
-        torch.ops.xconv.single_convolution.default,
-    ):
-        return 0
-    if func is torch.ops.xconv.volume_weight_gradient.default:
-        return measured(func, *_signature(tuple(map(_cut, volume.two_slabs(args), args))))
     if func in volume.OPERATORS:
+        if is_portable():
+            return 0
+        if func is torch.ops.xconv.volume_weight_gradient.default:
+            args = tuple(map(_cut, volume.two_slabs(args), args))
         return measured(func, *_signature(args))
     if func is aten.convolution.default:
         return _measured_by_depth(args) if _is_measured(func, args) else _convolution(*args[:9])
