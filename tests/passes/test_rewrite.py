@@ -52,7 +52,8 @@ input primals_3
 input primals_4
 input primals_5
 inductor_seeds = prims.inductor_seeds()
-convolution = aten.convolution(primals_3, primals_1, primals_2)
+clone = aten.clone(primals_3)
+convolution = aten.convolution(clone, primals_1, primals_2)
 relu = aten.relu(convolution)
 stored = xconv.stored(relu)
 quantize = xconv.quantize(stored, inductor_seeds)
@@ -61,7 +62,8 @@ getitem_1 = quantize[1]
 le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
-return convolution_1, getitem_1, getitem, inductor_seeds, pack_mask, primals_1, primals_3, primals_4
+primals_3_matrix = aten.view(primals_3)
+return convolution_1, getitem_1, getitem, inductor_seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
@@ -71,10 +73,11 @@ input relu_quantize_1
 input relu_quantize
 input xconv_seed
 input le_scalar_bitmask
+input primals_3_matrix
 input primals_1
-input primals_3
 input primals_4
 input tangents_1
+view = aten.view(primals_3_matrix)
 clone = aten.clone(tangents_1)
 dequantize = xconv.dequantize(relu_quantize, relu_quantize_1)
 convolution_backward_default = aten.convolution_backward(clone, dequantize, primals_4)
@@ -84,7 +87,8 @@ convolution_2 = aten.convolution(clone, primals_4)
 full_default = aten.full()
 unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
 where = aten.where(unpack_mask, full_default, convolution_2)
-convolution_backward_1 = aten.convolution_backward(where, primals_3, primals_1)
+clone_1 = aten.clone(view)
+convolution_backward_1 = aten.convolution_backward(where, clone_1, primals_1)
 getitem_4 = convolution_backward_1[1]
 getitem_5 = convolution_backward_1[2]
 return getitem_4, getitem_5, None, getitem_6, getitem_7
@@ -102,7 +106,8 @@ input primals_3
 input primals_4
 input primals_5
 inductor_seeds = prims.inductor_seeds()
-convolution = aten.convolution(primals_3, primals_1, primals_2)
+clone = aten.clone(primals_3)
+convolution = aten.convolution(clone, primals_1, primals_2)
 relu = aten.relu(convolution)
 stored = xconv.stored(relu)
 mean = aten.mean(stored)
@@ -111,7 +116,8 @@ fold = xconv.fold(sub, inductor_seeds)
 le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
-return convolution_1, mean, fold, inductor_seeds, pack_mask, primals_1, primals_3, primals_4
+primals_3_matrix = aten.view(primals_3)
+return convolution_1, mean, fold, inductor_seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
@@ -121,10 +127,11 @@ input relu_probe_1
 input relu_probe
 input xconv_seed
 input le_scalar_bitmask
+input primals_3_matrix
 input primals_1
-input primals_3
 input primals_4
 input tangents_1
+view = aten.view(primals_3_matrix)
 clone = aten.clone(tangents_1)
 unfold = xconv.unfold(relu_probe, xconv_seed)
 add = aten.add(unfold, relu_probe_1)
@@ -136,7 +143,8 @@ convolution_2 = aten.convolution(clone, primals_4)
 full_default = aten.full()
 unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
 where = aten.where(unpack_mask, full_default, convolution_2)
-convolution_backward_1 = aten.convolution_backward(where, primals_3, primals_1)
+clone_1 = aten.clone(view)
+convolution_backward_1 = aten.convolution_backward(where, clone_1, primals_1)
 getitem_4 = convolution_backward_1[1]
 getitem_5 = convolution_backward_1[2]
 return getitem_4, getitem_5, None, getitem_6, getitem_7
@@ -153,37 +161,42 @@ input primals_2
 input primals_3
 input primals_4
 input primals_5
-convolution = aten.convolution(primals_3, primals_1, primals_2)
+clone = aten.clone(primals_3)
+convolution = aten.convolution(clone, primals_1, primals_2)
 neg = aten.neg(convolution)
 exp = aten.exp(neg)
 add = aten.add(exp)
 div = aten.div(convolution, add)
 convolution_1 = aten.convolution(div, primals_4, primals_5)
-return convolution_1, primals_2, primals_1, primals_3, primals_4, div
+primals_3_matrix = aten.view(primals_3)
+return convolution_1, primals_2, primals_3_matrix, primals_1, primals_4, div
 """,
         )
         self.assertExpectedInline(
             text(pair.backward.graph),
             """\
 input primals_2
+input primals_3_matrix
 input primals_1
-input primals_3
 input primals_4
 input div
 input tangents_1
+view = aten.view(primals_3_matrix)
 clone = aten.clone(tangents_1)
 convolution_backward_default = aten.convolution_backward(clone, div, primals_4)
 getitem_6 = convolution_backward_default[1]
 getitem_7 = convolution_backward_default[2]
 convolution_2 = aten.convolution(clone, primals_4)
-convolution_3 = aten.convolution(primals_3, primals_1, primals_2)
+clone_2 = aten.clone(view)
+convolution_3 = aten.convolution(clone_2, primals_1, primals_2)
 sigmoid = aten.sigmoid(convolution_3)
 mul = aten.mul(convolution_2, sigmoid)
 sub = aten.sub(sigmoid)
 mul_1 = aten.mul(convolution_3, sub)
 add_1 = aten.add(mul_1)
 mul_2 = aten.mul(mul, add_1)
-convolution_backward_1 = aten.convolution_backward(mul_2, primals_3, primals_1)
+clone_1 = aten.clone(view)
+convolution_backward_1 = aten.convolution_backward(mul_2, clone_1, primals_1)
 getitem_4 = convolution_backward_1[1]
 getitem_5 = convolution_backward_1[2]
 return getitem_4, getitem_5, None, getitem_6, getitem_7
@@ -208,7 +221,7 @@ LOSSLESS = {
     "relu": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8)),
     "batch norm": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8)),
     "instance norm": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(), conv(8, 8)),
-    "pooling": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8)),
+    "pooling": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8)),
     "dropout": lambda: nn.Sequential(conv(3, 8), nn.Dropout(), nn.ReLU6(), conv(8, 8)),
     "gelu": lambda: nn.Sequential(conv(3, 8), nn.GELU(), conv(8, 8)),
     "skip": Skip,
