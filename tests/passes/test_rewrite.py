@@ -221,7 +221,9 @@ LOSSLESS = {
     "relu": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8)),
     "batch norm": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8)),
     "instance norm": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(), conv(8, 8)),
-    "pooling": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8)),
+    "pooling": lambda: nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8)
+    ),
     "dropout": lambda: nn.Sequential(conv(3, 8), nn.Dropout(), nn.ReLU6(), conv(8, 8)),
     "gelu": lambda: nn.Sequential(conv(3, 8), nn.GELU(), conv(8, 8)),
     "skip": Skip,
