@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 from xconv_fx import __version__
-from xconv_fx.cli import calibrate, check, doctor, plan
+from xconv_fx.cli import calibrate, check, doctor, plan, sweep
 from xconv_fx.cli.arguments import EXIT_CODES, FAILED, INFEASIBLE
 from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError
 from xconv_fx.options import nearest
 from xconv_fx.sizes import sufficient_size
 
-COMMANDS = (plan, check, calibrate, doctor)
+COMMANDS = (plan, sweep, check, calibrate, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

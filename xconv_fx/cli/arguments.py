@@ -124,14 +124,14 @@ def _probes(text: str) -> int | dict[str, int]:
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
-def write(text: str, path: str) -> None:
-    """Write what `--json PATH` asks for; raises `UsageError` where that is impossible."""
+def write(text: str, path: str, option: str = "--json") -> None:
+    """Write what an option with a path asks for, to standard output for -. Raises `UsageError`."""
     if path == "-":
         sys.stdout.write(text)
         return
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"cannot write {path!r}: {error.strerror}", "--json with a path that can be written"
+            f"cannot write {path!r}: {error.strerror}", f"{option} with a path that can be written"
         ) from error
