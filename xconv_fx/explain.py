@@ -24,6 +24,7 @@ from .fake_device import fake_mode, fake_module, fake_tensor, place_inputs
 from .ops import lowering
 from .options import Options
 from .plan import Plan
+from .progress import announce
 from .report import render
 from .scenario import Scenario
 from .session import Session
@@ -132,13 +133,14 @@ class Trace:
 
         Raises `UnsupportedModelError` when there is none.
         """
-        planned = []
+        planned: list[object] = []
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
             hooks.specialise(example_inputs)
             if hooks.needs_backward(example_inputs):
                 if self.scenario.moves:
                     place_inputs(gm, "cuda")
+                announce(f"planning graph {len(planned) + 1}")
                 planned.append(planner(gm, example_inputs))
             # What the graph computes is left to itself: shapes.
             return gm.forward

@@ -27,3 +27,15 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextlib.contextmanager
+def doing(text: str) -> Iterator[None]:
+    """Say what begins now, and say it before whatever is announced within this context."""
+    announce(text)
+    outer = _listener.get()
+    if outer is None:
+        yield
+        return
+    with listening(lambda detail: outer(f"{text}: {detail}")):
+        yield

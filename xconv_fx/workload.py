@@ -179,17 +179,18 @@ class Workload:
 
 def _described(text: str) -> str:
     """An input as errors write it, with its dtype."""
-    return text if _names_callable(text) else str(InputSpec.parse(text))
+    return text if names_callable(text) else str(InputSpec.parse(text))
 
 
-def _names_callable(text: str) -> bool:
+def names_callable(text: str) -> bool:
+    """Whether an input is given as a callable, not as a shape."""
     where, colon, name = text.partition(":")
     return bool(colon) and not re.match(r"\d", where) and bool(re.match(r"[^\W\d]", name))
 
 
 def _sources(texts: Sequence[str], option: str) -> tuple[InputSpec, ...] | Target:
     """What the texts of an option say: a shape each, or all of them one callable."""
-    calls = [text for text in texts if _names_callable(text)]
+    calls = [text for text in texts if names_callable(text)]
     if not calls:
         return tuple(InputSpec.parse(text, option) for text in texts)
     if len(texts) > 1:

@@ -67,12 +67,12 @@ def test_what_cannot_work_says_what_to_type(capsys, wrong, hint):
 
 
 def test_progress_is_announced_in_order():
-    from xconv_fx.cli import _parser
+    from xconv_fx.cli import parser
     from xconv_fx.cli.arguments import workload
     from xconv_fx.progress import listening
     from xconv_fx.sweep.frontier import frontier
 
     told: list[str] = []
     with listening(told.append):
-        workload(_parser().parse_args(SWEEP)).ask(frontier, points=3, slices=1)
-    assert told[0].startswith("posing") and told[-1] == "planning for budget 2 of 2"
+        workload(parser().parse_args(SWEEP)).ask(frontier, points=3, slices=1)
+    assert told[0] == "planning graph 1" and told[-1] == "planning graph 1 for budget 2 of 2"

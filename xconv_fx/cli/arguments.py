@@ -53,6 +53,12 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the planner's options, and what it plans for."""
+    add_planner(command)
+    add_scenario(command)
+
+
+def add_planner(command: argparse.ArgumentParser) -> None:
+    """Declare the planner's options."""
     add = command.add_argument
     add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
     add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
@@ -62,7 +68,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
-    add_scenario(command)
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:

@@ -173,7 +173,6 @@ class _Sweep:
     def graph(self, gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
         """Plan one graph: without a budget, and for every one."""
         self.graphs += 1
-        announce(f"posing the planning problem of graph {self.graphs}")
 
         def traced(series: _Series) -> Traced:
             return Traced(gm, example_inputs, series.options, series.session, self.trace.scenario.notes)
@@ -191,7 +190,7 @@ class _Sweep:
             self.series = self._series(self.lowest, self.top)
         self._plan(self.plain, Strategy(traced(self.plain)))
         for number, series in enumerate(self.series, start=1):
-            announce(f"planning for budget {number} of {len(self.series)}")
+            announce(f"planning graph {self.graphs} for budget {number} of {len(self.series)}")
             self._plan(series, _OncePosed(traced(series), posed))
         return True
 
