@@ -3,7 +3,8 @@
 memory   bytes alive at every step, given the choices     noise    one currency for gradient noise
 greedy   a plan in a fraction of a second                 timing   seconds of a kernel, by the roofline
 program  the mixed-integer program, for HiGHS             device   what a machine sustains
-solver   the best plan, and how much better one may be
+solver   the best plan, and how much better one may be    gpus     what data sheets say of GPUs
+allocator   blocks of torch's allocator for CUDA
 """
 
 from xconv_fx.cost_model.memory import Item, Option, Problem, dominant_steps, peak, profile

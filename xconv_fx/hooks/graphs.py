@@ -29,14 +29,18 @@ class _Unsearched:
 
 @contextlib.contextmanager
 def cheap_graphs() -> Iterator[None]:
-    """While active, new nodes are not searched for symbols, and garbage that only cycles hold is left for later.
+    """While active, new nodes are not searched for symbols, graphs not checked, and cyclic garbage not collected.
 
-    Nearly all that tracing allocates lives as long as the graph, and the collector would look at it again and again.
+    The same passes check their graphs when they compile. Nearly all that tracing allocates lives as long as the graph,
+    and the collector would look at it again and again.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with mock.patch.object(graph, "pytree", _Unsearched()):
+        with (
+            mock.patch.object(graph, "pytree", _Unsearched()),
+            mock.patch.object(graph.Graph, "lint", lambda _: None),
+        ):
             yield
     finally:
         if collecting:
