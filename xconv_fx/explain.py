@@ -24,12 +24,16 @@ from .fake_device import fake_mode, fake_module, fake_tensor, place_inputs
 from .ops import lowering
 from .options import Options
 from .plan import Plan
+from .progress import announce
 from .report import render
 from .scenario import Scenario
 from .session import Session
 
 # Variants of one piece of code that Dynamo traces before it gives up.
 MANY = 1 << 20
+
+# Plans one graph that Dynamo traced, for these inputs; what it returns is true if the graph has a backward.
+Planner = Callable[[fx.GraphModule, list[Any]], object]
 
 
 @dataclass(frozen=True)
@@ -71,49 +75,76 @@ def explain(
     Raises what the backend would raise, `OptionError` for a scenario that makes no sense, and `UnsupportedModelError`
     when no graph of the model has a backward.
     """
-    hooks.require_checked_torch()
-    if loss not in ("mean", "sum") and not callable(loss):
-        raise ValueError(f"loss={loss!r}: write 'mean', 'sum' or a callable of the output and the targets")
-    chosen = Options.parse({**options, **({} if mem_budget is None else {"mem_budget": mem_budget})})
+    given = {**options, **({} if mem_budget is None else {"mem_budget": mem_budget})}
+    chosen = Options.parse(given)
     scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
-    lowering.install()
-    trace = _Trace(model, (*inputs, *targets), chosen, scenario)
-    faked = trace.model
-
-    # A function of a module, not a module with a part: layers keep the names that they have in the model.
-    def with_loss(*arguments: Any) -> Any:
-        return loss(faked(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
-
-    trace.run(with_loss if callable(loss) else faked)
-    if not trace.session.plans:
-        raise UnsupportedModelError(
-            type(model).__name__, "nothing in it requires a gradient", "train at least one parameter or input"
-        )
-    return Explanation(tuple(trace.session.plans.values()))
+    trace = Trace(model, inputs, scenario, loss, targets)
+    session = trace.session(chosen)
+    trace.run(lambda gm, example_inputs: plan_graph(gm, example_inputs, chosen, session, scenario.notes))
+    return Explanation(tuple(session.plans.values()))
 
 
-class _Trace:
-    """A model and its inputs without memory, and the plans of the graphs that running it is compiled as."""
+class Trace:
+    """A training step without memory, of whose graphs plans are made.
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Any], options: Options, scenario: Scenario) -> None:
-        self.options, self.scenario, self.mode = options, scenario, fake_mode()
+    `loss` and `targets` are those of `explain`. Raises `ValueError` for a loss that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        scenario: Scenario,
+        loss: str | Callable[..., Tensor] = "mean",
+        targets: Sequence[Any] = (),
+    ) -> None:
+        hooks.require_checked_torch()
+        if loss not in ("mean", "sum") and not callable(loss):
+            raise ValueError(f"loss={loss!r}: write 'mean', 'sum' or a callable of the output and the targets")
+        lowering.install()
+        self.scenario, self.mode = scenario, fake_mode()
         home = "cpu" if scenario.moves else scenario.device
-        self.model = fake_module(model, self.mode, home, scenario.channels_last)
+        self.model = faked = fake_module(model, self.mode, home, scenario.channels_last)
         self.inputs = tree_map_only(
-            Tensor, lambda value: fake_tensor(value, self.mode, home, scenario.channels_last), tuple(inputs)
+            Tensor, lambda value: fake_tensor(value, self.mode, home, scenario.channels_last), (*inputs, *targets)
         )
-        parameters = list(self.model.parameters())
+        parameters = list(faked.parameters())
         self.home = parameters[0].device.type if parameters else home or "cpu"
-        self.session = Session(
+
+        # A function of a module, not a module with a part: layers keep the names that they have in the model.
+        def with_loss(*arguments: Any) -> Any:
+            return loss(faked(*arguments[: len(inputs)]), *arguments[len(inputs) :])  # type: ignore[operator]
+
+        self.step: Callable[..., Any] = with_loss if callable(loss) else faked
+
+    def session(self, options: Options) -> Session:
+        """A session to plan the step's graphs in, one after another."""
+        parameters = list(self.model.parameters())
+        return Session(
             options,
             self.model,
-            device="cuda" if scenario.moves else None,
-            optimizer_bytes=scenario.optimizer_bytes(parameters),
-            facts=scenario.facts(parameters),
+            device="cuda" if self.scenario.moves else None,
+            optimizer_bytes=self.scenario.optimizer_bytes(parameters),
+            facts=self.scenario.facts(parameters),
         )
 
-    def run(self, step: Callable[..., Any]) -> None:
-        """Plan every graph of the step, in the order in which they run."""
+    def run(self, planner: Planner) -> None:
+        """Let `planner` plan every graph of the step that has a backward, in the order in which they run.
+
+        Raises `UnsupportedModelError` when there is none.
+        """
+        planned: list[object] = []
+
+        def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+            hooks.specialise(example_inputs)
+            if hooks.needs_backward(example_inputs):
+                if self.scenario.moves:
+                    place_inputs(gm, "cuda")
+                announce(f"planning graph {len(planned) + 1}")
+                planned.append(planner(gm, example_inputs))
+            # What the graph computes is left to itself: shapes.
+            return gm.forward
+
         with contextlib.ExitStack() as stack:
             for entered in (torch.enable_grad(), hooks.cheap_graphs(), self.scenario.in_effect(self.home), self.mode):
                 stack.enter_context(entered)
@@ -122,13 +153,9 @@ class _Trace:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             # However often the same code is planned: each of its shapes is a plan of its own.
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY))
-            torch.compile(step, backend=surfaced_by_dynamo(self._plan), dynamic=False)(*self.inputs)
-
-    def _plan(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        """A backend: plans the graph, and leaves it to compute the shapes of its results."""
-        hooks.specialise(example_inputs)
-        if hooks.needs_backward(example_inputs):
-            if self.session.device is not None:
-                place_inputs(gm, self.session.device)
-            plan_graph(gm, example_inputs, self.options, self.session, self.scenario.notes)
-        return gm.forward
+            torch.compile(self.step, backend=surfaced_by_dynamo(backend), dynamic=False)(*self.inputs)
+        if not any(planned):
+            kind = type(self.model).__name__
+            raise UnsupportedModelError(
+                kind, "nothing in it requires a gradient", "train at least one parameter or input"
+            )

@@ -109,7 +109,7 @@ def _cells(choice: Choice) -> dict[str, Text | Name | str]:
         "layer": Name(choice.layer or choice.residual),
         "residual": Name(choice.residual),
         "shape": "x".join(map(str, choice.shape)) or "scalar",
-        "codec": Text(_codec(choice), style=CODEC_STYLES.get(choice.codec, "")),
+        "codec": Text(codec_name(choice), style=CODEC_STYLES.get(choice.codec, "")),
         "r": "" if choice.probes is None else str(choice.probes),
         "bits": "" if choice.bits is None else str(choice.bits),
         "MB": _megabytes(choice.bytes_before),
@@ -118,7 +118,7 @@ def _cells(choice: Choice) -> dict[str, Text | Name | str]:
     }
 
 
-def _codec(choice: Choice) -> str:
+def codec_name(choice: Choice) -> str:
     """The codec as the `codecs` option writes it; "fold" is what every probe is unless it says otherwise."""
     return choice.codec if choice.kind in (None, "fold") else f"{choice.codec}:{choice.kind}"
 
@@ -157,7 +157,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "fixed", f"{format_size(plan.fixed_bytes)} on {plan.device} whatever the plan"
     if plan.optimizer is not None:
         yield "optimizer", f"{format_size(plan.optimizer_bytes)} of that is the state of {plan.optimizer}"
-    yield "time", f"{_duration(plan.time)} more a step, predicted with {_rates(plan)} rates"
+    yield "time", f"{duration(plan.time)} more a step, predicted with {_rates(plan)} rates"
     if plan.noise:
         yield "noise", f"{plan.noise:.2g}"
     yield "search", f"{_attempts(plan.attempts)}, {_gap(plan.gap)}"
@@ -184,7 +184,8 @@ def _gap(gap: float) -> str:
     return f"{100 * gap:.2g}% above the solver's lower bound" if gap > 0 else "at the solver's lower bound"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people read them, in three digits at most."""
     if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

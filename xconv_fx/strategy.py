@@ -41,11 +41,16 @@ class Strategy:
         self.jobs: dict[Route, Job] = {}
         self.seconds = 0.0
         self.whole: Job | None = None
+        self.planned: Compilation | None = None
 
     @property
     def posed(self) -> dict[Route, Posed]:
         """The planning problems that were compared, by their routes."""
         return {route: job.posed for route, job in self.jobs.items() if job.posed is not None}
+
+    def pose(self, route: Route) -> Job | None:
+        """The job of a route up to its planning problem; None for a graph without a backward."""
+        return Compilation(self.traced, route).pose()
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -78,7 +83,7 @@ class Strategy:
 
         Empty when the prediction leaves a doubt.
         """
-        self.whole = Compilation(self.traced).pose()
+        self.whole = self.pose(AT_ONCE)
         if self.whole is None or self.whole.posed is None:
             return {}
         predicted = self.whole.posed.baseline_peak()
@@ -91,7 +96,7 @@ class Strategy:
         """
         route, known = AT_ONCE, {}
         if self.traced.options.mem_budget is not None:
-            self.whole = job = Compilation(self.traced).pose()
+            self.whole = job = self.pose(AT_ONCE)
             if job is None or job.posed is None:
                 return None
             baseline = job.posed.baseline_peak()
@@ -103,9 +108,9 @@ class Strategy:
                 raise BudgetInfeasibleError(budget, error.smallest, error.consumers, self.traced.notes)
             route = ways[0].route
             known = {"baseline_peak": baseline, **self._time(ways[0])}
-        compilation = Compilation(self.traced, route)
-        compilation.plan(self.jobs.get(_compared(route)))
-        return compilation.report(**known)
+        self.planned = Compilation(self.traced, route)
+        self.planned.plan(self.jobs.get(_compared(route)))
+        return self.planned.report(**known)
 
     def ways(self) -> list[Way]:
         """The ways whose predicted plans fit the budget, best first.
@@ -114,7 +119,7 @@ class Strategy:
         slices.
         """
         options = self.traced.options
-        whole = self.whole = self.whole or Compilation(self.traced).pose()
+        whole = self.whole = self.whole or self.pose(AT_ONCE)
         if whole is None or whole.posed is None:
             return [Way(AT_ONCE, 0.0, 0.0)]
         found = []
@@ -172,7 +177,7 @@ class Strategy:
             routes += [Route(saved=saved) for saved in SAVED]
         found: list[Way] = []
         for route in routes:
-            job = Compilation(self.traced, route).pose()
+            job = self.pose(route)
             if job is not None and job.posed is not None:
                 self.jobs[route] = job
                 found += best_ways(job.posed, options, whole.posed, route)
@@ -199,7 +204,7 @@ class Strategy:
         """
         for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
             try:
-                job = Compilation(self.traced, Route(way)).pose()
+                job = self.pose(Route(way))
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.

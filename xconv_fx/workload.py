@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xconv_fx.errors import UsageError, XConvError
 from xconv_fx.options import join_clauses, nearest
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from xconv_fx.plan import Plan
+
+T = TypeVar("T")
 
 LOSSES = ("mean", "sum")
 INPUT_HINT = (
@@ -94,6 +96,15 @@ class Workload:
 
         Raises `BudgetInfeasibleError` and `UsageError`.
         """
+        from xconv_fx.explain import explain
+
+        return self.ask(explain, **options).plans
+
+    def ask(self, planner: Callable[..., T], **options: Any) -> T:
+        """What `planner(model, *inputs, loss=..., targets=..., **options)` answers: `explain`, `frontier`.
+
+        Raises `XConvError`, whatever goes wrong in the user's code.
+        """
         input_option, label_option = self.spelling
         inputs, labels = _sources(self.inputs, input_option), _sources(self.labels, label_option)
         if labels and self.loss in (None, *LOSSES):
@@ -110,7 +121,7 @@ class Workload:
             raise UsageError(f"{label_option} {self.labels[0]} returned a dict", "return a tensor or a tuple from it")
         if targets:
             options["targets"] = targets
-        return self._explained(model, given, options)
+        return self._asked(planner, model, given, options)
 
     def model(self) -> torch.nn.Module:
         """The model, built anew. Raises `UsageError`."""
@@ -130,22 +141,18 @@ class Workload:
         # A class, or a call such as `torch.nn:CrossEntropyLoss(label_smoothing=0.1)`, makes the loss.
         return function(Target.parse(self.loss), "cpu")
 
-    def _explained(self, model: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Sequence[Plan]:
-        from xconv_fx.explain import explain
-
+    def _asked(
+        self, planner: Callable[..., T], model: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> T:
         try:
             with warnings.catch_warnings():
                 # AOTAutograd's, ahead of an error that is reported below.
                 warnings.filterwarnings("ignore", message="Error detected in")
-                plans = explain(model, *inputs, **options).plans
+                return planner(model, *inputs, **options)
         except XConvError:
             raise
         except Exception as error:
             raise self._failure(model, inputs, options, error) from error
-        if not plans:
-            hint = "a model with parameters that require gradients"
-            raise UsageError(f"{type(model).__name__} has nothing to train, so there is nothing to plan", hint)
-        return plans
 
     def _failure(
         self, model: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], error: Exception
@@ -172,17 +179,18 @@ class Workload:
 
 def _described(text: str) -> str:
     """An input as errors write it, with its dtype."""
-    return text if _names_callable(text) else str(InputSpec.parse(text))
+    return text if names_callable(text) else str(InputSpec.parse(text))
 
 
-def _names_callable(text: str) -> bool:
+def names_callable(text: str) -> bool:
+    """Whether an input is given as a callable, not as a shape."""
     where, colon, name = text.partition(":")
     return bool(colon) and not re.match(r"\d", where) and bool(re.match(r"[^\W\d]", name))
 
 
 def _sources(texts: Sequence[str], option: str) -> tuple[InputSpec, ...] | Target:
     """What the texts of an option say: a shape each, or all of them one callable."""
-    calls = [text for text in texts if _names_callable(text)]
+    calls = [text for text in texts if names_callable(text)]
     if not calls:
         return tuple(InputSpec.parse(text, option) for text in texts)
     if len(texts) > 1:

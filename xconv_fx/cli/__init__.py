@@ -18,20 +18,20 @@ from rich.console import Console
 from rich.text import Text
 
 from xconv_fx import __version__
-from xconv_fx.cli import calibrate, check, doctor, plan
+from xconv_fx.cli import bench, calibrate, check, completion, doctor, fit, plan, sweep
 from xconv_fx.cli.arguments import EXIT_CODES, FAILED, INFEASIBLE
 from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError
 from xconv_fx.options import nearest
 from xconv_fx.sizes import sufficient_size
 
-COMMANDS = (plan, check, calibrate, doctor)
+COMMANDS = (plan, sweep, fit, check, bench, calibrate, doctor, completion)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = parser().parse_args(arguments)
         return parsed.run(parsed)
     except XConvError as error:
         if "--debug" in arguments:
@@ -65,13 +65,14 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
-    parser.set_defaults(run=lambda _: parser.error("no command given"))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The command line, with all commands."""
+    top = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
+    top.set_defaults(run=lambda _: top.error("no command given"))
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
     for module in COMMANDS:
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run, flags=re.findall(r"--[a-z-]+", command.format_usage()))
-    return parser
+    return top

@@ -53,6 +53,12 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the planner's options, and what it plans for."""
+    add_planner(command)
+    add_scenario(command)
+
+
+def add_planner(command: argparse.ArgumentParser) -> None:
+    """Declare the planner's options."""
     add = command.add_argument
     add("--budget", metavar="SIZE", help="limit of the peak: 8GB, 7.5GiB, or 60%% of the peak without xconv")
     add("--codecs", metavar="NAMES", help=CODECS_HINT.replace("%", "%%"))
@@ -62,7 +68,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
-    add_scenario(command)
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
@@ -124,14 +129,14 @@ def _probes(text: str) -> int | dict[str, int]:
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
-def write(text: str, path: str) -> None:
-    """Write what `--json PATH` asks for; raises `UsageError` where that is impossible."""
+def write(text: str, path: str, option: str = "--json") -> None:
+    """Write what an option with a path asks for, to standard output for -. Raises `UsageError`."""
     if path == "-":
         sys.stdout.write(text)
         return
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"cannot write {path!r}: {error.strerror}", "--json with a path that can be written"
+            f"cannot write {path!r}: {error.strerror}", f"{option} with a path that can be written"
         ) from error

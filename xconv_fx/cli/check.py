@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xconv_fx.cli.arguments import FAILED, OK
+from xconv_fx.cli.status import status
 from xconv_fx.errors import BudgetInfeasibleError, UsageError
+from xconv_fx.progress import doing
 
 if TYPE_CHECKING:
     from xconv_fx.check.compare import Result
@@ -65,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"no lock file {path}", lock.UPDATE)
     if planned_with not in ("", _torch_version()):
         sys.stderr.write(f"note: {path} was written with torch {planned_with}, this is {_torch_version()}\n")
-    results = [_result(check, settings, known, tolerance, arguments.update) for check in checks]
+    with status("planning"):
+        results = [_result(check, settings, known, tolerance, arguments.update) for check in checks]
     if arguments.update:
         _update(settings, results, known, path)
     else:
@@ -82,7 +85,8 @@ def _result(
     from xconv_fx.check.record import measure
 
     try:
-        record = measure(check, settings.path.resolve().parent)
+        with doing(check.name):
+            record = measure(check, settings.path.resolve().parent)
     except BudgetInfeasibleError as error:
         told = BudgetInfeasibleError(error.budget, error.smallest, error.consumers)
         return Result(check.name, problem=str(told))

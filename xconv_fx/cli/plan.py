@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from xconv_fx.cli.arguments import EXIT_CODES, INFEASIBLE, OK, add_json, add_model, add_options, plans_of, write
+from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
 from xconv_fx.report import render, to_json
 
@@ -30,7 +31,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     limit = _limit(arguments.limit)
-    plans = plans_of(arguments)
+    with status("tracing the model"):
+        plans = plans_of(arguments)
     if arguments.json is not None:
         write(to_json(plans), arguments.json)
     if arguments.json != "-":

@@ -27,8 +27,11 @@ def add_scenario(command: argparse.ArgumentParser) -> None:
 
 
 def scenario(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `explain` that `add_scenario` declared, as far as they are given. Raises `UsageError`."""
-    given = {name: getattr(arguments, name) for name in FLAGS}
+    """The arguments of `explain` that `add_scenario` declared, as far as they are given. Raises `UsageError`.
+
+    A command may have declared some of the flags itself.
+    """
+    given: dict[str, Any] = {name: getattr(arguments, name, None) for name in FLAGS}
     given = {name: value for name, value in given.items() if value not in (None, False)}
     if not given:
         return given

@@ -1,0 +1,285 @@
+"""`frontier`: what every budget costs, from the lowest that has a plan to none, on one trace of the model.
+
+A step's planning problem does not depend on its budget, so each graph is traced and posed once for each way of running
+it, and solved for many budgets. The graphs of a model that Dynamo breaks into several share a budget: what an earlier
+graph's plan holds is beside the later ones, which only shifts their problems. What such a model needs is known when its
+last graph has been seen, so it is traced twice.
+
+A plan for a smaller budget is a plan for a larger one as well. The solver is stopped after a while and may miss it, so
+a point that costs more than the one below it takes that one's plan.
+
+Known gap: of a model of several graphs, the lowest budget is the one that the first pass found, and if a graph misses
+it then, the frontier begins at the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from xconv_fx.compilation import Compilation, Traced
+from xconv_fx.errors import BudgetInfeasibleError, OptionError
+from xconv_fx.explain import Trace
+from xconv_fx.options import Options
+from xconv_fx.passes.pipeline import Job
+from xconv_fx.passes.sliced import slice_step
+from xconv_fx.plan import Plan
+from xconv_fx.progress import announce
+from xconv_fx.scenario import Scenario
+from xconv_fx.session import Session
+from xconv_fx.sizes import Budget, format_size
+from xconv_fx.strategy import Strategy
+from xconv_fx.sweep.memory import Memory, memory_of
+from xconv_fx.ways import AT_ONCE, Route, Way
+
+POINTS = 10
+
+# The jobs of a graph up to their planning problems, by route; an error where there is none.
+_Problems = dict[Route, Job | Exception | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The plans of a model's graphs under one `budget` in bytes (None: without).
+
+    `seconds` is the predicted time of a plain step, `memory` what is alive over the step of each graph.
+    """
+
+    budget: int | None
+    plans: tuple[Plan, ...]
+    seconds: float
+    memory: tuple[Memory, ...]
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak of the step in bytes."""
+        return max(plan.predicted_peak for plan in self.plans)
+
+    @property
+    def noise(self) -> float:
+        """Predicted variance that is added to the gradients, relative to their energy."""
+        return sum(plan.noise for plan in self.plans)
+
+    @property
+    def time(self) -> float:
+        """Predicted extra seconds of a step."""
+        return sum(plan.time for plan in self.plans)
+
+    @property
+    def slowdown(self) -> float:
+        """The extra time as a fraction of the plain step."""
+        return self.time / self.seconds if self.seconds else 0.0
+
+    @property
+    def slices(self) -> int:
+        """Slices of the batch, of the graph that is cut most."""
+        return max(plan.slices for plan in self.plans)
+
+    def codecs(self) -> dict[str, int]:
+        """Bytes of the residuals that each codec holds something in place of, largest first."""
+        sizes: dict[str, int] = {}
+        for plan in self.plans:
+            for choice in plan.choices:
+                sizes[choice.codec] = sizes.get(choice.codec, 0) + plan.slices * choice.bytes_before
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points of ascending budget, the last without one. `left_out` says of which budgets there is none, and why.
+
+    `wanted` is the budget in bytes that was asked for, if one was.
+    """
+
+    points: tuple[Point, ...]
+    left_out: tuple[str, ...] = ()
+    wanted: int | None = None
+
+    @property
+    def selected(self) -> int:
+        """The index of the point that was asked for, or of one in the middle."""
+        budgets = [point.budget for point in self.points[:-1]]
+        return budgets.index(self.wanted) if self.wanted in budgets else len(budgets) // 2
+
+    @property
+    def missed(self) -> bool:
+        """Whether the budget that was asked for has no plan."""
+        return self.wanted is not None and all(point.budget != self.wanted for point in self.points)
+
+
+def frontier(
+    model: nn.Module,
+    *inputs: Any,
+    points: int = POINTS,
+    mem_budget: str | int | None = None,
+    loss: str | Callable[..., Tensor] = "mean",
+    targets: Sequence[Any] = (),
+    device: str | None = None,
+    gpu: str | None = None,
+    amp: str | None = None,
+    channels_last: bool = False,
+    optimizer: str | None = None,
+    **options: Any,
+) -> Frontier:
+    """The frontier of a model in some `points`, one of which is for `mem_budget` if that is given.
+
+    The other arguments, and what is raised, are those of `explain`.
+    """
+    if points < 2:
+        raise OptionError("points", points, "write 2 or more: the lowest budget, and none")
+    wanted = None if mem_budget is None else Budget.parse(mem_budget)
+    chosen = Options.parse(options)
+    trace = Trace(model, inputs, Scenario.parse(device, gpu, amp, channels_last, optimizer), loss, targets)
+    sweep = _Sweep(trace, chosen, points, wanted)
+    trace.run(sweep.graph)
+    if sweep.graphs > 1:
+        sweep = _Sweep(trace, chosen, points, wanted, sweep.ends)
+        trace.run(sweep.graph)
+    return sweep.frontier()
+
+
+@dataclass
+class _Series:
+    """The graphs' plans under one budget, as far as they have any; `missed` says why there is none."""
+
+    options: Options
+    session: Session
+    plans: list[Plan] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    missed: str = ""
+
+
+class _Sweep:
+    """Plans every graph of a trace for a range of budgets, which the first graph settles unless its ends are given."""
+
+    def __init__(
+        self, trace: Trace, options: Options, points: int, wanted: Budget | None, ends: tuple[int, int] | None = None
+    ) -> None:
+        self.trace, self.options, self.points, self.wanted = trace, options, points, wanted
+        self.plain = _Series(options, trace.session(options))
+        self.series = [] if ends is None else self._series(*ends)
+        self.graphs = 0
+        self.seconds = 0.0
+        self.lowest = self.top = 0
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest budget that make a difference, as far as known."""
+        return self.lowest, self.top
+
+    def graph(self, gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
+        """Plan one graph: without a budget, and for every one."""
+        self.graphs += 1
+
+        def traced(series: _Series) -> Traced:
+            return Traced(gm, example_inputs, series.options, series.session, self.trace.scenario.notes)
+
+        posed: _Problems = {}
+        lowest = self._of(1)
+        whole = _OncePosed(traced(lowest), posed).pose(AT_ONCE)
+        if whole is None or whole.posed is None:
+            self.graphs -= 1
+            return False
+        self.seconds += sum(whole.posed.seconds.values())
+        self.top = max(self.top, self.options.needed(whole.posed.baseline_peak()))
+        if not self.series:
+            self._plan(lowest, _OncePosed(traced(lowest), posed))
+            self.series = self._series(self.lowest, self.top)
+        self._plan(self.plain, Strategy(traced(self.plain)))
+        for number, series in enumerate(self.series, start=1):
+            announce(f"planning graph {self.graphs} for budget {number} of {len(self.series)}")
+            self._plan(series, _OncePosed(traced(series), posed))
+        return True
+
+    def frontier(self) -> Frontier:
+        """What was found."""
+        found: list[Point] = []
+        for series in self.series:
+            if series.missed or series.options.mem_budget is None:
+                continue
+            point = self._point(series)
+            if found and self._cost(found[-1]) < self._cost(point):
+                point = _under(found[-1], point)
+            found.append(point)
+        missed = tuple(series.missed for series in self.series if series.missed)
+        wanted = None if self.wanted is None else self.wanted.resolve(self.top)
+        return Frontier((*found, self._point(self.plain)), missed, wanted)
+
+    def _point(self, series: _Series) -> Point:
+        budget = None if series.options.mem_budget is None else series.options.mem_budget.bytes
+        return Point(budget, tuple(series.plans), self.seconds, tuple(series.memory))
+
+    def _cost(self, point: Point) -> tuple[float, float]:
+        return Way(AT_ONCE, point.noise, point.slowdown).cost(self.options.prefer)
+
+    def _of(self, budget: int) -> _Series:
+        options = replace(self.options, mem_budget=Budget(bytes=budget))
+        return _Series(options, self.trace.session(options))
+
+    def _series(self, lowest: int, top: int) -> list[_Series]:
+        """Budgets in equal ratios from the lowest to the top, and the one that is wanted."""
+        steps = max(self.points - 2, 1)
+        budgets = {round(lowest * (top / lowest) ** (step / steps)) for step in range(self.points - 1)}
+        if self.wanted is not None:
+            budgets.add(self.wanted.resolve(top))
+        return [self._of(budget) for budget in sorted(budgets)]
+
+    def _plan(self, series: _Series, strategy: Strategy) -> None:
+        if series.missed:
+            return
+        try:
+            plan = strategy.plan()
+        except BudgetInfeasibleError as error:
+            self.lowest = max(self.lowest, error.smallest)
+            series.missed = f"{format_size(error.budget)} cannot be met"
+        except OptionError as error:
+            series.missed = str(error)
+        else:
+            if plan is not None and strategy.planned is not None:
+                series.plans.append(plan)
+                series.memory.append(_memory(strategy.planned, plan))
+
+
+class _OncePosed(Strategy):
+    """A search whose planning problems are those of other budgets, as far as these have posed them."""
+
+    def __init__(self, traced: Traced, problems: _Problems) -> None:
+        super().__init__(traced)
+        self.problems = problems
+
+    def pose(self, route: Route) -> Job | None:
+        if route not in self.problems:
+            try:
+                self.problems[route] = super().pose(route)
+            except Exception as error:
+                self.problems[route] = error
+        found = self.problems[route]
+        if isinstance(found, Exception):
+            raise found
+        return found and _beside(found, self.traced.session.outside(self.traced.gm))
+
+
+def _beside(job: Job, outside: int) -> Job:
+    """The job with `outside` bytes alive throughout besides its graph's own tensors."""
+    more = outside - job.outside
+    if not more or job.posed is None:
+        return job
+    problem = replace(job.posed.problem, base=tuple(size + more for size in job.posed.problem.base))
+    posed = replace(job.posed, problem=problem, fixed_bytes=job.posed.fixed_bytes + more)
+    return replace(job, outside=outside, posed=posed)
+
+
+def _memory(planned: Compilation, plan: Plan) -> Memory:
+    """Memory over the whole step of what was planned."""
+    assert planned.job is not None and planned.job.posed is not None
+    slicing = planned.route.slicing
+    return memory_of(planned.job.posed if slicing is None else slice_step(planned.job.posed, slicing), plan)
+
+
+def _under(point: Point, other: Point) -> Point:
+    """The plans of a point under the larger budget of another."""
+    plans = tuple(replace(plan, budget=other.budget) for plan in point.plans)
+    return replace(point, budget=other.budget, plans=plans)
