@@ -85,25 +85,28 @@ def search(trial: Callable[[int], Trial], method: str, start: int, step: int) ->
     """The largest multiple of `step` that fits, looked for from `start` on; `trial` says whether a size does."""
     largest: Trial | None = None
     beyond: Trial | None = None
-    size, stride, misses, plans = start, step, 0, 0
+    size, stride, plans, proportional = start, step, 0, True
     while size <= LIMIT:
         found = trial(size)
         plans += 1
         if found.fits:
-            largest, misses = found, 0
+            largest = found
         else:
-            beyond, misses, stride = found, misses + 1, step
+            # What the first one needs says where to look; when that is wrong, halving what is left is safe.
+            proportional, beyond = beyond is None, found
         low = largest.size if largest else 0
-        if beyond is not None and beyond.size - low <= step:
-            break
         if beyond is None:
             size *= 2
+        elif beyond.size - low <= step:
+            break
+        elif not proportional:
+            size = (low + beyond.size) // 2 // step * step
         elif found.fits:
-            size, stride = min(size + stride, beyond.size - step), 2 * stride
+            size, stride = size + stride, 2 * stride
         else:
-            # In proportion to what it would have needed; where that is wrong, every second guess halves what is left.
-            guess = int(size * found.share) if misses % 2 else (low + size) // 2
-            size = min(max(guess // step * step, low + step), beyond.size - step)
+            size = int(size * found.share) // step * step
+        if beyond is not None:
+            size = min(max(size, low + step), beyond.size - step)
     return Fit(method, largest, beyond, plans)
 
 

@@ -49,7 +49,7 @@ def terminal(monkeypatch):
 
 def test_an_interactive_terminal_shows_what_is_being_done(terminal, capsys):
     assert main([*PLAN, "--json", "-"]) == OK
-    assert "tracing the model" in terminal.getvalue()
+    assert "planning graph 1" in terminal.getvalue()
     assert capsys.readouterr().out.startswith("[")
 
 

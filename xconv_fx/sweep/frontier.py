@@ -8,8 +8,8 @@ last graph has been seen, so it is traced twice.
 A plan for a smaller budget is a plan for a larger one as well. The solver is stopped after a while and may miss it, so
 a point that costs more than the one below it takes that one's plan.
 
-Known gap: of a model of several graphs, the lowest budget is the one that the first pass found, and if a graph misses
-it then, the frontier begins at the next one.
+Known gap: the lowest budget of several graphs is found while each of them is planned for the least that it needs. With
+more, an earlier graph holds more, and a later one may miss its budget: the frontier then begins at the next point.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from xconv_fx.sweep.memory import Memory, memory_of
 from xconv_fx.ways import AT_ONCE, Route, Way
 
 POINTS = 10
+# Attempts at the lowest budget of a graph; the first finds it, if the solver is not stopped too early.
+CLIMBS = 3
 
 # The jobs of a graph up to their planning problems, by route; an error where there is none.
 _Problems = dict[Route, Job | Exception | None]
@@ -136,7 +138,7 @@ def frontier(
     sweep = _Sweep(trace, chosen, points, wanted)
     trace.run(sweep.graph)
     if sweep.graphs > 1:
-        sweep = _Sweep(trace, chosen, points, wanted, sweep.ends)
+        sweep = _Sweep(trace, chosen, points, wanted, sweep.ends())
         trace.run(sweep.graph)
     return sweep.frontier()
 
@@ -153,46 +155,62 @@ class _Series:
 
 
 class _Sweep:
-    """Plans every graph of a trace for a range of budgets, which the first graph settles unless its ends are given."""
+    """Plans every graph of a trace for a range of budgets between two `ends`.
+
+    Without `ends` they are those of the first graph, and of further graphs only the ends are looked for.
+    """
 
     def __init__(
         self, trace: Trace, options: Options, points: int, wanted: Budget | None, ends: tuple[int, int] | None = None
     ) -> None:
         self.trace, self.options, self.points, self.wanted = trace, options, points, wanted
-        self.plain = _Series(options, trace.session(options))
-        self.series = [] if ends is None else self._series(*ends)
+        self.plain, self.floor = _Series(options, trace.session(options)), self._of(1)
+        self.looking = ends is None
+        self.lowest, self.top = ends or (1, 1)
+        self.series = self._series()
         self.graphs = 0
         self.seconds = 0.0
-        self.lowest = self.top = 0
 
-    @property
     def ends(self) -> tuple[int, int]:
-        """The lowest and the highest budget that make a difference, as far as known."""
-        return self.lowest, self.top
+        """The lowest budget that all graphs share, as far as known, and the one that changes nothing."""
+        return self.lowest, self.options.needed(max(plan.predicted_peak for plan in self.plain.plans))
 
     def graph(self, gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
         """Plan one graph: without a budget, and for every one."""
-        self.graphs += 1
 
         def traced(series: _Series) -> Traced:
             return Traced(gm, example_inputs, series.options, series.session, self.trace.scenario.notes)
 
         posed: _Problems = {}
-        lowest = self._of(1)
-        whole = _OncePosed(traced(lowest), posed).pose(AT_ONCE)
+        whole = _OncePosed(traced(self.floor), posed).pose(AT_ONCE)
         if whole is None or whole.posed is None:
-            self.graphs -= 1
             return False
+        self.graphs += 1
         self.seconds += sum(whole.posed.seconds.values())
-        self.top = max(self.top, self.options.needed(whole.posed.baseline_peak()))
-        if not self.series:
-            self._plan(lowest, _OncePosed(traced(lowest), posed))
-            self.series = self._series(self.lowest, self.top)
         self._plan(self.plain, Strategy(traced(self.plain)))
-        for number, series in enumerate(self.series, start=1):
+        if self.looking:
+            self._climb(traced(self.floor), posed)
+            if self.graphs == 1:
+                self.top = self.options.needed(whole.posed.baseline_peak())
+                self.series = self._series()
+        for number, series in enumerate(self.series if self.graphs == 1 or not self.looking else (), start=1):
             announce(f"planning graph {self.graphs} for budget {number} of {len(self.series)}")
             self._plan(series, _OncePosed(traced(series), posed))
         return True
+
+    def _climb(self, traced: Traced, posed: _Problems) -> None:
+        """Raise the lowest budget to what this graph needs, beside others that are planned for what they need."""
+        announce(f"looking for the lowest budget of graph {self.graphs}")
+        for _ in range(CLIMBS):
+            try:
+                _OncePosed(traced.within(self.lowest), posed).plan()
+            except BudgetInfeasibleError as error:
+                self.lowest = error.smallest
+            except OptionError:
+                # Some plan is within the budget, but none within the limits of noise and time.
+                return
+            else:
+                return
 
     def frontier(self) -> Frontier:
         """What was found."""
@@ -219,12 +237,12 @@ class _Sweep:
         options = replace(self.options, mem_budget=Budget(bytes=budget))
         return _Series(options, self.trace.session(options))
 
-    def _series(self, lowest: int, top: int) -> list[_Series]:
+    def _series(self) -> list[_Series]:
         """Budgets in equal ratios from the lowest to the top, and the one that is wanted."""
         steps = max(self.points - 2, 1)
-        budgets = {round(lowest * (top / lowest) ** (step / steps)) for step in range(self.points - 1)}
+        budgets = {round(self.lowest * (self.top / self.lowest) ** (step / steps)) for step in range(self.points - 1)}
         if self.wanted is not None:
-            budgets.add(self.wanted.resolve(top))
+            budgets.add(self.wanted.resolve(self.top))
         return [self._of(budget) for budget in sorted(budgets)]
 
     def _plan(self, series: _Series, strategy: Strategy) -> None:
@@ -233,7 +251,6 @@ class _Sweep:
         try:
             plan = strategy.plan()
         except BudgetInfeasibleError as error:
-            self.lowest = max(self.lowest, error.smallest)
             series.missed = f"{format_size(error.budget)} cannot be met"
         except OptionError as error:
             series.missed = str(error)
