@@ -55,7 +55,10 @@ def run(folder, *arguments: str, source: str = SUITE) -> tuple[int, str]:
     """Exit code and output of pytest on a suite."""
     (folder / "test_suite.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q", *arguments]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True)
+    # A worker of xdist must not make one of the pytest that it starts.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["COLUMNS"] = "200"
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
