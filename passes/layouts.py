@@ -22,19 +22,19 @@ aten = torch.ops.aten
 
 def layout_copies(forward: fx.GraphModule) -> int:
     """Bytes of the copies that Inductor makes when the forward begins and saves for the backward."""
-    return sum(nbytes(node) for node in (*relaid_operands(forward, 0), *relaid_operands(forward, 1)))
+    return sum(map(nbytes, relaid_operands(forward, 0, 1)))
 
 
-def relaid_operands(forward: fx.GraphModule, place: int) -> list[fx.Node]:
-    """Inputs (`place` 0) or weights (1) of convolutions that the forward gets in another layout than channels-last."""
+def relaid_operands(forward: fx.GraphModule, *places: int) -> list[fx.Node]:
+    """Inputs (place 0) or weights (1) of convolutions that the forward gets in another layout than channels-last."""
     if not hooks.channels_last_convolutions(forward):
         return []
     found: dict[fx.Node, None] = {}
     for node in forward.graph.find_nodes(op="call_function", target=aten.convolution.default):
-        operand = arguments(node)[place]
-        value = tensor_of(operand)
-        if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
-            found[operand] = None
+        for operand in (arguments(node)[place] for place in places):
+            value = tensor_of(operand)
+            if value is not None and value.dim() == 4 and is_primal(operand) and _is_relaid(value):
+                found[operand] = None
     return list(found)
 
 

@@ -109,11 +109,9 @@ def _is_stored(node: fx.Node, reads: int, returned: set[fx.Node], roots: dict[fx
 
 def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node]) -> Timeline:
     step = {node: index for index, node in enumerate(stored)}
-    for node in stored:
-        # Each element of a tuple is a buffer of its own.
-        step.update(
-            (user, step[node]) for user in node.users if is_view(user) and _maker(user) is node and _is_tuple(node)
-        )
+    for node in filter(_is_tuple, stored):
+        # Each of its elements is a buffer of its own.
+        step.update((user, step[node]) for user in node.users if is_view(user))
     last = {node: len(stored) - 1 if node in returned else index for node, index in step.items()}
     for node in stored:
         for source in reads[node]:

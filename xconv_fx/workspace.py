@@ -161,7 +161,7 @@ def _convolution(
     )
     if "Slow" not in backend:
         return weight_bytes
-    if backend.endswith((".Slow2d", ".Slow3d")) and _is_pointwise(weight, stride, padding):
+    if backend.endswith((".Slow2d", ".Slow3d")) and volume.is_pointwise(weight, stride, padding):
         return 0  # Unfolding such an input is a view of it.
     columns = weight.numel() // weight.size(0)
     positions = _positions(x, weight, stride, padding, dilation, transposed, output_padding)
@@ -171,10 +171,6 @@ def _convolution(
 
 # The native backends that unfold the whole batch at once; the others (dilated, transposed 3d) go sample by sample.
 _WHOLE_BATCH = (".Slow2d", ".Slow3d", ".SlowTranspose2d")
-
-
-def _is_pointwise(weight: torch.Tensor, stride: Any, padding: Any) -> bool:
-    return set(weight.shape[2:]) == {1} and set(stride) == {1} and set(padding) == {0}
 
 
 def _positions(

@@ -101,7 +101,7 @@ def volume_weight_gradient(
     unless it is wanted.
     """
     of_bias = grad.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
-    if not transposed and _is_pointwise(weight, stride, padding, groups):
+    if not transposed and groups == 1 and is_pointwise(weight, stride, padding):
         return _pointwise_gradient(grad, x, weight), of_bias
     if transposed:
         # A transposed convolution is the adjoint of a plain one, whose input has the shape of `grad`.
@@ -148,9 +148,9 @@ def _matrix(sample: Tensor) -> Tensor:
     return sample.permute(1, 2, 3, 0).flatten(0, 2).t()
 
 
-def _is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
-    """Whether a convolution is a product of a matrix and every voxel."""
-    return weight.shape[2:].numel() == 1 and groups == 1 and set(stride) == {1} and set(padding) == {0}
+def is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution is a product of a matrix and every pixel or voxel; one of each group."""
+    return weight.shape[2:].numel() == 1 and set(stride) == {1} and set(padding) == {0}
 
 
 def _together(grad: Tensor) -> int:
@@ -213,7 +213,7 @@ def operator_for(func: Any, args: Sequence[Any]) -> Any:
     the last two.
     """
     if func is aten.convolution.default and _is_native(args[0], args[1], args[3:9]):
-        if _is_pointwise(args[1], args[3], args[4], args[8]):
+        if args[8] == 1 and is_pointwise(args[1], args[3], args[4]):
             return torch.ops.xconv.pointwise_convolution.default
         if _unfolds(args[0], args[1], args[3:9]):
             return torch.ops.xconv.single_convolution.default
@@ -277,7 +277,7 @@ def _is_ours(args: Sequence[Any]) -> bool:
     weight = args[2]
     if weight.dim() != 5 or weight.device.type != "cpu":
         return False
-    if not args[7] and _is_pointwise(weight, args[4], args[5], args[9]):
+    if not args[7] and args[9] == 1 and is_pointwise(weight, args[4], args[5]):
         return True
     small, large = _plain_operands(args)
     plain = (*args[4:7], False, [0, 0, 0], args[9])
