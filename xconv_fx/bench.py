@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from xconv_fx.explain import explain
 from xconv_fx.measure import interleaved_times, physical_peak
 from xconv_fx.options import with_unseen
-from xconv_fx.plan import Plan
+from xconv_fx.plan import Totals
 from xconv_fx.progress import announce
 from xconv_fx.report import read_json
 from xconv_fx.sizes import Budget
@@ -79,9 +79,9 @@ def bench(
     model = model.to(home)
     arguments = [_there(value, home) for value in (*inputs, *targets)]
     step: dict[str, Any] = {"loss": loss, "targets": arguments[len(inputs) :]}
-    plain = explain(model, *arguments[: len(inputs)], **step).plans
-    budget = Budget.parse(mem_budget).resolve(with_unseen(_peak(plain)))
-    planned = explain(model, *arguments[: len(inputs)], mem_budget=budget, **step, **options).plans
+    plain = Totals.of(explain(model, *arguments[: len(inputs)], **step).plans)
+    budget = Budget.parse(mem_budget).resolve(with_unseen(plain.peak))
+    planned = Totals.of(explain(model, *arguments[: len(inputs)], mem_budget=budget, **step, **options).plans)
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder) / "plans.json")
         settings = {**options, "mem_budget": budget, "report": report}
@@ -98,16 +98,11 @@ def bench(
         audited = max(plan.peak for plan in read_json(report))
     announce("timing")
     seconds = interleaved_times({name: training.step for name, training in ways.items()}, repeats=steps, warmup=1)
-    extra, noise = sum(plan.time for plan in planned), sum(plan.noise for plan in planned)
     return Bench(
         budget,
-        Row("inductor", _peak(plain), None, peaks["inductor"], seconds["inductor"]),
-        Row("xconv", _peak(planned), audited, peaks["xconv"], seconds["xconv"], extra, noise),
+        Row("inductor", plain.peak, None, peaks["inductor"], seconds["inductor"]),
+        Row("xconv", planned.peak, audited, peaks["xconv"], seconds["xconv"], planned.time, planned.noise),
     )
-
-
-def _peak(plans: Sequence[Plan]) -> int:
-    return max(plan.predicted_peak for plan in plans)
 
 
 class _Training:

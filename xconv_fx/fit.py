@@ -16,6 +16,7 @@ from typing import Any
 
 from xconv_fx.errors import BudgetInfeasibleError, OptionError, UsageError
 from xconv_fx.options import Options
+from xconv_fx.plan import Totals
 from xconv_fx.progress import doing
 from xconv_fx.workload import InputSpec, Workload, names_callable
 
@@ -120,16 +121,16 @@ def _trial(workload: Workload, size: int, budget: int, options: dict[str, Any]) 
         if error.option not in ("max_noise", "max_slowdown"):
             raise
         return Trial(size, False, None, 0.9)
-    peak = max(plan.predicted_peak for plan in plans)
-    needs = Options.parse({"reserve": options.get("reserve", 0)}).needed(peak)
+    totals = Totals.of(plans)
+    needs = Options.parse({"reserve": options.get("reserve", 0)}).needed(totals.peak)
     return Trial(
         size,
         fits=needs <= budget,
         needs=needs,
         share=budget / needs,
-        time=sum(plan.time for plan in plans),
-        noise=sum(plan.noise for plan in plans),
-        slices=max(plan.slices for plan in plans),
+        time=totals.time,
+        noise=totals.noise,
+        slices=totals.slices,
     )
 
 

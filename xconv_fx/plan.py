@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,3 +121,23 @@ class Plan:
             return Plan(**{**data, "choices": choices, "notes": tuple(data["notes"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a plan: {error}") from error
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The plans of a step's graphs as one: the highest predicted `peak` (bytes) and the most `slices` of any graph, the
+    sums of their extra `time` (seconds) and of their `noise`."""
+
+    peak: int
+    time: float
+    noise: float
+    slices: int
+
+    @staticmethod
+    def of(plans: Sequence[Plan]) -> Totals:
+        return Totals(
+            peak=max(plan.predicted_peak for plan in plans),
+            time=sum(plan.time for plan in plans),
+            noise=sum(plan.noise for plan in plans),
+            slices=max(plan.slices for plan in plans),
+        )

@@ -71,7 +71,7 @@ class PlanReport:
         ranked = sorted(self.plan.choices, key=lambda choice: -choice.bytes_before)
         shown = ranked if self.limit is None else ranked[: max(0, self.limit)]
         columns = [name for name in _columns(ranked) if options.max_width >= NEEDS_WIDTH.get(name, 0)]
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        table = report_table()
         for column in columns:
             justify = "right" if column in NUMERIC else "left"
             table.add_column(column, justify=justify, no_wrap=column not in CROPPED)  # type: ignore[arg-type]
@@ -182,6 +182,11 @@ def _attempts(attempts: int) -> str:
 
 def _gap(gap: float) -> str:
     return f"{100 * gap:.2g}% above the solver's lower bound" if gap > 0 else "at the solver's lower bound"
+
+
+def report_table() -> Table:
+    """An empty table in the style of all reports: a line under the headings, and no frame."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
 
 
 def duration(seconds: float) -> str:

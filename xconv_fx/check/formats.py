@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -23,7 +22,7 @@ from rich.text import Text
 from xconv_fx.check.compare import Difference, Number, Result
 from xconv_fx.check.lock import UPDATE
 from xconv_fx.check.record import Held
-from xconv_fx.report import Name
+from xconv_fx.report import Name, report_table
 from xconv_fx.sizes import format_size
 
 # Rows of a table, and words of a message: the largest say where to look, and all of them are in the JSON.
@@ -123,7 +122,7 @@ def _shown(result: Result) -> RenderableType:
 
 
 def _table(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table = report_table()
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
     return table

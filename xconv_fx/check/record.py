@@ -13,7 +13,7 @@ from typing import Any
 
 from xconv_fx.check.config import Check
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.plan import Choice, Plan
+from xconv_fx.plan import Choice, Plan, Totals
 from xconv_fx.portable import portable
 
 # Limits that make a budget refused which some plan meets.
@@ -70,15 +70,15 @@ def measure(check: Check, folder: Path) -> Record:
         plans = _plans(check, check.options)
         lowest = _lowest(check, len(plans))
         layers = _layers(check)
-    top = max(plans, key=lambda plan: plan.predicted_peak)
+    top, totals = max(plans, key=lambda plan: plan.predicted_peak), Totals.of(plans)
     return Record(
         step=check.written,
-        peak=top.predicted_peak,
+        peak=totals.peak,
         unbudgeted=max(plan.baseline_peak for plan in plans),
         lowest=lowest,
         fixed=top.fixed_bytes,
-        noise=_rounded(sum(plan.noise for plan in plans)),
-        time=_rounded(sum(plan.time for plan in plans)),
+        noise=_rounded(totals.noise),
+        time=_rounded(totals.time),
         slices=top.slices,
         peak_at=top.peak_at,
         layers=layers,

@@ -8,9 +8,7 @@ import re
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_planner, options, workload, write
@@ -75,10 +73,10 @@ def _steps(text: str) -> int:
 
 
 def _show(found: Bench) -> None:
-    from xconv_fx.report import duration
+    from xconv_fx.report import duration, report_table
     from xconv_fx.sweep.table import noise_text, percent
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table = report_table()
     table.add_column("", no_wrap=True)
     for column in ("predicted", "audited", "measured", "step"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -78,10 +77,10 @@ def _multiple(arguments: argparse.Namespace) -> int:
 
 
 def _table(found: Sequence[Fit], along: str) -> Table:
-    from xconv_fx.report import duration
+    from xconv_fx.report import duration, report_table
     from xconv_fx.sweep.table import noise_text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table = report_table()
     table.add_column("method", no_wrap=True)
     for column in (
         f"largest {'batch' if along == 'batch' else 'size'}",

@@ -26,7 +26,7 @@ from xconv_fx.explain import Trace
 from xconv_fx.options import Options
 from xconv_fx.passes.pipeline import Job
 from xconv_fx.passes.sliced import slice_step
-from xconv_fx.plan import Plan
+from xconv_fx.plan import Plan, Totals
 from xconv_fx.progress import announce
 from xconv_fx.scenario import Scenario
 from xconv_fx.session import Session
@@ -56,19 +56,24 @@ class Point:
     memory: tuple[Memory, ...]
 
     @property
+    def totals(self) -> Totals:
+        """The graphs' plans as one."""
+        return Totals.of(self.plans)
+
+    @property
     def peak(self) -> int:
         """Predicted peak of the step in bytes."""
-        return max(plan.predicted_peak for plan in self.plans)
+        return self.totals.peak
 
     @property
     def noise(self) -> float:
         """Predicted variance that is added to the gradients, relative to their energy."""
-        return sum(plan.noise for plan in self.plans)
+        return self.totals.noise
 
     @property
     def time(self) -> float:
         """Predicted extra seconds of a step."""
-        return sum(plan.time for plan in self.plans)
+        return self.totals.time
 
     @property
     def slowdown(self) -> float:
@@ -78,7 +83,7 @@ class Point:
     @property
     def slices(self) -> int:
         """Slices of the batch, of the graph that is cut most."""
-        return max(plan.slices for plan in self.plans)
+        return self.totals.slices
 
     def codecs(self) -> dict[str, int]:
         """Bytes of the residuals that each codec holds something in place of, largest first."""
@@ -173,7 +178,7 @@ class _Sweep:
 
     def ends(self) -> tuple[int, int]:
         """The lowest budget that all graphs share, as far as known, and the one that changes nothing."""
-        return self.lowest, self.options.needed(max(plan.predicted_peak for plan in self.plain.plans))
+        return self.lowest, self.options.needed(Totals.of(self.plain.plans).peak)
 
     def graph(self, gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
         """Plan one graph: without a budget, and for every one."""

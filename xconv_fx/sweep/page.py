@@ -14,10 +14,9 @@ from string import Template
 
 from xconv_fx import __version__
 from xconv_fx.report import duration
-from xconv_fx.sizes import format_size
 from xconv_fx.sweep.data import page_data
 from xconv_fx.sweep.frontier import Frontier, Point
-from xconv_fx.sweep.table import noise_text, percent
+from xconv_fx.sweep.table import COLUMNS, cells_of
 
 
 def to_html(frontier: Frontier, title: str, selected: int) -> str:
@@ -46,11 +45,6 @@ def _part(name: str) -> str:
 
 def _table(points: tuple[Point, ...]) -> str:
     """The points as an HTML table."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("budget", "peak", "time", "noise", "slices"))
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(point))}</tr>" for point in points)
+    head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells_of(point))}</tr>" for point in points)
     return f'<table id="points"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-
-
-def _cells(point: Point) -> tuple[str, ...]:
-    budget = "none" if point.budget is None else format_size(point.budget)
-    return budget, format_size(point.peak), percent(point.slowdown), noise_text(point.noise), str(point.slices)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from xconv_fx.options import CODECS
-from xconv_fx.report import CODEC_STYLES, duration
+from xconv_fx.report import CODEC_STYLES, duration, report_table
 from xconv_fx.sizes import format_size
 from xconv_fx.sweep.frontier import Frontier, Point
 from xconv_fx.sweep.plot import Plot
@@ -20,6 +19,8 @@ from xconv_fx.sweep.plot import Plot
 # On narrower lines the plots are one below the other, and the columns of the codecs are left out.
 WIDE = 84
 PLOTS_BESIDE = 72
+# Of a table of points, here and on the page.
+COLUMNS = ("budget", "peak", "time", "noise", "slices")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ def percent(fraction: float) -> str:
 def noise_text(noise: float) -> str:
     """Noise in two digits; exact plans have none."""
     return f"{noise:.2g}" if noise else "exact"
+
+
+def cells_of(point: Point) -> tuple[str, ...]:
+    """What a table says of a point in `COLUMNS`."""
+    budget = "none" if point.budget is None else format_size(point.budget)
+    return budget, format_size(point.peak), percent(point.slowdown), noise_text(point.noise), str(point.slices)
 
 
 def log_noise(points: Sequence[Point]) -> list[float]:
@@ -80,15 +87,13 @@ def _plots(points: Sequence[Point], width: int) -> Iterator[RenderableType]:
 
 def _table(points: Sequence[Point], width: int) -> Table:
     codecs = [name for name in CODECS if any(name in point.codecs() for point in points)] if width >= WIDE else []
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("budget", "peak", "time", "noise", "slices"):
+    table = report_table()
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for codec in codecs:
         table.add_column(codec, justify="right", no_wrap=True, style=CODEC_STYLES.get(codec, ""))
     for point in points:
-        budget = "none" if point.budget is None else format_size(point.budget)
-        cells = [budget, format_size(point.peak), percent(point.slowdown), noise_text(point.noise), str(point.slices)]
-        table.add_row(*cells, *_shares(point, codecs))
+        table.add_row(*cells_of(point), *_shares(point, codecs))
     return table
 
 
