@@ -53,3 +53,18 @@ def test_a_block_over_its_budget():
 def test_a_budget_that_makes_no_sense(size, device, told):
     with pytest.raises(OptionError, match=told), within_budget(size, device=device):
         pass
+
+
+def test_a_plan_leaves_compiled_code_alone():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model, x = nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
+    run = torch.compile(model, backend=backend)
+    run(x)
+    assert_plan(nn.Conv2d(3, 8, 3), x)
+    run(x)
+    assert len(compiled) == 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xconv_fx.errors import BudgetInfeasibleError, OptionError, UsageError
-from xconv_fx.options import Options
+from xconv_fx.options import LIMITS, Options
 from xconv_fx.plan import Totals
 from xconv_fx.progress import doing
 from xconv_fx.workload import InputSpec, Workload, names_callable
@@ -118,7 +118,7 @@ def _trial(workload: Workload, size: int, budget: int, options: dict[str, Any]) 
     except BudgetInfeasibleError as error:
         return Trial(size, False, error.smallest, budget / error.smallest)
     except OptionError as error:
-        if error.option not in ("max_noise", "max_slowdown"):
+        if error.option not in LIMITS:
             raise
         return Trial(size, False, None, 0.9)
     totals = Totals.of(plans)

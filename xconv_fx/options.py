@@ -31,6 +31,8 @@ NOISY_CODECS = ("quantize", "probe")
 CODECS = EXACT_CODECS + NOISY_CODECS
 BITS = (1, 2, 4, 8)
 PROBE_KINDS = ("fold", "gaussian", "rademacher", "orthogonal")
+# Limits of what is predicted, which can refuse plans that the budget allows.
+LIMITS = ("max_noise", "max_slowdown")
 PREFERENCES = ("exact", "balanced", "speed")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

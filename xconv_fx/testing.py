@@ -15,6 +15,7 @@ from torch import nn
 from xconv_fx.allocations import Recording, recorded
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.explain import Explanation, explain
+from xconv_fx.options import LIMITS
 from xconv_fx.plan import Plan
 from xconv_fx.portable import portable
 from xconv_fx.sizes import format_size, parse_size
@@ -78,7 +79,6 @@ def assert_plan(
     """
     __tracebackhide__ = True
     limit = None if peak is None else parse_size(peak, option="peak")
-    torch.compiler.reset()
     try:
         with portable():
             explanation = explain(model, *inputs, mem_budget=mem_budget, **options)
@@ -86,7 +86,7 @@ def assert_plan(
         raise AssertionError(str(error)) from error
     except OptionError as error:
         # A limit that no plan keeps is a finding, a misspelt option a mistake in the test.
-        if error.option in ("max_noise", "max_slowdown") and "no plan within" in error.hint:
+        if error.option in LIMITS and "no plan within" in error.hint:
             raise AssertionError(str(error)) from error
         raise
     highest = max(explanation.plans, key=lambda plan: plan.predicted_peak)

@@ -6,18 +6,16 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xconv_fx.check.config import Check
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.plan import Choice, Plan, Totals
+from xconv_fx.options import LIMITS
+from xconv_fx.plan import Choice, Totals
 from xconv_fx.portable import portable
-
-# Limits that make a budget refused which some plan meets.
-LIMITS = ("max_noise", "max_slowdown")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def measure(check: Check, folder: Path) -> Record:
     Raises `BudgetInfeasibleError` when its budget has no plan, and `UsageError` when its model fails.
     """
     with _inside(folder), portable():
-        plans = _plans(check, check.options)
+        plans = check.workload.plans(**check.options)
         lowest = _lowest(check, len(plans))
         layers = _layers(check)
     top, totals = max(plans, key=lambda plan: plan.predicted_peak), Totals.of(plans)
@@ -86,21 +84,13 @@ def measure(check: Check, folder: Path) -> Record:
     )
 
 
-def _plans(check: Check, options: Mapping[str, Any]) -> Sequence[Plan]:
-    import torch
-
-    # Dynamo gives up on code that it has compiled for many inputs, and checks of one model share its code.
-    torch.compiler.reset()
-    return check.workload.plans(**options)
-
-
 def _lowest(check: Check, graphs: int) -> int:
     """The smallest budget in bytes that has a plan. Each graph of several says what it needs, one after another."""
     options = {name: value for name, value in check.options.items() if name not in LIMITS}
     budget = 1
     for _ in range(graphs):
         try:
-            _plans(check, {**options, "mem_budget": budget})
+            check.workload.plans(**{**options, "mem_budget": budget})
         except BudgetInfeasibleError as error:
             budget = error.smallest
         else:
