@@ -51,7 +51,13 @@ def _print_error(error: XConvError) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports usage errors like every other error here, and suggests the nearest option for an unknown one."""
+    """Reports usage errors like every other error here, and suggests the nearest option for an unknown one.
+
+    Commands are parsers of this class as well.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"{self.prog} --help")
@@ -67,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line, with all commands."""
-    top = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES, allow_abbrev=False)
+    top = _Parser(prog="xconv", description="Train inside a memory budget.", epilog=EXIT_CODES)
     top.add_argument("--version", action="version", version=f"xconv-fx {__version__}")
     top.set_defaults(run=lambda _: top.error("no command given"))
     commands = top.add_subparsers(title="commands", metavar="COMMAND")

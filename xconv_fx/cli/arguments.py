@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xconv_fx.cli.scenario import add_scenario, scenario
 from xconv_fx.errors import OptionError, UsageError
 from xconv_fx.options import CODECS_HINT, PREFERENCES, Options
 from xconv_fx.workload import LOSSES, Workload
-
-if TYPE_CHECKING:
-    from xconv_fx.plan import Plan
 
 OK, INFEASIBLE, FAILED = 0, 1, 2
 EXIT_CODES = (
@@ -74,12 +70,6 @@ def add_json(command: argparse.ArgumentParser, what: str) -> None:
     """Declare `--json PATH`, to be written with `write`."""
     text = f"write {what} as JSON to PATH, or to standard output and nothing else with -"
     command.add_argument("--json", metavar="PATH", help=text)
-
-
-def plans_of(arguments: argparse.Namespace) -> Sequence[Plan]:
-    """The plans of the model, inputs and options that the command line names. Raises `UsageError`."""
-    chosen = options(arguments)
-    return workload(arguments).plans(**chosen)
 
 
 def workload(arguments: argparse.Namespace) -> Workload:

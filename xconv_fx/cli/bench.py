@@ -36,7 +36,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "predicted, as audited in the generated code and as measured, and the times of a step.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_model(bench)
     add_planner(bench)

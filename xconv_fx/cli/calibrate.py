@@ -19,7 +19,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="measure this machine once, so that later plans predict its times",
         description="Measure bandwidth, convolutions and the start of kernels here, and keep them for later plans.",
         epilog=f"exit codes: {OK} measured and kept, {FAILED} usage error, or the numbers cannot be kept",
-        allow_abbrev=False,
     )
     add = calibrate.add_argument
     add("--device", choices=DEVICES, help="what to measure (default: cuda where there is one, else cpu)")

@@ -40,7 +40,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "[tool.xconv] of pyproject.toml, or in xconv.toml, with a lock file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = check.add_argument
     add("names", metavar="NAME", nargs="*", help="checks to run (default: all)")

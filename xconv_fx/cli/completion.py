@@ -26,7 +26,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Print the script by which a shell completes commands, options and files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     completion.add_argument("shell", choices=SHELLS, help="the shell that is to complete")
     return completion

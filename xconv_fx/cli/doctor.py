@@ -22,7 +22,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Look at versions, private hooks, compiler and devices, make a plan and train a step.",
         epilog=f"exit codes: {OK} everything that this machine has works, {BROKEN} something is broken, "
         f"{FAILED} usage error",
-        allow_abbrev=False,
     )
     doctor.add_argument("--quick", action="store_true", help="leave the training step out, which compiles for seconds")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")

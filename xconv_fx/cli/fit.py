@@ -39,7 +39,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "codecs and with all, or with those that --codecs names.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_model(fit)
     add_options(fit)

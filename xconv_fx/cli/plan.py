@@ -8,7 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from xconv_fx.cli.arguments import EXIT_CODES, INFEASIBLE, OK, add_json, add_model, add_options, plans_of, write
+from xconv_fx.cli.arguments import (
+    EXIT_CODES,
+    INFEASIBLE,
+    OK,
+    add_json,
+    add_model,
+    add_options,
+    options,
+    workload,
+    write,
+)
 from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
 from xconv_fx.report import render, to_json
@@ -20,7 +30,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="show what would be held between forward and backward under a budget",
         description="Show what would be held between forward and backward under a budget, without training.",
         epilog=EXIT_CODES,
-        allow_abbrev=False,
     )
     add_model(plan)
     add_options(plan)
@@ -30,9 +39,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    limit = _limit(arguments.limit)
+    limit, chosen = _limit(arguments.limit), options(arguments)
     with status("tracing the model"):
-        plans = plans_of(arguments)
+        plans = workload(arguments).plans(**chosen)
     if arguments.json is not None:
         write(to_json(plans), arguments.json)
     if arguments.json != "-":

@@ -29,7 +29,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Plan for budgets from the lowest that has a plan to none: peak against time and noise.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_model(sweep)
     add_options(sweep)
