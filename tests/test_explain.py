@@ -58,18 +58,21 @@ def test_a_model_on_the_meta_device_has_the_same_plan():
     assert (there.choices, there.predicted_peak, there.budget) == (here.choices, here.predicted_peak, here.budget)
 
 
+class Broken(nn.Module):
+    """Two graphs, the second of which begins with the activation."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.first, self.second, self.activation = net(), nn.Conv2d(8, 8, 3), activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(self.activation(x))
+
+
 def test_every_graph_of_a_broken_trace_has_a_plan():
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = net(), nn.Conv2d(8, 8, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(torch.relu(x))
-
-    explanation = explain(Broken(), torch.randn(X))
+    explanation = explain(Broken(torch.relu), torch.randn(X))
     assert len(explanation.plans) == 2
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
@@ -112,17 +115,7 @@ def test_inputs_may_be_nested_and_integers():
 
 
 def test_a_result_of_one_graph_may_be_changed_in_place_by_the_next():
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = net(), nn.Conv2d(8, 8, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(nn.functional.relu_(x))
-
-    assert len(explain(Broken(), torch.randn(X), device="cuda").plans) == 2
+    assert len(explain(Broken(nn.functional.relu_), torch.randn(X), device="cuda").plans) == 2
 
 
 def test_nothing_is_allocated():

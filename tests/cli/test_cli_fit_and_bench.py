@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-import torch
 
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
@@ -28,15 +26,8 @@ LOSS = ["--loss", "net.py:entropy", "--label", "4x32x32:int64"]
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    (tmp_path / "net.py").write_text(NET)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    torch._dynamo.reset()
-    yield tmp_path
-    sys.modules.pop("xconv_plan_net", None)
-    torch._dynamo.reset()
+def project(project_of):
+    return project_of("net", NET)
 
 
 def test_fit(capsys):

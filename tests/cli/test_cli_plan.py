@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import sys
 
 import pytest
 import torch
@@ -68,16 +67,8 @@ IMAGES = ["--input", "2x3x32x32"]
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    """A directory with the file of networks, the current one; nothing of it stays imported or compiled."""
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    torch._dynamo.reset()
-    yield tmp_path
-    sys.modules.pop("xconv_plan_nets", None)
-    torch._dynamo.reset()
+def project(project_of):
+    return project_of("nets", NETS, columns=160)
 
 
 def plans(capsys, *arguments: str, code: int = OK) -> list[Plan]:
