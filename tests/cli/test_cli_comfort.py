@@ -6,10 +6,8 @@ import io
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-import torch
 from rich.console import Console
 
 from xconv_fx.cli import COMMANDS, main
@@ -29,13 +27,8 @@ PLAN = ["plan", "net.py:build", "--input", "2x3x16x16", "--budget", "90%"]
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    (tmp_path / "net.py").write_text(NET)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    torch._dynamo.reset()
-    yield
-    sys.modules.pop("xconv_plan_net", None)
+def project(project_of):
+    return project_of("net", NET)
 
 
 @pytest.fixture

@@ -22,10 +22,8 @@ PARAMETERS = 4 * (16 * 27 + 16 + 16 * 144 + 16 + 2 * 16 + 2)
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    (tmp_path / "net.py").write_text(NET)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def project(project_of):
+    return project_of("net", NET)
 
 
 def test_a_gpu_that_is_not_there(capsys):
