@@ -50,8 +50,8 @@ class Job:
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
     many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
     the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
-    were traced on another one (None: nowhere). The fields below are filled by the passes: `mixing` is
-    why the batch cannot be sliced, "" when it can; `phase_peaks` are the plan's.
+    were traced on another one (None: nowhere). The fields below are filled by the passes: `mixing` is why the batch
+    cannot be sliced, "" when it can; `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
