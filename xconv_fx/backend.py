@@ -19,10 +19,12 @@ from .ops import lowering
 from .options import Options
 from .plan import Plan
 from .session import Session
+from .stack_room import with_stack_room
 from .strategy import Strategy
 
 
 @surfaced_by_dynamo
+@with_stack_room
 def xconv(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -28,6 +28,7 @@ from .progress import announce
 from .report import render
 from .scenario import Scenario
 from .session import Session
+from .stack_room import with_stack_room
 
 # Variants of one piece of code that Dynamo traces before it gives up.
 MANY = 1 << 20
@@ -47,6 +48,7 @@ class Explanation:
             yield render(plan, title=f"graph {number} of {len(self.plans)}" if len(self.plans) > 1 else None)
 
 
+@with_stack_room
 def explain(
     model: nn.Module,
     *inputs: Any,

@@ -23,10 +23,12 @@ from xconv_fx.cli.arguments import EXIT_CODES, FAILED, INFEASIBLE
 from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError
 from xconv_fx.options import nearest
 from xconv_fx.sizes import sufficient_size
+from xconv_fx.stack_room import with_stack_room
 
 COMMANDS = (plan, sweep, fit, check, bench, calibrate, doctor, completion)
 
 
+@with_stack_room
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)

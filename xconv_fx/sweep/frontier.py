@@ -31,6 +31,7 @@ from xconv_fx.progress import announce
 from xconv_fx.scenario import Scenario
 from xconv_fx.session import Session
 from xconv_fx.sizes import Budget, format_size
+from xconv_fx.stack_room import with_stack_room
 from xconv_fx.strategy import Strategy
 from xconv_fx.sweep.memory import Memory, memory_of
 from xconv_fx.ways import AT_ONCE, Route, Way
@@ -117,6 +118,7 @@ class Frontier:
         return self.wanted is not None and all(point.budget != self.wanted for point in self.points)
 
 
+@with_stack_room
 def frontier(
     model: nn.Module,
     *inputs: Any,
