@@ -29,10 +29,11 @@ from .gather_pooling import gather_pooling as gather_pool_backward
 from .graph import nbytes
 from .layouts import late_layout as lay_out_late
 from .layouts import relaid_operands
+from .links import link
 from .partition import Pair
 from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
-from .problem import Posed, link
+from .problem import Posed
 from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
@@ -143,7 +144,7 @@ def plan(job: Job) -> None:
 
 def rewrite(job: Job) -> None:
     assert job.pair is not None and job.posed is not None and job.plan is not None
-    rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream)
+    rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream, job.posed.norms)
 
 
 def volume_kernels(job: Job) -> None:

@@ -90,7 +90,7 @@ def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
 
 def _settled(choice: Choice, option: str, posed: Posed, chosen: list) -> Choice:  # type: ignore[type-arg]
     """A replayed residual's noise is that of the sources that were in fact chosen."""
-    if option != "replay":
+    if option not in ("replay", "signed"):
         return choice
     sources = posed.chains[choice.residual].sources
     noise = max((c.choice.noise for c in chosen if c.choice.residual in sources), default=0.0)

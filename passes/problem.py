@@ -21,6 +21,7 @@ from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry
+from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
@@ -40,6 +41,7 @@ from .graph import (
 )
 from .layouts import layout_copies
 from .lifetimes import Timeline, timeline
+from .normalisation import Norm, find_norms
 from .partition import Pair
 from .recompute import Chain, find_chain
 from .residuals import Residual, small
@@ -53,10 +55,14 @@ TRAVEL_KIND = {"weight_grad": "weight", "norm": "norm", "other": "other"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to hold one residual: a `Choice` and what it costs at which steps."""
+    """One way to hold one residual: a `Choice` and what it costs at which steps.
+
+    `bits` is the width of the codes that it is made again from, where only one will do.
+    """
 
     choice: Choice
     option: Option
+    bits: int | None = None
 
 
 def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]]) -> tuple[Item, ...]:
@@ -71,15 +77,17 @@ def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]
 class Posed:
     """The problem for the solver, and what its items and options stand for.
 
-    `phases` names the phase of every step. In bytes: `results` and `tangents`, what the forward returns and the
-    gradients of that; `rest`, what crosses to the backward besides the residuals, whatever is chosen. `seconds` is what
-    the forward and the backward take by the roofline when everything is kept.
+    `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. In bytes: `results` and
+    `tangents`, what the forward returns and the gradients of that; `rest`, what crosses to the backward besides the
+    residuals, whatever is chosen. `seconds` is what the forward and the backward take by the roofline when everything
+    is kept.
     """
 
     problem: Problem
     residuals: tuple[Residual, ...]
     candidates: tuple[tuple[Candidate, ...], ...]
     chains: dict[str, Chain]
+    norms: dict[str, Norm]
     fixed_bytes: int
     device: str
     phases: tuple[str, ...]
@@ -142,6 +150,7 @@ class _Poser:
         self.last_in_forward = {buffer.node: buffer.last for buffer in self.forward.buffers}
         saved = set(pair.saved())
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
+        self.norms = find_norms(self.large.values()) if "fixed" in options.codecs else {}
         self.outside = outside
         self.results = self._results()
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
@@ -174,7 +183,7 @@ class _Poser:
         residuals = tuple(self.large.values())
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
-            problem, residuals, rows, self.chains, fixed, self._device(), phases,
+            problem, residuals, rows, self.chains, self.norms, fixed, self._device(), phases,
             results=self.results, tangents=self.tangents, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
                      "backward": step_seconds(self.backward, self.machine)},
@@ -204,8 +213,10 @@ class _Poser:
         allowed = self.options.codecs
         if "bitmask" in allowed and residual.uses == {"mask"}:
             row.append(self._bitmask(residual))
-        if "recompute" in allowed and residual.name in self.chains:
+        if residual.name in self.chains:
             row += self._recomputed(residual, self.chains[residual.name])
+        if residual.name in self.norms and "nonlinear" not in residual.uses:
+            row += self._fixed(residual, self.norms[residual.name])
         if (
             residual.uses <= {"mask"}
             or "nonlinear" in residual.uses
@@ -230,7 +241,7 @@ class _Poser:
 
     def _coded(self, residual: Residual, held: Held) -> Candidate:
         codec = registry.codec(held.codec)
-        masks = sum(_packed_bytes(residual.forward) for _ in residual.masks)
+        masks = len(residual.masks) * _packed_bytes(residual.forward)
         candidate = self._candidate(
             residual,
             held.codec,
@@ -255,33 +266,51 @@ class _Poser:
             residual, Held("probe", **self._held(residual), probes=min(probes, length), kind=kind, means=means)
         )
 
-    def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
-        sources = [(self.index[name], self.large[name]) for name in chain.sources]
-        if chain.reruns:
-            return [self._rerun(residual, chain, [source for _, source in sources])]
-        row = [self._replay(residual, chain, sources, exact=True)]
-        lossy = (
-            "quantize" in self.options.codecs
-            and sources
-            and chain.masks is not None
-            and "nonlinear" not in residual.uses
-        )
-        if lossy and "bitmask" in self.options.codecs and all("nonlinear" not in s.uses for _, s in sources):
-            row.append(self._replay(residual, chain, sources, exact=False))
+    def _fixed(self, residual: Residual, norm: Norm) -> list[Candidate]:
+        """Codes that carry the sign of the normalisation's result, for which no bits are held."""
+        masks = [mask for mask in residual.masks if norm.tells(mask) is None]
+        if masks and "bitmask" not in self.options.codecs:
+            return []
+        row = []
+        for bits in self.options.codecs.fixed_bits:
+            held = Held("fixed", **self._held(residual), bits=bits)
+            codec = registry.codec(held.codec)
+            size = codec.payload_bytes(held) + norm.table_bytes + len(masks) * _packed_bytes(residual.forward)
+            candidate = self._candidate(
+                residual, "fixed", size, decoded=True, noise=codec.noise(held), traffic=codec.traffic(held)
+            )
+            row.append(replace(candidate, choice=replace(candidate.choice, bits=bits)))
         return row
 
-    def _replay(self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], exact: bool) -> Candidate:
-        size, noise, name = chain.extra_bytes, 0.0, "recompute"
-        if not exact:
-            size += _packed_bytes(residual.forward) * len({*residual.masks, *(chain.masks or ())})
-            noise = max(self._noise_of(source) for _, source in sources)
-        candidate = self._candidate(residual, name, size, decoded=True, noise=noise, traffic=chain.traffic)
-        last = self._last(residual)
+    def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
+        allowed, sources = self.options.codecs, [self.large[name] for name in chain.sources]
+        if chain.reruns:
+            return [self._rerun(residual, chain, sources)] if "recompute" in allowed else []
+        row = [self._replay(residual, chain, "recompute", 0, 0.0)] if "recompute" in allowed else []
+        if not sources or chain.masks is None or any("nonlinear" in r.uses for r in (residual, *sources)):
+            return row
+        masks = {*residual.masks, *chain.masks}
+        if {"recompute", "quantize", "bitmask"} <= allowed.names:
+            noise = max(self._noise_of(source) for source in sources)
+            row.append(self._replay(residual, chain, "replay", len(masks), noise))
+        norms = [self.norms[source.name] for source in sources if source.name in self.norms]
+        unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
+        if norms and ("bitmask" in allowed or not unsigned):
+            for bits in allowed.fixed_bits:
+                candidate = self._replay(residual, chain, "signed", len(unsigned), normal_error(bits))
+                row.append(replace(candidate, bits=bits))
+        return row
+
+    def _replay(self, residual: Residual, chain: Chain, name: str, masks: int, noise: float) -> Candidate:
+        """The residual made again from others; `name` says from which (`links.py`), `masks` how many it needs."""
+        size = chain.extra_bytes + masks * _packed_bytes(residual.forward)
+        candidate = self._candidate(residual, "recompute", size, decoded=True, noise=noise, traffic=chain.traffic)
+        last, sources = self._last(residual), [self.large[source] for source in chain.sources]
         extended = tuple(
-            (self._last(source) + 1, last, source.bytes) for _, source in sources if self._last(source) < last
+            (self._last(source) + 1, last, source.bytes) for source in sources if self._last(source) < last
         )
         # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
-        option = replace(candidate.option, name=name if exact else "replay", loads=candidate.option.loads + extended)
+        option = replace(candidate.option, name=name, loads=candidate.option.loads + extended)
         return replace(candidate, option=option)
 
     def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
@@ -352,54 +381,3 @@ def _is_generated(line: Timeline, step: int) -> bool:
 
 def _packed_bytes(node: fx.Node) -> int:
     return 4 * ceil(numel(node) / 32)
-
-
-def link(posed: Posed) -> Posed:
-    """Fill in what replayed residuals need of their sources.
-
-    A "recompute" needs exact ones, a "replay" codes. A "rerun" needs sources that are kept, or replayed from kept ones:
-    one convolution is run again at a time, never a whole forward.
-    """
-    index = {residual.name: i for i, residual in enumerate(posed.residuals)}
-    named = dict(zip(index, posed.candidates, strict=True))
-    # First which options are left, then their places: a source with a fixed codec may allow nothing.
-    left = {
-        name: tuple(c for c in row if all(_allowed(named[s], names) for s, names in _needed(posed, name, c).items()))
-        for name, row in named.items()
-    }
-    rows = tuple(
-        tuple(
-            replace(c, option=replace(c.option, needs=tuple(
-                (index[source], _allowed(left[source], names)) for source, names in _needed(posed, name, c).items()
-            )))
-            for c in row
-        )
-        for name, row in left.items()
-    )  # fmt: skip
-    return replace(posed, candidates=rows, problem=replace(posed.problem, items=items_of(posed.residuals, rows)))
-
-
-_EXACT = frozenset({"keep", "recompute", "rerun"})
-_NEEDS = {"recompute": _EXACT, "replay": _EXACT | {"quantize"}, "rerun": frozenset({"keep", "recompute"})}
-
-
-def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, frozenset[str]]:
-    """The options that a candidate of the residual `name` needs others to take."""
-    names = _NEEDS.get(candidate.option.name)
-    if names is None:
-        return {}
-    sources = posed.chains[name].sources
-    needed = dict.fromkeys(sources, names)
-    if candidate.option.name == "rerun":
-        behind = [far for source in sources if source in posed.chains for far in posed.chains[source].sources]
-        needed.update(dict.fromkeys(behind, frozenset({"keep"})))
-    return needed
-
-
-def _allowed(row: Iterable[Candidate], names: frozenset[str]) -> frozenset[int]:
-    """Places of the options of these names; of codes, those of one bit are too coarse to replay from."""
-    return frozenset(
-        place
-        for place, c in enumerate(row)
-        if c.option.name in names and not (c.option.name == "quantize" and c.choice.bits == 1)
-    )

@@ -91,7 +91,9 @@ def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
             if arg in seen:
                 continue
             seen.add(arg)
-            if arg.name in saved and not is_primal(arg) and numel(arg) > limit:
+            # A saved comparison is made again with its neighbours, or read from bits: it stands for no value.
+            held = arg.name in saved and arg.target not in COMPARISONS
+            if held and not is_primal(arg) and numel(arg) > limit:
                 sources[arg.name] = None
             elif is_primal(arg) or (numel(arg) <= limit and tensor_of(arg) is not None and not _constant(arg)):
                 extras[arg] = None

@@ -152,7 +152,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
     for reader, value in reach.readers:
         if _is_weight_gradient(reader, value, tangents):
             kinds.add("weight_grad")
-        elif _is_normalisation(reader):
+        elif is_normalisation(reader):
             kinds.add("norm")
         else:
             kinds.add("other")
@@ -183,7 +183,7 @@ def _leaves_the_graph(node: fx.Node) -> bool:
     )
 
 
-def _is_normalisation(node: fx.Node) -> bool:
+def is_normalisation(node: fx.Node) -> bool:
     return any("norm" in str(node.meta.get(key, "")) for key in ("original_aten", "source_fn_stack"))
 
 

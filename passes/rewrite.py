@@ -7,24 +7,27 @@ in the backward gets a decoded value of its own, made just before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from xconv_fx.ops import registry
+from xconv_fx.ops import fixed, registry
 from xconv_fx.ops.registry import Held
 from xconv_fx.plan import Choice
 
 from .graph import inline, origin_meta, tensor_of
+from .normalisation import Norm
 from .partition import Pair
 from .recompute import Chain
 from .residuals import Residual
 
 aten = torch.ops.aten
 
-APPROXIMATE = ("quantize", "probe")
+APPROXIMATE = ("quantize", "fixed", "probe")
 
 
 def rewrite(
@@ -33,13 +36,15 @@ def rewrite(
     chains: Mapping[str, Chain],
     choices: Iterable[Choice],
     stream: int | None = None,
+    norms: Mapping[str, Norm] = MappingProxyType({}),
 ) -> None:
     """Apply the choices to the pair in place.
 
     `stream` names a fixed sequence of seeds (`torch.ops.xconv.seed`); None draws from torch's generator each step.
+    `norms` are the normalisations of what is held as "fixed".
     """
     how = {choice.residual: choice for choice in choices if choice.codec != "keep"}
-    writer = _Writer(pair, residuals, chains, how, stream)
+    writer = _Writer(pair, residuals, chains, how, stream, norms)
     # Readers before what they read: a replayed residual adds readers to its sources.
     for name in reversed([name for name in residuals if name in how]):
         writer.apply(residuals[name], how[name])
@@ -67,8 +72,12 @@ class _Writer:
         chains: Mapping[str, Chain],
         how: Mapping[str, Choice],
         stream: int | None,
+        norms: Mapping[str, Norm],
     ) -> None:
         self.pair, self.chains, self.how, self.stream = pair, chains, how, stream
+        self.fixed = {name: norm for name, norm in norms.items() if name in how and how[name].codec == "fixed"}
+        self.residuals = residuals
+        self.scaled: dict[str, tuple[fx.Node, fx.Node, Held]] = {}
         self.forward, self.backward = pair.forward.graph, pair.backward.graph
         self.saved = pair.saved()
         # The partitioner copies nodes under the joint graph's names: what both halves compute has one name in both.
@@ -105,6 +114,16 @@ class _Writer:
     def hold(self, residual: Residual, held: Held) -> None:
         """Encode after the producer, cross with the payload, decode before every reader."""
         codec = registry.codec(held.codec)
+        if residual.name in self.fixed:
+            words, table, held = self.fix(residual.name)
+            for reader in list(residual.backward.users):
+                self.decode([words], held, [table], residual.backward, reader)
+            return
+        if residual.value.dtype == torch.bool:
+            words, held = self.pack(residual.forward, residual.order)
+            for reader in list(residual.backward.users):
+                self.decode([words], held, [], residual.backward, reader)
+            return
         seeds = [] if codec.lossless else [self.seed(residual.value.device)]
         payload = self.encode(residual.forward, held, [forward for forward, _ in seeds])
         for reader in list(residual.backward.users):
@@ -148,19 +167,54 @@ class _Writer:
             self.seeds[device] = (node, self.pair.cross(node, "xconv_seed"))
         return self.seeds[device]
 
+    # Fixed point: codes that carry a sign, and the table of scales that both halves read.
+
+    def fix(self, name: str) -> tuple[fx.Node, fx.Node, Held]:
+        """The backward's placeholders for codes and table of a normalised residual, made once, and what they are."""
+        if name not in self.scaled:
+            residual, norm = self.residuals[name], self.fixed[name]
+            held = held_for(residual, self.how[name], self.salts[name])
+            assert held.bits is not None
+            table = self.append(functools.partial(norm.scales, held.bits), norm.mean, norm.rstd, *norm.coefficients)
+            read = [residual.forward, table]
+            if norm.activation is not None:
+                read.append(self.append(lambda z: aten.gt.Scalar(z, 0), norm.activation))
+            words = self.append(lambda x, table, *positive: fixed.encode(x, table, held, *positive)[0], *read)
+            crossing = [self.pair.cross(node, f"{name}_{part}") for node, part in ((words, "fixed"), (table, "scales"))]
+            self.scaled[name] = (crossing[0], crossing[1], held)
+        return self.scaled[name]
+
+    def append(self, function: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
+        """A value of the forward, computed as soon as its inputs are there."""
+        place = max(inputs).next
+        while place.op == "placeholder":
+            place = place.next
+        with self.forward.inserting_before(place):
+            return inline(self.forward, function, inputs, origin_meta(inputs[0]))[0]
+
+    def told(self, boolean: fx.Node) -> fx.Node | None:
+        """The boolean of a comparison, or `relu(z) <= 0` of a ReLU, from a sign that codes carry; None if none does.
+
+        Made at the backward's insertion point.
+        """
+        for name, norm in self.fixed.items():
+            positive = norm.tells(boolean)
+            if positive is not None:
+                words, table, held = self.fix(name)
+                read = functools.partial(_told, held, positive)
+                return inline(self.backward, read, [words, table], origin_meta(boolean))[0]
+        return None
+
     # Booleans: computed in the forward from true values, held as bits.
 
     def lift(self, mask: fx.Node, order: tuple[int, ...]) -> None:
         """Take a comparison out of the backward: the forward computes it, and its bits cross."""
         for reader in list(mask.users):
-            self.read_mask(self.in_forward(mask), order, mask, reader)
+            with self.backward.inserting_before(reader):
+                boolean = self.told(mask) or self.unpack(self.in_forward(mask), order)
+            reader.replace_input_with(mask, boolean)
         if not mask.users and mask in self.backward.nodes:
             self.backward.erase_node(mask)
-
-    def read_mask(self, boolean: fx.Node, order: tuple[int, ...], old: fx.Node, reader: fx.Node) -> None:
-        """Give `reader` the unpacked bits of the forward's `boolean` in the place of `old`."""
-        words, held = self.pack(boolean, order)
-        self.decode([words], held, [], old, reader)
 
     def pack(self, boolean: fx.Node, order: tuple[int, ...]) -> tuple[fx.Node, Held]:
         if boolean not in self.packed:
@@ -224,9 +278,10 @@ class _Writer:
         with self.backward.inserting_before(reader):
             if not masked:
                 return self.backward.node_copy(node, lambda arg: values[arg])
+            bits = self.told(node)
             if node.target is not aten.relu.default:
-                return self.unpack(node, residual.order)
-            bits = self.unpack(self.not_positive(node), residual.order)
+                return bits or self.unpack(node, residual.order)
+            bits = bits or self.unpack(self.not_positive(node), residual.order)
             return inline(self.backward, _rectify, [bits, values[node.all_input_nodes[0]]], origin_meta(node))[0]
 
     def unpack(self, boolean: fx.Node, order: tuple[int, ...]) -> fx.Node:
@@ -241,6 +296,11 @@ class _Writer:
             with self.forward.inserting_before(node.next):
                 self.lifted[key] = inline(self.forward, lambda x: aten.le.Scalar(x, 0), [node], origin_meta(node))[0]
         return self.lifted[key]
+
+
+def _told(held: Held, positive: bool, words: Tensor, table: Tensor) -> Tensor:
+    sign = fixed.sign(words, table, held)
+    return sign if positive else aten.logical_not.default(sign)
 
 
 def _rectify(not_positive: Tensor, x: Tensor) -> Tensor:

@@ -10,28 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from xconv_fx.errors import OptionError
-from xconv_fx.ops import dense, fold, registry
-from xconv_fx.ops.layout import CODE_BITS
-from xconv_fx.options import (
+from xconv_fx.codec_set import (
     BITS,
     CODECS,
     EXACT_CODECS,
-    MODES,
+    FIXED_BITS,
     NOISY_CODECS,
-    PARSERS,
     PROBE_KINDS,
-    RESERVED_INDUCTOR,
+    SETS,
     CodecSet,
-    Options,
-    Probes,
 )
+from xconv_fx.errors import OptionError
+from xconv_fx.ops import dense, fixed, fold, registry
+from xconv_fx.ops.layout import CODE_BITS
+from xconv_fx.options import MODES, PARSERS, RESERVED_INDUCTOR, Options, Probes
 from xconv_fx.sizes import Budget
 
 
 def test_no_options_give_the_defaults():
     assert Options.parse() == Options.parse(None, None) == Options.parse({}) == Options()
-    assert Options().mem_budget is None and Options().codecs.names == frozenset(CODECS)
+    assert Options().mem_budget is None and Options().codecs.names == frozenset(SETS["all"])
 
 
 def test_every_option_has_a_parser_and_the_default_parses_to_itself():
@@ -92,7 +90,7 @@ class TestCodecs:
     @pytest.mark.parametrize(
         ("value", "names", "bits", "kinds"),
         [
-            ("all", set(CODECS), BITS, PROBE_KINDS),
+            ("all", set(SETS["all"]), BITS, PROBE_KINDS),
             ("exact", {"keep", "recompute", "bitmask"}, (), ()),
             ("keep", {"keep"}, (), ()),
             ("bitmask", {"keep", "bitmask"}, (), ()),
@@ -107,12 +105,20 @@ class TestCodecs:
     def test_parse(self, value, names, bits, kinds):
         codecs = CodecSet.parse(value)
         assert (codecs.names, codecs.bits, codecs.kinds) == (names, bits, kinds)
-        assert codecs.exact == names.isdisjoint({"quantize", "probe"})
+        assert codecs.exact == names.isdisjoint({"quantize", "probe"}) and not codecs.fixed_bits
         assert CodecSet.parse(codecs) is codecs
+
+    @pytest.mark.parametrize(
+        ("value", "bits"), [("fixed", (4, 8)), ("fixed:2", (2,)), ("all,fixed:8,fixed:2", (2, 8)), ("all", ())]
+    )
+    def test_fixed_point_is_no_part_of_all(self, value, bits):
+        codecs = CodecSet.parse(value)
+        assert codecs.fixed_bits == bits and ("fixed" in codecs) == bool(bits) and not codecs.exact
 
     @pytest.mark.parametrize(
         ("value", "told"),
         [
+            ("fixed:1", "fixed cannot use '1' bits"),
             ("quantise", "did you mean 'quantize'"),
             ("quantize:3", "cannot use '3' bits"),
             ("quantize:", "cannot use '' bits"),
@@ -122,12 +128,12 @@ class TestCodecs:
             ("all:1", "no codec 'all'"),
             ("", "no codec ''"),
             ("keep,,probe", "no codec ''"),
-            ([], "write 'all', 'exact'"),
+            ([], "write 'all' .*'exact'"),
             ([4], "4 is not a name"),
-            (4, "write 'all', 'exact'"),
-            (None, "write 'all', 'exact'"),
-            ({"quantize": 4}, "write 'all', 'exact'"),
-            (b"all", "write 'all', 'exact'"),
+            (4, "write 'all' .*'exact'"),
+            (None, "write 'all' .*'exact'"),
+            ({"quantize": 4}, "write 'all' .*'exact'"),
+            (b"all", "write 'all' .*'exact'"),
         ],
     )
     def test_mistakes(self, value, told):
@@ -317,6 +323,7 @@ class TestAgreementWithTheCodecs:
 
     def test_every_width_can_be_encoded(self):
         assert set(BITS) == {bits for bits in CODE_BITS if bits <= 8}
+        assert set(FIXED_BITS) == set(fixed.SPAN)
 
     def test_probe_kinds(self):
         assert PROBE_KINDS == fold.KINDS and set(PROBE_KINDS) == {"fold", *dense.KINDS}

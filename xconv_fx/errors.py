@@ -11,6 +11,7 @@ without a budget. That is what the setting asks for, and no exception type escap
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -141,6 +142,17 @@ class UsageError(XConvError):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def join_clauses(*clauses: str) -> str:
+    """The clauses that say something, as one sentence."""
+    return " ".join(filter(None, clauses))
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """A "did you mean" clause for `name`, or the empty string when nothing in `known` is close."""
+    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _rebuild(kind: type[XConvError], state: dict[str, Any]) -> XConvError:

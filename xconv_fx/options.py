@@ -10,12 +10,11 @@ Known gap: patterns in `probes` are checked against layer names only when the la
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -23,14 +22,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_origin
 
-from xconv_fx.errors import OptionError
+from xconv_fx.codec_set import CodecSet
+from xconv_fx.errors import OptionError, join_clauses, nearest
 from xconv_fx.sizes import Budget, parse_size
 
-EXACT_CODECS = ("keep", "recompute", "bitmask")
-NOISY_CODECS = ("quantize", "probe")
-CODECS = EXACT_CODECS + NOISY_CODECS
-BITS = (1, 2, 4, 8)
-PROBE_KINDS = ("fold", "gaussian", "rademacher", "orthogonal")
 # Limits of what is predicted, which can refuse plans that the budget allows.
 LIMITS = ("max_noise", "max_slowdown")
 PREFERENCES = ("exact", "balanced", "speed")
@@ -39,10 +34,6 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 # The part of a budget that is left for what audits do not see.
 UNSEEN = 1000
 
-CODECS_HINT = (
-    f"write 'all', 'exact' (the lossless ones) or names from {', '.join(CODECS)}; quantize takes bits as in "
-    f"'quantize:4' (of {', '.join(map(str, BITS))}), probe a kind as in 'probe:gaussian' (of {', '.join(PROBE_KINDS)})"
-)
 PROBES_HINT = "write a positive int for every layer, or a mapping of layer names or patterns such as {'decoder.*': 16}"
 
 # Inductor settings that the backend sets itself, with what setting them from outside would break.
@@ -56,89 +47,10 @@ RESERVED_INDUCTOR = MappingProxyType(
 )
 
 
-def join_clauses(*clauses: str) -> str:
-    """The clauses that say something, as one sentence."""
-    return " ".join(filter(None, clauses))
-
-
-def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """A "did you mean" clause for `name`, or the empty string when nothing in `known` is close."""
-    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
 def with_unseen(peak: int) -> int:
     """An audited peak and what audits do not see: the smallest budget of which all but a thousandth is as much."""
     budget = peak * UNSEEN // (UNSEEN - 1)
     return budget + (budget - budget // UNSEEN < peak)
-
-
-@dataclass(frozen=True)
-class CodecSet:
-    """Which codecs the planner may use. "keep" is always among `names`.
-
-    `bits` are the widths allowed to "quantize" and `kinds` the projections allowed to "probe"; each is empty exactly
-    when its codec is not allowed.
-    """
-
-    names: frozenset[str] = frozenset(CODECS)
-    bits: tuple[int, ...] = BITS
-    kinds: tuple[str, ...] = PROBE_KINDS
-
-    @property
-    def exact(self) -> bool:
-        """True when every allowed codec is lossless."""
-        return not self.names.intersection(NOISY_CODECS)
-
-    def __contains__(self, codec: str) -> bool:
-        return codec in self.names
-
-    @staticmethod
-    def parse(value: str | Collection[str] | CodecSet) -> CodecSet:
-        """From "all", "exact", a codec with an optional parameter ("quantize:4"), a comma string or a list of those."""
-        if isinstance(value, CodecSet):
-            return value
-        entries = value.split(",") if isinstance(value, str) else value
-        if not isinstance(entries, Collection) or isinstance(entries, (bytes, Mapping)) or not entries:
-            raise OptionError("codecs", value, CODECS_HINT)
-        names: set[str] = {"keep"}
-        bits: set[int] = set()
-        kinds: set[str] = set()
-        for entry in entries:
-            if not isinstance(entry, str):
-                raise OptionError("codecs", value, f"{entry!r} is not a name; {CODECS_HINT}")
-            for codec, parameter in _expand(entry.strip(), value):
-                names.add(codec)
-                if codec == "quantize":
-                    bits.update(BITS if parameter is None else [_bits(parameter, value)])
-                if codec == "probe":
-                    kinds.update(PROBE_KINDS if parameter is None else [_kind(parameter, value)])
-        return CodecSet(frozenset(names), tuple(sorted(bits)), tuple(kind for kind in PROBE_KINDS if kind in kinds))
-
-
-def _expand(entry: str, given: object) -> list[tuple[str, str | None]]:
-    codec, colon, parameter = (part.strip() for part in entry.partition(":"))
-    if not colon and codec in ("all", "exact"):
-        return [(name, None) for name in (CODECS if codec == "all" else EXACT_CODECS)]
-    if codec not in CODECS:
-        guess = nearest(codec, (*CODECS, "all", "exact"))
-        raise OptionError("codecs", given, join_clauses(f"no codec {codec!r};", guess, CODECS_HINT))
-    if colon and codec not in NOISY_CODECS:
-        raise OptionError("codecs", given, f"{codec!r} takes no parameter; {CODECS_HINT}")
-    return [(codec, parameter if colon else None)]
-
-
-def _bits(text: str, given: object) -> int:
-    if text not in map(str, BITS):
-        raise OptionError("codecs", given, f"quantize cannot use {text!r} bits; {CODECS_HINT}")
-    return int(text)
-
-
-def _kind(text: str, given: object) -> str:
-    if text not in PROBE_KINDS:
-        guess = nearest(text, PROBE_KINDS)
-        raise OptionError("codecs", given, join_clauses(f"no probe kind {text!r};", guess, CODECS_HINT))
-    return text
 
 
 @dataclass(frozen=True)
@@ -197,7 +109,7 @@ class Options:
     """
 
     mem_budget: Budget | None = None
-    codecs: CodecSet = CodecSet()
+    codecs: CodecSet = field(default_factory=CodecSet)
     probes: Probes = Probes()
     slices: int | None = None
     prefer: str = "balanced"

@@ -22,7 +22,8 @@ from rich.text import Text
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.sizes import format_size
 
-CODEC_STYLES = {"keep": "dim", "recompute": "cyan", "bitmask": "cyan", "quantize": "yellow", "probe": "magenta"}
+CODEC_STYLES = {"keep": "dim", "recompute": "cyan", "bitmask": "cyan", "quantize": "yellow",
+                "fixed": "yellow", "probe": "magenta"}  # fmt: skip
 COLUMNS = ("layer", "residual", "shape", "codec", "r", "bits", "MB", "held", "noise")
 NUMERIC = frozenset({"r", "bits", "MB", "held", "noise"})
 CROPPED = frozenset({"layer", "residual"})

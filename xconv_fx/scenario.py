@@ -17,9 +17,8 @@ from xconv_fx.cost_model.gpus import GPUS, Gpu
 from . import calibration
 from .cuda_autocast import cuda_autocast
 from .cudnn import WORKSPACE_LIMIT
-from .errors import OptionError
+from .errors import OptionError, join_clauses, nearest
 from .fake_device import cudnn_layouts
-from .options import join_clauses, nearest
 from .sizes import format_size
 
 # Tensors of a parameter's size and dtype that each optimiser keeps of it from step to step.

@@ -23,8 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xconv_fx.errors import UsageError
-from xconv_fx.options import join_clauses, nearest
+from xconv_fx.errors import UsageError, join_clauses, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xconv_fx.errors import UsageError, XConvError
-from xconv_fx.options import join_clauses, nearest
+from xconv_fx.errors import UsageError, XConvError, join_clauses, nearest
 from xconv_fx.target import Target, build, called, function, summary
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from conftest import Compile, Compiled
 from nets import loss
 from torch import Tensor, nn
 
+from xconv_fx.codec_set import NOISY_CODECS
 from xconv_fx.measure import training_peak
-from xconv_fx.options import NOISY_CODECS
 
 EXACT = 1e-9
 # Dynamo itself asks inputs that are no leaves for their `.grad`.

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xconv_fx.errors import OptionError, UsageError
-from xconv_fx.options import Options, join_clauses, nearest
+from xconv_fx.errors import OptionError, UsageError, join_clauses, nearest
+from xconv_fx.options import Options
 from xconv_fx.scenario import Scenario
 from xconv_fx.sizes import format_size, parse_size
 from xconv_fx.workload import Workload

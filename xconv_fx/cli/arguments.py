@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xconv_fx.cli.scenario import add_scenario, scenario
+from xconv_fx.codec_set import CODECS_HINT
 from xconv_fx.errors import OptionError, UsageError
-from xconv_fx.options import CODECS_HINT, PREFERENCES, Options
+from xconv_fx.options import PREFERENCES, Options
 from xconv_fx.workload import LOSSES, Workload
 
 OK, INFEASIBLE, FAILED = 0, 1, 2

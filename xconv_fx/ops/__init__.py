@@ -7,6 +7,7 @@ graph calls the eager reference.
 
 from . import pool, seed, stored, volume  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
+from .fixed import FIXED
 from .fold import PROBE
 from .layout import fitting_probes, order_of
 from .quantize import QUANTIZE
@@ -14,6 +15,7 @@ from .registry import Codec, Held, codec, names, register
 
 __all__ = [
     "BITMASK",
+    "FIXED",
     "PROBE",
     "QUANTIZE",
     "Codec",

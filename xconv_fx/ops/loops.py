@@ -132,9 +132,12 @@ def word_loader(words: ir.TensorBox) -> Callable[[Index], Value]:
     return inside
 
 
-def readable(x: ir.TensorBox) -> ir.TensorBox:
-    """`x` such that loading each element once, in any order, recomputes little and keeps no further buffer alive."""
-    node: Any = V.graph.current_node.args[0]
+def readable(x: ir.TensorBox, argument: int = 0) -> ir.TensorBox:
+    """`x` such that loading each element once, in any order, recomputes little and keeps no further buffer alive.
+
+    `argument` is its place among the arguments of the operator that is lowered.
+    """
+    node: Any = V.graph.current_node.args[argument]
     box = x.data
     unrealised = isinstance(box, ir.StorageBox) and isinstance(box.data, ir.Pointwise)
     ours = x.get_dtype() == torch.bool or len(node.users) == 1

@@ -31,7 +31,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from . import fold, layout, loops, pool, quantize, stored  # noqa: F401 (pool defines its operator)
+from . import fixed_lowering, fold, layout, loops, pool, quantize, stored, words  # noqa: F401 (pool defines its operator)
 from .loops import Index, Value
 
 CHECKED_VERSION = "2.13.0"
@@ -48,81 +48,21 @@ def _group(index: Index, physical: tuple[int, ...]) -> list[sympy.Expr]:
     return [FloorDiv(at, part) for at, part in zip(index, layout.group_extents(physical), strict=True)]
 
 
-# Packing
-
-
-def _packed(
-    like: ir.TensorBox,
-    plan: layout.Packing,
-    value: Callable[[Index, sympy.Expr], Value],
-    coder: Callable[[Sequence[sympy.Expr], Index], Callable[[Value, int], Value]] = lambda rows, inner: lambda x, at: x,
-    joined: int = 1,
-) -> ir.TensorBox:
-    """Words of codes below 2**bits.
-
-    `coder(rows, inner index)` prepares what the elements of a run of rows have in common; what it returns makes a code
-    out of `value(physical index, row)` and the number of the row in the run. Codes are int32, or with `joined` above 1
-    float32, of which that many become the digits of one number (below 2**24) before it is converted to int32.
-    """
-    leading = plan.physical[: plan.split]
-    run = min(plan.per_word, layout.UNROLLED_TERMS)
-    runs = plan.per_word // run
-
-    def body(index: Index, within: Index) -> Value:
-        first = index[0] * plan.per_word + within[0] * run
-        rows = [first + place for place in range(run)]
-        code = coder(rows, index[1:])
-
-        def digit(place: int) -> Value:
-            largest = (plan.words[0] - 1) * plan.per_word + (runs - 1) * run + place
-            row = loops.at_most(rows[place], plan.rows - 1, largest)
-            return code(value([*loops.unravel(row, leading), *index[1:]], row), place)
-
-        word = None
-        for place in reversed(range(0, run, joined)):
-            part = _number([digit(at) for at in range(place, place + joined)], plan.bits)
-            shift = ops.constant(plan.bits * joined, torch.int32)
-            word = ops.bitwise_or(ops.bitwise_left_shift(word, shift), part) if word else part
-        shift = ops.index_expr(within[0] * (run * plan.bits), torch.int32)
-        return ops.bitwise_left_shift(word, shift) if runs > 1 else word
-
-    # Runs of one word share no bit: their sum is their union. A loop over runs is compiled faster than all of them.
-    return loops.summed(like, torch.int32, body, plan.words, runs)
-
-
-def _number(digits: Sequence[Value], bits: int) -> Value:
-    """The int32 with these float32 digits, the lowest first; a single digit as it is."""
-    total = digits[-1]
-    for digit in reversed(digits[:-1]):
-        total = ops.add(ops.mul(total, ops.constant(float(1 << bits), torch.float32)), digit)
-    return ops.to_dtype(total, torch.int32) if len(digits) > 1 else total
-
-
-def _unpacked(words: ir.TensorBox, plan: layout.Packing) -> Callable[[Index], Value]:
-    load = loops.word_loader(words)
-    leading = plan.physical[: plan.split]
-
-    def code(index: Index) -> Value:
-        row = loops.linear(index[: plan.split], leading)
-        word = load([FloorDiv(row, plan.per_word), *index[plan.split :]])
-        place = ops.index_expr(ModularIndexing(row, 1, plan.per_word) * plan.bits, torch.int32)
-        return ops.bitwise_and(ops.bitwise_right_shift(word, place), ops.constant((1 << plan.bits) - 1, torch.int32))
-
-    return code
+# Masks
 
 
 def _lower_pack_mask(mask: ir.TensorBox, order: Sequence[int]) -> ir.TensorBox:
     mask = loops.readable(mask)
     plan = layout.packing(mask.get_size(), order, 1)
     load = loops.loader(mask, order, torch.int32)
-    return _packed(mask, plan, lambda at, row: load(at))
+    return words.packed(mask, plan, lambda at, row: load(at))
 
 
-def _lower_unpack_mask(words: ir.TensorBox, size: Sequence[int], order: Sequence[int]) -> ir.TensorBox:
+def _lower_unpack_mask(packed_mask: ir.TensorBox, size: Sequence[int], order: Sequence[int]) -> ir.TensorBox:
     plan = layout.packing(size, order, 1)
-    code = _unpacked(words, plan)
+    code = words.unpacked(packed_mask, plan)
     return loops.decoded(
-        words, torch.bool, plan.physical, order, lambda at: ops.ne(code(at), ops.constant(0, torch.int32))
+        packed_mask, torch.bool, plan.physical, order, lambda at: ops.ne(code(at), ops.constant(0, torch.int32))
     )
 
 
@@ -210,7 +150,7 @@ def _lower_quantize(
         cut_off = _cut_off if joined == 1 else _cut_off_float
         return lambda value, place: cut_off(value, pairs[place // 2][place % 2], fraction, bits)
 
-    return _packed(x, plan, position, rounding, joined), ranges
+    return words.packed(x, plan, position, rounding, joined), ranges
 
 
 def _cut_off_float(position: Value, draw: Value, fraction: int, bits: int) -> Value:
@@ -236,7 +176,7 @@ def _lower_dequantize(
     dtype: torch.dtype,
 ) -> ir.TensorBox:
     plan, wide = layout.packing(size, order, bits), layout.accumulator(dtype)
-    code, load = _unpacked(codes, plan), ranges.make_loader()
+    code, load = words.unpacked(codes, plan), ranges.make_loader()
 
     def body(at: Index) -> Value:
         low, spread = _low_and_spread(load, _group(at, plan.physical), wide)
@@ -379,6 +319,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.unpack_mask.default: _lower_unpack_mask,
     torch.ops.xconv.quantize.default: _lower_quantize,
     torch.ops.xconv.dequantize.default: _lower_dequantize,
+    **fixed_lowering.LOWERINGS,
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,
     torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,

@@ -41,7 +41,8 @@ class Codec:
 
     `legal_uses` are the uses (of `USES`) of a residual in the backward that stay right, or unbiased, under this codec.
     `encode(x, seed, held)` gives the payload and `decode(payload, seed, held)` the tensor back, with strides dense in
-    `held.order`; `seed` is an int64 tensor with one element, the same for both. `payload_bytes(held)` is exact.
+    `held.order`; `seed` is an int64 tensor with one element, the same for both, or for "fixed" its table of scales.
+    `payload_bytes(held)` is exact.
     `noise(held)` predicts E|decoded - x|^2 / E|x|^2 for x of independent normal values. `traffic(held)` is the bytes
     that encode and decode read and write, each as kernels of their own.
     """

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from xconv_fx.options import CODECS
+from xconv_fx.codec_set import CODECS
 from xconv_fx.report import CODEC_STYLES, duration, report_table
 from xconv_fx.sizes import format_size
 from xconv_fx.sweep.frontier import Frontier, Point

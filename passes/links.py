@@ -1,0 +1,78 @@
+"""What residuals that are made again need of those that they are made from, as needs between the solver's options.
+
+* "recompute": exact sources, kept or made again exactly themselves.
+* "replay": sources that are exact or quantised, in two bits or more.
+* "signed": sources that are normalised held as `fixed` in the same bits; others as for a "replay".
+* "rerun" of a convolution: kept sources, or ones replayed from kept ones: one convolution is run again at a time, never
+  a whole forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from .problem import Candidate, Posed, items_of
+
+Suits = Callable[[Candidate], bool]
+
+
+def link(posed: Posed) -> Posed:
+    """Fill in the needs of residuals that are made again."""
+    index = {residual.name: i for i, residual in enumerate(posed.residuals)}
+    named = dict(zip(index, posed.candidates, strict=True))
+    # First which options are left, then their places: a source with a fixed codec may allow nothing.
+    left = {
+        name: tuple(c for c in row if all(_places(named[s], suits) for s, suits in _needed(posed, name, c).items()))
+        for name, row in named.items()
+    }
+    rows = tuple(
+        tuple(
+            replace(c, option=replace(c.option, needs=tuple(
+                (index[source], _places(left[source], suits)) for source, suits in _needed(posed, name, c).items()
+            )))
+            for c in row
+        )
+        for name, row in left.items()
+    )  # fmt: skip
+    return replace(posed, candidates=rows, problem=replace(posed.problem, items=items_of(posed.residuals, rows)))
+
+
+def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, Suits]:
+    """Which options of others a candidate of the residual `name` can be made again from."""
+    kind = candidate.option.name
+    if kind not in ("recompute", "replay", "signed", "rerun"):
+        return {}
+    sources = posed.chains[name].sources
+    if kind == "signed":
+        return {
+            source: (lambda c: c.choice.codec == "fixed" and c.choice.bits == candidate.bits)
+            if source in posed.norms
+            else _is_near
+            for source in sources
+        }
+    if kind != "rerun":
+        return dict.fromkeys(sources, _is_exact if kind == "recompute" else _is_near)
+    behind = [far for source in sources if source in posed.chains for far in posed.chains[source].sources]
+    return {**dict.fromkeys(sources, _is_close_by), **dict.fromkeys(behind, _is_kept)}
+
+
+def _is_kept(candidate: Candidate) -> bool:
+    return candidate.option.name == "keep"
+
+
+def _is_close_by(candidate: Candidate) -> bool:
+    return candidate.option.name in ("keep", "recompute")
+
+
+def _is_exact(candidate: Candidate) -> bool:
+    return candidate.option.name in ("keep", "recompute", "rerun")
+
+
+def _is_near(candidate: Candidate) -> bool:
+    """Exact or in codes; those of one bit are too coarse."""
+    return _is_exact(candidate) or (candidate.option.name == "quantize" and candidate.choice.bits != 1)
+
+
+def _places(row: Iterable[Candidate], suits: Suits) -> frozenset[int]:
+    return frozenset(place for place, candidate in enumerate(row) if suits(candidate))
