@@ -1,8 +1,7 @@
-"""Small questions about FX graphs that several passes ask: sizes, kinds of operation, where a node comes from."""
+"""Small questions about FX graphs that several passes ask: sizes, kinds of operation, what reaches what."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
@@ -14,6 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from xconv_fx.cost_model.allocator import block_bytes
+
+from .origins import layer_of as layer_of
+from .origins import origin_meta as origin_meta
+from .origins import source_of as source_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -144,22 +147,6 @@ _REDUCTIONS = {
 }
 
 
-def layer_of(node: fx.Node) -> str:
-    """Dotted path of the module that the node came from, or "" (functions outside any module)."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path).replace("._modules", "")
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
-
-
-def source_of(node: fx.Node) -> str:
-    """`file.py:line` of the innermost frame of the user's code that made the node, or ""."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
-
-
 def closure(roots: Iterable[fx.Node]) -> set[fx.Node]:
     """The roots and everything computed from them."""
     return _reached(roots, lambda node: node.users)
@@ -210,10 +197,3 @@ def inline(
     result = output_node(traced.graph).args[0]
     results = result if isinstance(result, (list, tuple)) else [result]
     return [map_arg(item, lambda old: environment[old]) for item in results]  # type: ignore[arg-type, misc]
-
-
-def origin_meta(node: fx.Node) -> dict[str, Any]:
-    """The part of a node's metadata that says where it came from."""
-    keys = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node",
-            "fwd_nn_module_stack", "fwd_source_fn_stack")  # fmt: skip
-    return {key: node.meta[key] for key in keys if key in node.meta}

@@ -22,6 +22,7 @@ from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry
 from xconv_fx.ops.fixed import normal_error
+from xconv_fx.ops.fold import fitted
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
@@ -260,11 +261,8 @@ class _Poser:
         """As many probes as the user asks for, of the first kind that is allowed."""
         kinds = self.options.codecs.kinds
         kind = "fold" if "fold" in kinds or not kinds else kinds[0]
-        length = numel(residual.forward) // residual.shape[0]
-        means = kind == "fold" and len(residual.shape) > 2 and probes < length
-        return self._coded(
-            residual, Held("probe", **self._held(residual), probes=min(probes, length), kind=kind, means=means)
-        )
+        probes, means = fitted(residual.shape, probes, kind)
+        return self._coded(residual, Held("probe", **self._held(residual), probes=probes, kind=kind, means=means))
 
     def _fixed(self, residual: Residual, norm: Norm) -> list[Candidate]:
         """Codes that carry the sign of the normalisation's result, for which no bits are held."""
@@ -348,6 +346,7 @@ class _Poser:
         choice = Choice(
             residual.name, residual.layer, residual.source, residual.shape, dtype,
             tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=noise, time=time,
+            readers=residual.readers,
         )  # fmt: skip
         return Candidate(choice, Option(codec, tuple(loads), noise * weight, time))
 

@@ -20,8 +20,9 @@ class Choice:
     """How one residual is held.
 
     `residual` is the name of its node in the joint graph, `layer` the path of the module that produced it, `source`
-    the operation that did; `uses` are the operations of the backward that read it. `codec` is one of
-    `xconv_fx.codec_set.CODECS`; `probes` is set for "probe", `bits` where what is held has fewer bits than the tensor.
+    the operation that did; `uses` are the kinds of operation of the backward that read it, `readers` the layers whose
+    weight gradients do. `codec` is one of `xconv_fx.codec_set.CODECS`; `probes` is set for "probe", `bits` where what is
+    held has fewer bits than the tensor.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held
@@ -44,6 +45,7 @@ class Choice:
     means: bool = False
     noise: float = 0.0
     time: float = 0.0
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,15 @@ class Plan:
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"not a plan of format {FORMAT}")
         try:
-            choices = tuple(
-                Choice(**{**row, "shape": tuple(row["shape"]), "uses": tuple(row["uses"])})
-                for row in data.pop("choices")
-            )
+            choices = tuple(_choice(row) for row in data.pop("choices"))
             return Plan(**{**data, "choices": choices, "notes": tuple(data["notes"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a plan: {error}") from error
+
+
+def _choice(row: dict[str, Any]) -> Choice:
+    lists: dict[str, Any] = {name: tuple(row[name]) for name in ("shape", "uses", "readers") if name in row}
+    return Choice(**{**row, **lists})
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def one_thread():
 
 
 def apply(x, weight, bias, geometry, probes, kind="fold", bits=32, means=False, seed=None):
+    """The op; `probes` 0 holds values in `bits` bits."""
     if geometry is None:
         return ops.linear(x, weight, bias, probes, kind, bits, means, seed)
     return ops.convolution(x, weight, bias, *geometry, probes, kind, bits, means, seed)
@@ -314,8 +315,10 @@ def test_errors():
         apply(x, weight, bias, geometry, 8, "hash")
     with pytest.raises(ValueError, match=r"bits=3.*8, 4, 2, 1"):
         apply(x, weight, bias, geometry, 8, "fold", 3)
-    with pytest.raises(ValueError, match="probes=73"):
-        apply(x, weight, bias, geometry, 73)
+    with pytest.raises(ValueError, match="probes=-1"):
+        apply(x, weight, bias, geometry, -1)
+    with pytest.raises(ValueError, match=r"bits=32.*8, 4, 2, 1"):
+        apply(x, weight, bias, geometry, 0)
     out = ops.sketched_convolution(x, weight, bias, [], None, *geometry, 8, "fold", 32, False)
     with pytest.raises(RuntimeError, match="held no sketch"):
         out.sum().backward()

@@ -14,11 +14,16 @@ weight no payload is held, for a frozen input no weight.
 
 The four arguments that say what is held:
 
-* `probes`: sums held per sample, dim 0 of the input counting the samples; with kind "fold" or "orthogonal" at most
-  the number of values in a sample, where the gradient is exact.
+* `probes`: sums held per sample, dim 0 of the input counting the samples; at most one a value, which makes the gradient
+  of kind "fold" or "orthogonal" exact. With 0 the values themselves are held in `bits` bits, below 32 (the "quantize"
+  codec).
 * `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher" or "orthogonal".
 * `bits`: 32 holds the sums as they are, 16, 8, 4, 2 or 1 quantises them with stochastic rounding.
-* `means`: hold the mean over dims 2 and up exactly and sketch only the deviation from it.
+* `means`: hold the mean over dims 2 and up, if there are any, exactly and sketch only the deviation from it. None: as
+  the compiler does, beside folds of fewer sums than values.
+
+A seed is drawn in every forward of a trainable weight, also without gradients: the first run of a checkpointed segment
+has none, and what else is random in the segment must not notice the difference.
 
 Known gaps: not twice differentiable (the second backward raises), no `vmap` rule. Subtracting means costs a transient
 copy of the input in the forward, decoding one in the backward.
@@ -35,15 +40,18 @@ from torch import Tensor
 
 from .conv import input_gradient, weight_gradient
 from .dense import KINDS as DENSE_KINDS
-from .fold import PLAIN_BITS, PROBE
+from .fold import PLAIN_BITS, fitted
 from .layout import order_of
-from .registry import Held
+from .registry import Held, codec
+from .seed import draw_seed
 
 aten = torch.ops.aten
 ops = torch.ops.xconv
 
-_SALT = 0
-_SEEDS = 2**62
+# That of the first residual of a compiled graph: where it is the only one, the same seed gives the same numbers here.
+_SALT = 1
+
+Recipe = tuple[int, str, int, bool]
 
 
 def sample_order(x: Tensor) -> tuple[int, ...]:
@@ -51,20 +59,30 @@ def sample_order(x: Tensor) -> tuple[int, ...]:
     return (0, *(dim + 1 for dim in order_of(x.shape[1:], x.stride()[1:])))
 
 
+def _recipe(x: Tensor, probes: int, kind: str, bits: int, means: bool | None) -> Recipe:
+    """The four arguments as they apply to an input of the size of `x`."""
+    probes, means = fitted(x.shape, probes, kind, means)
+    return probes, kind, bits, means
+
+
 def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> Held:
     size, order = tuple(x.shape), sample_order(x)
+    if probes == 0:
+        return Held("quantize", size, x.dtype, order, _SALT, bits=bits)
     return Held("probe", size, x.dtype, order, _SALT, bits=bits, probes=probes, kind=kind, means=means)
 
 
-def _encode(
-    x: Tensor, weight: Tensor, seed: Tensor | None, recipe: tuple[int, str, int, bool]
-) -> tuple[list[Tensor], Tensor | None]:
+def _encode(x: Tensor, weight: Tensor, seed: Tensor | None, recipe: Recipe) -> tuple[list[Tensor], Tensor | None]:
     """Payload and seed to hold for the backward of a layer; none where no weight gradient will be asked for."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and x.numel() > 0):
+    if not weight.requires_grad or x.numel() == 0:
         return [], None
+    x = x.detach()
     if seed is None:
-        seed = torch.randint(_SEEDS, (1,), device=x.device)
-    return list(PROBE.encode(x.detach(), seed, _held(x, *recipe))), seed
+        seed = draw_seed(x)
+    if not torch.is_grad_enabled():
+        return [], None
+    held = _held(x, *recipe)
+    return list(codec(held.codec).encode(x, seed, held)), seed
 
 
 def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -> Tensor:
@@ -73,7 +91,7 @@ def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -
         return like.new_zeros(held.size)
     if not payload:
         raise RuntimeError("xconv: a weight gradient was asked for, but the forward held no sketch of the input")
-    return PROBE.decode(tuple(payload), seed, held)
+    return codec(held.codec).decode(tuple(payload), seed, held)
 
 
 def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,21 +149,24 @@ def _convolution(
     probes: int,
     kind: str = "fold",
     bits: int = PLAIN_BITS,
-    means: bool = False,
+    means: bool | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`aten.convolution` that holds a sketch of `x` (N, C, ...) in place of `x` for its backward.
+    """`aten.convolution` that holds a sketch of `x` (N, C, ...), or (C, ...), in place of `x` for its backward.
 
     `seed` is an int64 tensor with one element on the device of `x`; without it one is drawn from the default
     generator of that device, and `torch.manual_seed` makes the gradients reproducible.
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    recipe = (probes, kind, bits, means)
+    asked = (probes, kind, bits, means)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         cast = _cast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
-            return ops.convolution(*cast, *geometry, *recipe, seed)
+            return ops.convolution(*cast, *geometry, *asked, seed)
+    if x.dim() == weight.dim() - 1:
+        return ops.convolution(x.unsqueeze(0), weight, bias, *geometry, *asked, seed).squeeze(0)
+    recipe = _recipe(x, *asked)
     payload, seed = _encode(x, weight, seed, recipe)
     return ops.sketched_convolution(x, weight, bias, payload, seed, *geometry, *recipe)
 
@@ -214,7 +235,7 @@ def _linear(
     probes: int,
     kind: str = "fold",
     bits: int = PLAIN_BITS,
-    means: bool = False,
+    means: bool | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
     """`aten.linear` that holds a sketch of `x` (*, F) in place of `x` for its backward.
@@ -222,14 +243,15 @@ def _linear(
     Dim 0 of `x` counts the samples: a sample of (B, T, F) has T F values, and its `means` are one a token. `seed` as
     in `convolution`.
     """
-    recipe = (probes, kind, bits, means)
+    asked = (probes, kind, bits, means)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         cast = _cast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
-            return ops.linear(*cast, *recipe, seed)
+            return ops.linear(*cast, *asked, seed)
     if x.dim() == 1:
-        return ops.linear(x.unsqueeze(0), weight, bias, *recipe, seed).squeeze(0)
+        return ops.linear(x.unsqueeze(0), weight, bias, *asked, seed).squeeze(0)
+    recipe = _recipe(x, *asked)
     payload, seed = _encode(x, weight, seed, recipe)
     return ops.sketched_linear(x, weight, bias, payload, seed, *recipe)
 
@@ -274,7 +296,7 @@ _sketched_linear.register_autograd(_linear_backward, setup_context=_hold)
 
 # The public ops are composites: whatever traces or differentiates looks through them.
 
-_RECIPE = f'int probes, str kind="fold", int bits={PLAIN_BITS}, bool means=False, Tensor? seed=None) -> Tensor'
+_RECIPE = f'int probes, str kind="fold", int bits={PLAIN_BITS}, bool? means=None, Tensor? seed=None) -> Tensor'
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 
 for _name, _arguments, _implementation in (

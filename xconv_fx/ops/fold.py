@@ -103,6 +103,17 @@ def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) ->
     return torch.stack(signs, 2).view(shape[0], -1, shape[2])[:, : plan.terms]
 
 
+def fitted(size: Sequence[int], probes: int, kind: str, means: bool | None = None) -> tuple[int, bool]:
+    """Probes and means for a tensor of `size` (samples first), from what a user asked of layers of many sizes.
+
+    A sample has no more probes than values. Means are held where there are pixels to take them over; if `means` is
+    None, only beside folds of fewer sums than values.
+    """
+    length = math.prod(size[1:])
+    wanted = kind == "fold" and probes < length if means is None else means
+    return min(probes, length), wanted and len(size) > 2
+
+
 def _probes_of(held: Held) -> int:
     if held.probes is None:
         raise ValueError(f"probes=None: codec {held.codec!r} needs the number of sums a sample")
