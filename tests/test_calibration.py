@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from xconv_fx import calibrate, calibration, hooks
+from xconv_fx import calibration, hooks, machine
 from xconv_fx.calibration import Machine, load, save, spec, specs
 from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec
 from xconv_fx.explain import explain
@@ -65,10 +65,10 @@ def test_a_calibration_is_of_a_number_of_threads(threads):
 
 @pytest.mark.parametrize("change", [{"processor": "another"}, {"torch": "3.0"}, {"threads": None}, {"device": "cuda"}])
 def test_a_calibration_is_of_one_machine_and_torch(change):
-    machine = Machine.of("cpu")
-    save(machine, SLOW)
-    other = dataclasses.replace(machine, **change)
-    assert other.path != machine.path and load(other) is None
+    here = Machine.of("cpu")
+    save(here, SLOW)
+    other = dataclasses.replace(here, **change)
+    assert other.path != here.path and load(other) is None
 
 
 def test_the_folder_is_where_caches_belong(monkeypatch, tmp_path):
@@ -166,50 +166,50 @@ def test_rates_are_part_of_the_compile_key(monkeypatch):
 
 # What is measured: not how fast this machine is, but that sensible numbers come out of small layers.
 
-SMALL = (calibrate.Layer(8, (8, 8)), calibrate.Layer(4, (4, 4, 4)))
+SMALL = (machine.Layer(8, (8, 8)), machine.Layer(4, (4, 4, 4)))
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Measurements of tiny layers and copies."""
-    monkeypatch.setattr(calibrate, "LAYERS", SMALL)
-    monkeypatch.setattr(calibrate, "BATCHES", {"cpu": (1, 2)})
-    monkeypatch.setattr(calibrate, "COPIED", {"cpu": 2**16})
-    monkeypatch.setattr(calibrate, "STARTED", 10)
+    monkeypatch.setattr(machine, "LAYERS", SMALL)
+    monkeypatch.setattr(machine, "BATCHES", {"cpu": (1, 2)})
+    monkeypatch.setattr(machine, "COPIED", {"cpu": 2**16})
+    monkeypatch.setattr(machine, "STARTED", 10)
 
 
 def test_a_measurement_is_a_calibrated_spec(quick):
-    measured = calibrate.measure("cpu")
+    measured = machine.measure("cpu")
     assert measured.calibrated and measured.name == "cpu"
     assert 1e-8 < measured.launch < 1e-2 and measured.bandwidth > 1e6
 
 
 def test_batches_grow_until_a_kernel_takes_long_enough(quick, monkeypatch):
     times = iter([0.001, 0.01, 0.001, 0.1, 0.05])
-    monkeypatch.setattr(calibrate, "_median", lambda call, kind: next(times))
+    monkeypatch.setattr(machine, "_median", lambda call, kind: next(times))
     layer = SMALL[0]
-    forward, grad_input, weight = calibrate._layer_rates(layer, "cpu", torch.float32)
+    forward, grad_input, weight = machine._layer_rates(layer, "cpu", torch.float32)
     assert forward == layer.flops(2) / 0.01 and grad_input == layer.flops(2) / 0.1
     assert weight == layer.flops(1) / 0.05
 
 
 @pytest.mark.parametrize("layer", SMALL)
 def test_the_three_convolutions_are_those_of_autograd(layer):
-    x, weight, grad = calibrate._operands(layer, 2, "cpu", torch.float32)
+    x, weight, grad = machine._operands(layer, 2, "cpu", torch.float32)
     x.requires_grad_()
     weight.requires_grad_()
     convolution = nn.functional.conv2d if x.dim() == 4 else nn.functional.conv3d
     output = convolution(x, weight, padding=1)
     expected = torch.autograd.grad(output, (x, weight), grad)
     with torch.no_grad():
-        torch.testing.assert_close(calibrate._forward(x, weight, grad), output)
-        torch.testing.assert_close(calibrate._input_gradient(x, weight, grad)[0], expected[0])
-        torch.testing.assert_close(calibrate._weight_gradient(x, weight, grad)[1], expected[1])
+        torch.testing.assert_close(machine._forward(x, weight, grad), output)
+        torch.testing.assert_close(machine._input_gradient(x, weight, grad)[0], expected[0])
+        torch.testing.assert_close(machine._weight_gradient(x, weight, grad)[1], expected[1])
     assert layer.flops(2) == 2 * x.numel() * weight[0].numel()
 
 
 def test_a_slow_measurement_is_not_repeated(monkeypatch):
     times = iter([9.0, 0.2, 0.1, 9.0, 1.0])
-    monkeypatch.setattr(calibrate, "_timed", lambda call, kind: next(times))
-    assert calibrate._median(lambda: None, "cpu") == pytest.approx(0.15)
-    assert calibrate._median(lambda: None, "cpu") == 1.0
+    monkeypatch.setattr(machine, "_timed", lambda call, kind: next(times))
+    assert machine._median(lambda: None, "cpu") == pytest.approx(0.15)
+    assert machine._median(lambda: None, "cpu") == 1.0

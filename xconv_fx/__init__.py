@@ -12,15 +12,34 @@ if TYPE_CHECKING:
     from xconv_fx import nn as nn
     from xconv_fx.conversion import convert as convert
     from xconv_fx.conversion import plan_and_convert as plan_and_convert
+    from xconv_fx.gradient_noise import gradient_check as gradient_check
+    from xconv_fx.model_calibration import calibrate as calibrate
+    from xconv_fx.statistics import Statistics as Statistics
     from xconv_fx.substitution import substitute as substitute
 
 __version__ = "0.1.0"
 
 # Public names to the modules that define them. A module of the same name would hide the function once it is imported.
-_HOMES = {"convert": "conversion", "plan_and_convert": "conversion", "substitute": "substitution"}
+_HOMES = {
+    "Statistics": "statistics",
+    "calibrate": "model_calibration",
+    "convert": "conversion",
+    "gradient_check": "gradient_noise",
+    "plan_and_convert": "conversion",
+    "substitute": "substitution",
+}
 _MODULES = ("nn",)
 
-__all__ = ["__version__", "convert", "nn", "plan_and_convert", "substitute"]
+__all__ = [
+    "Statistics",
+    "__version__",
+    "calibrate",
+    "convert",
+    "gradient_check",
+    "nn",
+    "plan_and_convert",
+    "substitute",
+]
 
 
 def __getattr__(name: str) -> Any:

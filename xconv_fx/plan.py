@@ -21,8 +21,8 @@ class Choice:
 
     `residual` is the name of its node in the joint graph, `layer` the path of the module that produced it, `source`
     the operation that did; `uses` are the kinds of operation of the backward that read it, `readers` the layers whose
-    weight gradients do. `codec` is one of `xconv_fx.codec_set.CODECS`; `probes` is set for "probe", `bits` where what is
-    held has fewer bits than the tensor.
+    weight gradients do. `codec` is one of `xconv_fx.codec_set.CODECS`; `probes` is set for "probe", `bits` where what
+    is held has fewer bits than the tensor.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held

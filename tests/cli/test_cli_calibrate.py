@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from xconv_fx import calibrate
+from xconv_fx import machine
 from xconv_fx.calibration import Machine, spec
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, OK
@@ -37,7 +37,7 @@ def asked(monkeypatch):
         calls.append((kind, torch.get_num_threads()))
         return MEASURED
 
-    monkeypatch.setattr(calibrate, "measure", stand_in)
+    monkeypatch.setattr(machine, "measure", stand_in)
     return calls
 
 

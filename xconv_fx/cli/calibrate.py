@@ -1,4 +1,4 @@
-"""`xconv calibrate`: measure the machine that plans predict times for (`xconv_fx.calibrate`)."""
+"""`xconv calibrate`: measure the machine that plans predict times for (`xconv_fx.machine`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from xconv_fx.calibrate import calibrate
+    from xconv_fx.machine import calibrate
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() and threads is None else "cpu")
     calibrate(kind, None if threads is None else int(threads), arguments.json)

@@ -1,0 +1,162 @@
+"""Collect what is measured of one layer over batches, and make its `LayerStatistics` of it.
+
+What codecs do is noise relative to E; over batches it is averaged weighted with E, so that batches with large gradients
+count for more, as they do in the noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from xconv_fx.errors import UnsupportedModelError
+from xconv_fx.statistics import Fold, LayerStatistics, Layout, Spread
+
+from .moments import PART, Bilinear, codes, deviation, folds, orders, spread
+
+BATCH_NORM, INSTANCE_NORM = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+
+
+@dataclass
+class Measurement:
+    """One layer over all batches: `weight` is its weight's shape, `runs` the statistics of single calls, `within` the
+    SGD noise as estimated inside of batches, and the rest adds up the `batches` gradients and their `squares`."""
+
+    weight: tuple[int, ...]
+    runs: list[LayerStatistics] = field(default_factory=list)
+    within: list[float] = field(default_factory=list)
+    batches: int = 0
+    total: Tensor | None = None
+    squares: float = 0.0
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """The weight gradient of a whole batch."""
+        self.batches += 1
+        self.squares += float(gradient.square().sum())
+        self.total = gradient if self.total is None else self.total + gradient
+
+    def statistics(self, name: str) -> LayerStatistics:
+        """The means over batches. Raises `UnsupportedModelError` when the SGD noise of the layer cannot be told."""
+        energies = [run.energy for run in self.runs]
+        found = _mean(self.runs, [energy / sum(energies) for energy in energies])
+        found = replace(found, energy=sum(energies) / len(energies))
+        if self.total is None:
+            return found
+        gradient = float((self.total / self.batches).square().sum())
+        if self.within:
+            sgd = sum(self.within) / self.batches
+        elif self.batches > 1:
+            sgd = (self.squares - self.batches * gradient) / (self.batches - 1)
+        else:
+            reason = "one batch does not tell its SGD noise: its input has no row for each of several samples"
+            raise UnsupportedModelError(name, reason, "two batches or more, or a batch of several samples")
+        return replace(found, gradient=gradient, sgd=sgd)
+
+
+def _mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
+    """The weighted mean of all floats in structures that are alike; whatever else is in them is the first's."""
+    first = values[0]
+    if isinstance(first, float):
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+    if isinstance(first, tuple):
+        # A batch whose images are smaller may have been folded into fewer terms.
+        return tuple(_mean(column, weights) for column in zip(*values, strict=False))
+    if isinstance(first, Mapping):
+        return {key: _mean([value[key] for value in values], weights) for key in first}
+    if dataclasses.is_dataclass(first):
+        names = [item.name for item in dataclasses.fields(first)]
+        return type(first)(**{name: _mean([getattr(value, name) for value in values], weights) for name in names})
+    return first
+
+
+def measure_weighted(measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor, rows: bool) -> Tensor:
+    """Measure a call of a convolution or linear layer; its weight gradient. `rows`: dim 0 are the batch's samples."""
+    if x.dim() == (1 if isinstance(module, nn.Linear) else len(measurement.weight) - 1):
+        x, dy = x.unsqueeze(0), dy.unsqueeze(0)
+    layer = Bilinear.of(module, x, dy)
+    gradient, own, count = layer.gradient(x, dy), layer.energies(x, dy), len(x)
+    if rows:
+        measurement.within.append(float(own.sum() - gradient.square().sum() / count) * count / (count - 1))
+    reach = layer.reach(x, dy)
+    energy = float((x.square() * reach).sum())
+    if energy > 0 and math.isfinite(energy):
+        measurement.runs.append(_call(measurement.weight, layer, x, dy, reach, own, energy))
+    return gradient
+
+
+def _call(
+    weight: tuple[int, ...], layer: Bilinear, x: Tensor, dy: Tensor, reach: Tensor, own: Tensor, energy: float
+) -> LayerStatistics:
+    views = [(x, own)]
+    if (rest := deviation(x)) is not None:
+        views.append((rest, layer.energies(rest, dy)))
+    spreads: list[Spread | None] = [spread(layer, view, dy, energies, energy) for view, energies in views]
+    part = _part(x, reach)
+    weights = reach[part]
+    scale = float((x[part].square() * weights).sum())
+    layouts = {}
+    for name, order in orders(x).items():
+        folded: list[tuple[Fold, ...]] = []
+        for view, energies in views:
+            shared = float(energies[part].sum() - (view[part].square() * weights).sum())
+            folded.append(tuple(folds(view[part], weights, order, shared, layer.channel, scale)))
+        layouts[name] = Layout(codes(x[part], weights, order), *folded)
+    flat = float(x.square().mean() * reach.sum())
+    return LayerStatistics(
+        weight, len(x), layouts, energy, flat, plain=spreads[0], deviation=spreads[1] if len(spreads) > 1 else None
+    )
+
+
+def _part(x: Tensor, weights: Tensor) -> Tensor:
+    """The samples that codecs are run on: as many as fit into `PART` elements, those of most energy first."""
+    count = max(1, PART // x[0].numel())
+    energies = (x.square() * weights).flatten(1).sum(1)
+    return energies.topk(min(count, len(x))).indices.sort().values
+
+
+def measure_normalisation(measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Measure a call of a normalisation layer.
+
+    With x^ the normalised input and g the output gradient times the layer's weight, the input gradient is
+    (g - mean(g) - x^ mean(g x^)) / sigma over each set that is normalised together; an error e of x, that is e / sigma
+    of x^, enters it as e mean(g x^) / sigma^2, and through the mean as well, with an energy less by their number.
+    """
+    if isinstance(module, (BATCH_NORM, INSTANCE_NORM)) and not module.training and module.track_running_stats:
+        return  # Statistics are constants then, and the input gradient does not read the input.
+    shape = x.shape
+    x, g, dims = _sets(module, x, _scaled(module, dy))
+    variance = x.var(dims, keepdim=True, unbiased=False) + module.eps  # type: ignore[operator]
+    normal = (x - x.mean(dims, keepdim=True)) * variance.rsqrt()
+    correlation = (g * normal).mean(dims, keepdim=True)
+    passed = (g - g.mean(dims, keepdim=True) - normal * correlation) * variance.rsqrt()
+    weights = (correlation / variance).square().expand_as(x).reshape(shape)
+    x = x.reshape(shape)
+    energy, total = float((x.square() * weights).sum()), float(passed.square().sum())
+    if energy > 0 and total > 0 and math.isfinite(energy / total):
+        part = _part(x, weights)
+        layouts = {name: Layout(codes(x[part], weights[part], order)) for name, order in orders(x).items()}
+        found = LayerStatistics(measurement.weight, len(x), layouts, energy, travel=energy / total)
+        measurement.runs.append(found)
+
+
+def _scaled(module: nn.Module, dy: Tensor) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return dy
+    shape = weight.shape if isinstance(module, nn.LayerNorm) else (-1, *(1 for _ in dy.shape[2:]))
+    return dy * weight.detach().to(dy.dtype).view(shape)
+
+
+def _sets(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Input and gradient so shaped that what is normalised together lies along the dims returned."""
+    if isinstance(module, nn.GroupNorm):
+        x, g = (value.unflatten(1, (module.num_groups, -1)) for value in (x, g))
+    if isinstance(module, nn.LayerNorm):
+        return x, g, list(range(x.dim() - len(module.normalized_shape), x.dim()))
+    first = [0] if isinstance(module, BATCH_NORM) else []
+    return x, g, [*first, *range(2, x.dim())]

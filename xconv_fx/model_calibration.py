@@ -1,0 +1,159 @@
+"""`calibrate`: measure on the user's data how noisy a model's gradients are, and how sensitive its residuals.
+
+Every batch is one exact step without an update. Forward hooks catch the input of each layer, hooks of its output the
+gradient that arrives, and the layer's statistics are taken there and then, so that nothing outlives the backward but
+numbers. What is measured of a layer is in `moments.py`, what it means in `statistics.py`.
+
+The SGD noise of a layer is the variance of its gradient over batches of this size. Where the layer's input has the
+batch's samples as rows, it is estimated from the gradients g_n of N single samples, whose sum is the batch's:
+
+    N / (N - 1) * (sum of |g_n|^2 - |sum of g_n|^2 / N),        mean over batches.
+
+That needs one batch and takes samples for independent; what batch normalisation does to one through the others is part
+of its g_n. Elsewhere (rows that are tokens or windows, batches of one) it is the sample variance of the gradients of
+several batches.
+
+Known gaps: layers are known by their modules: functions that are called with weights (`F.conv2d` in a forward) are not
+seen. A module that runs several times in a step has the mean of its runs as the statistics of each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xconv_fx.errors import UnsupportedModelError
+from xconv_fx.statistics import Statistics
+
+from .layer_measurement import Measurement, measure_normalisation, measure_weighted
+from .moments import NORMALISATIONS, WEIGHTED
+from .progress import announce
+from .untouched import untouched
+
+BATCHES_HINT = "a list such as [(input, target), ...], each a tensor or a tuple of them"
+
+
+def calibrate(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    batches: Iterable[Any],
+    path: str | os.PathLike[str] | None = None,
+) -> Statistics:
+    """The statistics of a model's layers on these batches, for the option `stats`; written to `path` if it is given.
+
+    `batches` gives pairs (inputs, targets), each a tensor or a tuple of them, of the size that is trained with, on the
+    device of the model; all are used: one to four are enough. `loss(model(*inputs), *targets)` is a scalar. A model in
+    evaluation mode is measured in training mode. Parameters, buffers, gradients, modes and the state of torch's random
+    generators are left as they were.
+
+    Raises `UnsupportedModelError` where there is nothing to measure, and `OSError` when the file cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)
+    catcher = _Catcher(model)
+    count = 0
+    with untouched(model), torch.enable_grad(), catcher:
+        for batch in batches:
+            count += 1
+            announce(f"measuring batch {count}")
+            inputs, targets = unpack(batch)
+            catcher.begin(inputs)
+            result = loss(model(*inputs), *targets)
+            if not isinstance(result, Tensor) or result.numel() != 1:
+                raise UnsupportedModelError("the loss", f"returned {_kind(result)}", "a scalar tensor, such as a mean")
+            catcher.finish(result)
+    if count == 0:
+        raise UnsupportedModelError("batches", "there is none to measure", BATCHES_HINT)
+    found = Statistics(catcher.layers(), count)
+    if not found.sgd:
+        hint = "train at least one convolution or linear layer that is a module of torch.nn"
+        raise UnsupportedModelError(type(model).__name__, "no such layer of it has a gradient", hint)
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def unpack(batch: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Inputs and targets of a batch. Raises `UnsupportedModelError`."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise UnsupportedModelError("batches", f"one is {_kind(batch)}, not a pair of inputs and targets", BATCHES_HINT)
+    inputs, targets = (tuple(part) if isinstance(part, (tuple, list)) else (part,) for part in batch)
+    return inputs, targets
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+class _Catcher:
+    """Catches inputs and output gradients of a model's layers while it is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules() if _is_measured(module)}
+        self.measured: dict[str, Measurement] = {}
+        self.handles: list[Any] = []
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> _Catcher:
+        self.handles = [module.register_forward_hook(self._called) for module in self.names]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """A batch with these inputs is about to run."""
+        first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+        self.samples = 1 if first is None else len(first)
+        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
+
+    def finish(self, loss: Tensor) -> None:
+        """Run the backward of the batch's loss."""
+        if not self.parameters or not loss.requires_grad:
+            return
+        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for name, gradients in self.gradients.items():
+            self.measured[name].add_gradient(torch.stack(gradients).sum(0))
+
+    def _called(self, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if not isinstance(out, Tensor) or not out.requires_grad or not given:
+            return
+        x = given[0].detach()
+        out.register_hook(lambda dy: self._arrived(module, x, dy))
+
+    def _arrived(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
+        name = self.names[module]
+        measurement = self.measured.setdefault(name, Measurement(tuple(_shape(module))))
+        with torch.autocast(x.device.type, enabled=False):
+            x, dy = (value if value.dtype == torch.float64 else value.float() for value in (x, dy.detach()))
+            if isinstance(module, NORMALISATIONS):
+                measure_normalisation(measurement, module, x, dy)
+            else:
+                self.gradients[name].append(measure_weighted(measurement, module, x, dy, len(x) == self.samples > 1))
+
+    def layers(self) -> dict[str, Any]:
+        """What was measured, in the model's order. Raises `UnsupportedModelError`."""
+        found = {}
+        for name in self.names.values():
+            if name in self.measured and self.measured[name].runs:
+                found[name] = self.measured[name].statistics(name)
+        return found
+
+
+def _is_measured(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, NORMALISATIONS) or (
+        isinstance(module, WEIGHTED) and isinstance(weight, Tensor) and weight.requires_grad
+    )
+
+
+def _shape(module: nn.Module) -> Sequence[int]:
+    weight = getattr(module, "weight", None)
+    return () if weight is None else weight.shape
