@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,20 @@ def test_slices_that_are_not_held_take_no_memory():
     peaks = [step(held) for held in range(COUNT + 1)]
     assert peaks == sorted(peaks)
     assert peaks[0] < 0.35 * peaks[COUNT]
+
+
+@pytest.mark.parametrize("held", [0, COUNT])
+def test_a_slices_results_are_gone_when_the_next_one_runs(held):
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(*leaves: Tensor) -> tuple[Tensor, ...]:
+        assert all(result() is None for result in made)
+        results = function(*leaves)
+        made.extend(map(weakref.ref, results))
+        return results
+
+    Sliced(watched, slicing(held))(*inputs())[0].sum().backward()
+    assert len(made) == 2 * (COUNT if held else 2 * COUNT)
 
 
 def test_batch_counts():

@@ -206,8 +206,7 @@ class _SlicedStep(torch.autograd.Function):
             with torch.enable_grad():
                 part = step.function(*arguments)
             results = results or [_whole(value, slicing.count) for value in part]
-            for whole, value in zip(results, part, strict=True):
-                whole.narrow(0, index * slicing.samples, slicing.samples).copy_(value.detach())
+            _write(results, part, index * slicing.samples)
             if held:
                 ctx.held[index] = arguments, _edges(part)
             del part, arguments
@@ -243,6 +242,12 @@ class _SlicedStep(torch.autograd.Function):
                     whole[place].narrow(0, start, length).copy_(arguments[place].grad)
             del arguments, edges, pairs
         return tuple(whole.get(place, _taken(leaf)) for place, leaf in enumerate(leaves))
+
+
+def _write(results: Sequence[Tensor], part: Sequence[Tensor], start: int) -> None:
+    """Copy a slice's results to where they belong; a loop's variable in the caller would outlive `part`."""
+    for whole, value in zip(results, part, strict=True):
+        whole.narrow(0, start, value.shape[0]).copy_(value.detach())
 
 
 class _Constant(torch.autograd.Function):
