@@ -28,11 +28,13 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, codec, fitting_probes, layout, lowering
+from xconv_fx.ops import Held, codec, fitting_probes, fixed, layout, lowering
 from xconv_fx.sizes import format_size
 
 CHANNELS_LAST = (0, 2, 3, 1)
 FOLD = 16
+# Of a normalisation whose result's sign is kept.
+SHIFT = 0.3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADINGS = ("encode ms", "of a copy", "decode ms", "of a copy", "payload", "of tensor", "compile s")
 
@@ -63,6 +65,7 @@ QUICK = ("channels_last", "odd")
 CODECS: dict[str, dict[str, Any]] = {
     "bitmask": {"codec": "bitmask"},
     **{f"quantize {bits}": {"codec": "quantize", "bits": bits} for bits in (8, 4, 2, 1)},
+    **{f"fixed {bits}": {"codec": "fixed", "bits": bits} for bits in (8, 4, 2)},
     "probe": {"codec": "probe"},
     **{f"probe {bits}": {"codec": "probe", "bits": bits} for bits in (4, 2)},
 }
@@ -92,11 +95,21 @@ def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
     return Held(size=shape.size, dtype=dtype, order=shape.order, salt=1, probes=probes, **fields)
 
 
+def side(held: Held, seed: Tensor) -> Tensor:
+    """What both directions read besides: the seed, or the scales of channels of mean 0 and deviation 1."""
+    if held.codec != "fixed":
+        return seed
+    mean = torch.zeros(1, held.size[1])
+    return fixed.scales(mean, mean + 1, mean + SHIFT, mean + 1, fixed.bits_of(held))
+
+
 def build(held: Held, x: Tensor, seed: Tensor) -> Kernels:
     """Compiles and runs both directions once. A mask is applied to `x` itself."""
-    row = codec(held.codec)
+    row, seed = codec(held.codec), side(held, seed)
 
     def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        if held.codec == "fixed":
+            return fixed.encode(x, seed, held, x + SHIFT > 0)
         return row.encode(x > 0 if held.codec == "bitmask" else x, seed, held)
 
     def decode(payload: tuple[Tensor, ...], seed: Tensor, gradient: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What residuals that are made again need of those that they are made from, as needs between the solver's options.
 
 * "recompute": exact sources, kept or made again exactly themselves.
-* "replay": sources that are exact or quantised, in two bits or more.
+* "replay": sources that are exact or quantised, in two bits or more; with `bits`, quantised in as many or more.
 * "signed": sources that are normalised held as `fixed` in the same bits; others as for a "replay".
 * "rerun" of a convolution: kept sources, or ones replayed from kept ones: one convolution is run again at a time, never
   a whole forward.
@@ -51,6 +51,8 @@ def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, Suits]:
             else _is_near
             for source in sources
         }
+    if kind == "replay" and (least := candidate.bits) is not None:
+        return dict.fromkeys(sources, lambda c: c.option.name == "quantize" and (c.choice.bits or 0) >= least)
     if kind != "rerun":
         return dict.fromkeys(sources, _is_exact if kind == "recompute" else _is_near)
     behind = [far for source in sources if source in posed.chains for far in posed.chains[source].sources]

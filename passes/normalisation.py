@@ -70,7 +70,10 @@ class Norm:
             return False
         if node.target not in (aten.gt.Scalar, aten.le.Scalar) or arguments(node)[1] != 0:
             return None
-        return node.target is aten.gt.Scalar if node.all_input_nodes[0].name in self.signed else None
+        compared = node.all_input_nodes[0]
+        while compared.name not in self.signed and compared.target is _CONVERT:
+            compared = compared.all_input_nodes[0]
+        return node.target is aten.gt.Scalar if compared.name in self.signed else None
 
     def scales(self, bits: int, mean: Tensor, rstd: Tensor, *coefficients: Tensor) -> Tensor:
         """The table of `fixed.scales`, (FIELDS, 1 or samples, channels), from the values of the nodes."""

@@ -14,6 +14,7 @@ from xconv_fx.plan import Choice, Plan
 from xconv_fx.portable import effort
 from xconv_fx.slices import Slicing
 
+from .presets import apply_preset, average_bits
 from .problem import Posed
 from .residuals import uncompressible
 from .sliced import slice_step
@@ -36,6 +37,8 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
     unprobed = _unprobed(posed, options)
     keep = tuple(0 for _ in posed.residuals)
     baseline, _ = peak(posed.problem, keep)
+    if options.codecs.preset:
+        return _preset(posed, options, baseline, unprobed)
     if options.mem_budget is None:
         return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(with_unseen(baseline))
@@ -45,6 +48,15 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
         raise infeasible(posed, error, budget, options) from None
     found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
     return found, posed.phase_peaks(solution.choice)
+
+
+def _preset(posed: Posed, options: Options, baseline: int, notes: tuple[str, ...]) -> tuple[Plan, dict[str, int]]:
+    """The plan of a published system. Whether it fits a budget is found out from it, not by it."""
+    preset = options.codecs.preset
+    choice = apply_preset(posed, preset)
+    average = average_bits(posed, choice)
+    notes = (f"codecs as in {preset}" + (f": {float(average):.3g} bits on average" if average else ""), *notes)
+    return describe(posed, choice, None, baseline, 0.0, notes), posed.phase_peaks(choice)
 
 
 def tradeoff(posed: Posed, options: Options) -> float:

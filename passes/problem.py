@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+import torch
 from torch import fx
 
 from xconv_fx import calibration
+from xconv_fx.codec_set import XCONV_PROBES
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.noise import Use, sensitivity
@@ -48,6 +50,8 @@ from .recompute import Chain, find_chain
 from .residuals import Residual, small
 from .step_time import step_seconds
 
+aten = torch.ops.aten
+
 # Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
 # entropy the log-probabilities and two gradients.
 LOSS_COPIES = 3
@@ -58,7 +62,7 @@ TRAVEL_KIND = {"weight_grad": "weight", "norm": "norm", "other": "other"}
 class Candidate:
     """One way to hold one residual: a `Choice` and what it costs at which steps.
 
-    `bits` is the width of the codes that it is made again from, where only one will do.
+    `bits` is the least width of the codes that it is made again from, where that is part of the option.
     """
 
     choice: Choice
@@ -208,9 +212,10 @@ class _Poser:
     def _candidates(self, residual: Residual) -> list[Candidate]:
         keep = self._candidate(residual, "keep", residual.bytes, decoded=False, noise=0.0, traffic=0)
         row = [keep]
-        fixed = self.options.probes.count_for(residual.reader) if "weight_grad" in residual.uses else None
+        fixed = self._asked(residual)
         if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
-            return [self._probe(residual, fixed)]
+            # A preset chooses among the row; the user's number leaves no choice.
+            return [*([keep] if self.options.codecs.preset else []), self._probe(residual, fixed)]
         allowed = self.options.codecs
         if "bitmask" in allowed and residual.uses == {"mask"}:
             row.append(self._bitmask(residual))
@@ -230,6 +235,15 @@ class _Poser:
             blank = Held("probe", **self._held(residual))
             row += [self._coded(residual, held) for held in rungs.offered(blank, self.options.codecs.kinds)]
         return row
+
+    def _asked(self, residual: Residual) -> int | None:
+        """How many probes must be held of a residual: what the user says, or the preset `xconv` of convolutions."""
+        if "weight_grad" not in residual.uses:
+            return None
+        count = self.options.probes.count_for(residual.reader)
+        if not self.options.codecs.preset.startswith("xconv"):
+            return count
+        return (count or XCONV_PROBES) if residual.convolved else None
 
     def _held(self, residual: Residual) -> dict[str, Any]:
         salt = self.index[residual.name] + 1
@@ -287,10 +301,12 @@ class _Poser:
         row = [self._replay(residual, chain, "recompute", 0, 0.0)] if "recompute" in allowed else []
         if not sources or chain.masks is None or any("nonlinear" in r.uses for r in (residual, *sources)):
             return row
-        masks = {*residual.masks, *chain.masks}
+        masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}.values()
         if {"recompute", "quantize", "bitmask"} <= allowed.names:
-            noise = max(self._noise_of(source) for source in sources)
-            row.append(self._replay(residual, chain, "replay", len(masks), noise))
+            # A preset shares bits out, so it has to know what codes of each width are worth.
+            for bits in (b for b in allowed.bits if b > 1) if allowed.preset else (None,):
+                noise = max(self._noise_of(source, bits) for source in sources)
+                row.append(replace(self._replay(residual, chain, "replay", len(masks), noise), bits=bits))
         norms = [self.norms[source.name] for source in sources if source.name in self.norms]
         unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
         if norms and ("bitmask" in allowed or not unsigned):
@@ -328,9 +344,9 @@ class _Poser:
         chain = self.chains.get(name)
         return () if chain is None or chain.reruns else chain.sources
 
-    def _noise_of(self, source: Residual) -> float:
-        bits = max((b for b in self.options.codecs.bits), default=8)
-        held = Held("quantize", **self._held(source), bits=min(bits, 4))
+    def _noise_of(self, source: Residual, bits: int | None) -> float:
+        """What codes of the source are expected to add, of 4 bits or the most that are allowed where it is open."""
+        held = Held("quantize", **self._held(source), bits=bits or min(max(self.options.codecs.bits, default=8), 4))
         return expected_noise(held, rectified=False)
 
     def _candidate(
@@ -376,6 +392,12 @@ class _Poser:
 
 def _is_generated(line: Timeline, step: int) -> bool:
     return is_elementwise(line.steps[step]) or is_reduction(line.steps[step])
+
+
+def _bits_name(mask: fx.Node) -> str:
+    """What tells apart the bits that are held: those of a ReLU are those of its backward's `relu(x) <= 0`."""
+    rectified = mask.target is aten.le.Scalar and arguments(mask)[1] == 0
+    return mask.all_input_nodes[0].name if rectified else mask.name
 
 
 def _packed_bytes(node: fx.Node) -> int:

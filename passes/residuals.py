@@ -61,7 +61,7 @@ class Residual:
     """One residual: the forward node that produces it, the backward's placeholder, and how it is read.
 
     `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory, `readers` the layers
-    whose weight gradients read it.
+    whose weight gradients read it, `convolved` whether that of a convolution does.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Residual:
     masks: tuple[fx.Node, ...]
     order: tuple[int, ...]
     readers: tuple[str, ...] = ()
+    convolved: bool = False
 
     @property
     def reader(self) -> str:
@@ -112,7 +113,9 @@ def find_residuals(pair: Pair) -> dict[str, Residual]:
         reach = _reach(backward, tangents)
         uses = _uses(backward, reach, tangents)
         order = physical_order(value, channels_last)
-        found[name] = Residual(name, forward, backward, uses, reach.masks, order, _readers(reach, tangents))
+        convolved = any(_reads_as_input(reader, value) for reader, value in reach.readers)
+        readers = _readers(reach, tangents)
+        found[name] = Residual(name, forward, backward, uses, reach.masks, order, readers, convolved)
     return found
 
 
@@ -167,11 +170,17 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 
 
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
-    if reader.target is aten.convolution_backward.default:
-        return reader.args[1] is value and reader.args[0] is not value and not arguments(reader)[10][0]
+    if _reads_as_input(reader, value):
+        return not arguments(reader)[10][0]
     if reader.target in MATMULS:
         return any(node in tangents for node in reader.all_input_nodes) and _leaves_the_graph(reader)
     return False
+
+
+def _reads_as_input(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether the backward of a convolution reads the value as the convolution's input, and not as its gradient."""
+    backward = reader.target is aten.convolution_backward.default
+    return backward and reader.args[1] is value and reader.args[0] is not value
 
 
 def _readers(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:

@@ -16,8 +16,11 @@ from xconv_fx.codec_set import (
     EXACT_CODECS,
     FIXED_BITS,
     NOISY_CODECS,
+    PRESETS,
+    PROBE_DEFAULT,
     PROBE_KINDS,
     SETS,
+    XCONV,
     CodecSet,
 )
 from xconv_fx.errors import OptionError
@@ -90,7 +93,7 @@ class TestCodecs:
     @pytest.mark.parametrize(
         ("value", "names", "bits", "kinds"),
         [
-            ("all", set(SETS["all"]), BITS, PROBE_KINDS),
+            ("all", set(SETS["all"]), BITS, PROBE_DEFAULT),
             ("exact", {"keep", "recompute", "bitmask"}, (), ()),
             ("keep", {"keep"}, (), ()),
             ("bitmask", {"keep", "bitmask"}, (), ()),
@@ -98,7 +101,7 @@ class TestCodecs:
             ("quantize:8, quantize:2", {"keep", "quantize"}, (2, 8), ()),
             ("quantize,quantize:2", {"keep", "quantize"}, BITS, ()),
             (["probe:gaussian", "recompute"], {"keep", "probe", "recompute"}, (), ("gaussian",)),
-            (("probe",), {"keep", "probe"}, (), PROBE_KINDS),
+            (("probe",), {"keep", "probe"}, (), PROBE_DEFAULT),
             ({"exact", "probe:fold"}, {"keep", "recompute", "bitmask", "probe"}, (), ("fold",)),
         ],
     )
@@ -115,9 +118,27 @@ class TestCodecs:
         codecs = CodecSet.parse(value)
         assert codecs.fixed_bits == bits and ("fixed" in codecs) == bool(bits) and not codecs.exact
 
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets_stand_alone_and_need_no_budget(self, name):
+        options = Options.parse({"codecs": name})
+        assert options.codecs.preset == name and not options.plain and not options.codecs.exact
+        assert CodecSet.parse([name]) == options.codecs
+        assert options.fingerprint() != Options.parse({"codecs": "all"}).fingerprint()
+        with pytest.raises(OptionError, match="stands alone"):
+            CodecSet.parse(f"exact,{name}")
+        with pytest.raises(OptionError, match="runs the batch at once"):
+            Options.parse({"codecs": name, "slices": 2})
+
+    def test_probes_are_for_xconv(self):
+        assert Options.parse({"codecs": "xconv:orthogonal", "probes": 4}).codecs.kinds == ("orthogonal",)
+        with pytest.raises(OptionError, match="codecs='xconv'"):
+            Options.parse({"codecs": "actnn:L2", "probes": 4})
+
     @pytest.mark.parametrize(
         ("value", "told"),
         [
+            ("actnn:L4", "did you mean 'actnn:L3'"),
+            ("xconv:fold", "no codec"),
             ("fixed:1", "fixed cannot use '1' bits"),
             ("quantise", "did you mean 'quantize'"),
             ("quantize:3", "cannot use '3' bits"),
@@ -327,3 +348,4 @@ class TestAgreementWithTheCodecs:
 
     def test_probe_kinds(self):
         assert PROBE_KINDS == fold.KINDS and set(PROBE_KINDS) == {"fold", *dense.KINDS}
+        assert set(XCONV) == set(dense.KINDS) and set(PROBE_DEFAULT) < set(PROBE_KINDS)

@@ -18,6 +18,7 @@ from xconv_fx.passes import pipeline
 
 from . import calibration, hooks
 from .audit import Audit, Peak
+from .codec_set import CodecSet
 from .errors import BudgetInfeasibleError, find_ours
 from .log import log, publish
 from .options import Options, Probes
@@ -61,7 +62,7 @@ class Traced:
 
     def plain(self) -> Traced:
         """The same as Inductor compiles it by itself."""
-        return replace(self, options=replace(self.options, mem_budget=None, probes=Probes()))
+        return replace(self, options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet()))
 
 
 @dataclass

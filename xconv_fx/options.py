@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_origin
 
-from xconv_fx.codec_set import CodecSet
+from xconv_fx.codec_set import ACTNN, CodecSet
 from xconv_fx.errors import OptionError, join_clauses, nearest
 from xconv_fx.sizes import Budget, parse_size
 
@@ -135,13 +135,22 @@ class Options:
                 )
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError("mode", given["mode"], f"torch.compile was called with mode={mode!r}; give only one")
-        parsed = {name: PARSERS[name](value) for name, value in given.items()}
-        return Options(**parsed)
+        parsed = Options(**{name: PARSERS[name](value) for name, value in given.items()})
+        parsed._check_preset()
+        return parsed
+
+    def _check_preset(self) -> None:
+        """A preset of codecs leaves no choice of slices, and ActNN's none of probes."""
+        preset = self.codecs.preset
+        if preset and self.slices not in (None, 1):
+            raise OptionError("slices", self.slices, f"codecs={preset!r} runs the batch at once; write 1 or None")
+        if preset in ACTNN and self.probes != Probes():
+            raise OptionError("probes", self.probes.count, f"codecs={preset!r} holds codes; write codecs='xconv'")
 
     @property
     def plain(self) -> bool:
         """Whether nothing is asked for that Inductor does not do by itself."""
-        return self.mem_budget is None and self.probes == Probes()
+        return self.mem_budget is None and self.probes == Probes() and not self.codecs.preset
 
     def usable(self, budget: int) -> int:
         """What an audited peak may be under a budget; in bytes.

@@ -55,6 +55,8 @@ class Strategy:
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
         options = self.traced.options
+        if options.codecs.preset:
+            return self._preset()
         if options.mem_budget is None:
             return _finished(Compilation(self.traced))
         plain: int | None = None
@@ -78,6 +80,34 @@ class Strategy:
                 return compiled
         return self._least(plain, tried, **known)
 
+    def _preset(self) -> Callable[..., Any]:
+        """The step with everything held as a published system holds it, if that fits the budget."""
+        options, known = self.traced.options, {}
+        if options.mem_budget is not None:
+            plain = 0
+            if options.mem_budget.bytes is None:
+                inductor = Compilation(self.traced.plain())
+                inductor.generate()
+                plain = inductor.peak
+                known["baseline_peak"] = plain
+            known["budget"] = options.mem_budget.resolve(with_unseen(plain))
+        compilation = Compilation(self.traced, enforced=False)
+        compilation.generate()
+        if compilation.job is not None:
+            self._check_preset(compilation.job, compilation.peak, known.get("budget"))
+        return _finished(compilation, **known)
+
+    def _check_preset(self, job: Job, reached: int, budget: int | None) -> None:
+        """Raise unless the plan of a preset, whose peak is `reached`, is within the budget and the limits."""
+        options, plan = self.traced.options, job.plan
+        assert plan is not None and job.posed is not None
+        if budget is not None and reached > options.usable(budget):
+            largest = [(c.layer or c.residual, c.bytes_after) for c in plan.choices]
+            largest.append(("parameters, buffers and inputs", plan.fixed_bytes))
+            note = f"codecs={options.codecs.preset!r} fixes how everything is held; 'all' lets it be planned"
+            raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.traced.notes, note))
+        select([Way(AT_ONCE, plan.noise, slowdown(job.posed, job.posed, None, plan.time))], options)
+
     def _beyond_doubt(self, budget: int) -> dict[str, int]:
         """What is known of the plain step without its code, when it is predicted to exceed the budget by far.
 
@@ -95,6 +125,8 @@ class Strategy:
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
         route, known = AT_ONCE, {}
+        if self.traced.options.codecs.preset:
+            return self._plan_preset()
         if self.traced.options.mem_budget is not None:
             self.whole = job = self.pose(AT_ONCE)
             if job is None or job.posed is None:
@@ -110,6 +142,17 @@ class Strategy:
             known = {"baseline_peak": baseline, **self._time(ways[0])}
         self.planned = Compilation(self.traced, route)
         self.planned.plan(self.jobs.get(_compared(route)))
+        return self.planned.report(**known)
+
+    def _plan_preset(self) -> Plan | None:
+        """The predicted plan of a published system. Raises `BudgetInfeasibleError` where that exceeds the budget."""
+        self.planned = Compilation(self.traced)
+        job = self.planned.plan()
+        if job is None or job.plan is None:
+            return None
+        budget = self.traced.options.mem_budget
+        known = {} if budget is None else {"budget": budget.resolve(with_unseen(job.plan.baseline_peak))}
+        self._check_preset(job, job.plan.predicted_peak, known.get("budget"))
         return self.planned.report(**known)
 
     def ways(self) -> list[Way]:

@@ -207,6 +207,25 @@ def test_running_statistics_have_no_variance_term():
         assert torch.allclose(ours[number], exact[number], rtol=1e-11, atol=1e-11) == close, name
 
 
+class Mixed(nn.Module):
+    """The network in bfloat16, its activation in place: autograd then asks for the sign of the result."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.net = net(norm, lambda: nn.LeakyReLU(0.1, inplace=True)).float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("name", ["batch", "group"])
+def test_conversions_of_mixed_precision_are_looked_through(name):
+    job = forced(trace(Mixed(NORMS[name][0]), torch.randn(SHAPE)), "fixed:4")
+    # The cast of the input is no part of a triple.
+    assert [codec for codec, _ in held(job).values()] == ["keep", "fixed", "recompute", "fixed", "recompute"]
+
+
 class Residual(nn.Module):
     """An addition between the norm and the activation, a norm that nothing rectifies, one that SiLU reads."""
 

@@ -2,12 +2,14 @@
 
 XConv (Louboutin et al., arXiv 2106.06998) holds S = X Z instead of the input X of a convolution: X is N samples of
 D = channels x pixels values in logical order, Z is D x r random with E[Z Z^T] / r = I. The backward reads
-X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is linear in X. Three kinds of Z:
+X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is linear in X. Four kinds of Z:
 
 * `gaussian`: independent normal entries (Box-Muller on hashed bits);
 * `rademacher`: independent signs, the least noise of independent entries;
 * `orthogonal`: sqrt(D) times the orthogonal polar factor of a Gaussian matrix. Its columns span what a QR of that
-  matrix would span, so the projection is the same, and r = D gives X back to rounding.
+  matrix would span, so the projection is the same, and r = D gives X back to rounding;
+* `independent`: normal entries, every channel projected apart. That holds r sums a channel, C r a sample, and the noise
+  is that of `gaussian` for as many values as a channel has pixels: the same at equal bytes.
 
 Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.hash`), drawn again wherever it is
 read, in blocks of at most `BLOCK` entries (or one row of max(r, N) entries). Besides inputs and outputs encoding and
@@ -46,7 +48,7 @@ def _normals(index: Tensor, keys: Callable[[int], tuple[Tensor, Tensor]]) -> Ten
     return radius.mul_(uniform(keyed_hash(index, keys(1), TENSORS)).mul_(2 * math.pi).cos_())
 
 
-_ENTRIES = {"gaussian": _normals, "rademacher": _signs, "orthogonal": _normals}
+_ENTRIES = {"gaussian": _normals, "rademacher": _signs, "orthogonal": _normals, "independent": _normals}
 KINDS = tuple(_ENTRIES)
 
 
@@ -109,14 +111,24 @@ def check(kind: str, probes: int, features: int) -> None:
         raise ValueError(f"probes is {probes}; at most {features}, the values of a sample, can be orthogonal")
 
 
-def dense_noise(kind: str, probes: int, features: int) -> float:
-    """E |X^ - X|^2 / |X|^2 for `probes` probes of samples of `features` values. Exact for any X.
+def sums_held(kind: str, probes: int, size: Sequence[int]) -> int:
+    """How many sums a sample of an input of `size` (N, C, ...) has: r, or r for every channel."""
+    return probes * int(size[1]) if kind == "independent" else probes
+
+
+def dense_noise(kind: str, probes: int, features: int, channels: int = 1) -> float:
+    """E |X^ - X|^2 / |X|^2 for `probes` probes of samples of `features` values in `channels`. Exact for any X.
 
     With z_j the columns of Z, E[(Z Z^T)^2] is r (r + D + 1) I for normal entries, r (r + D - 1) I for signs and
     D r I for orthogonal columns of length sqrt(D); divide by r^2 and subtract 1.
     """
     check(kind, probes, features)
-    energy = {"gaussian": features + 1, "rademacher": features - 1, "orthogonal": features - probes}
+    energy = {
+        "gaussian": features + 1,
+        "rademacher": features - 1,
+        "orthogonal": features - probes,
+        "independent": features // channels + 1,
+    }
     return energy[kind] / probes
 
 
@@ -137,7 +149,7 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
         kind: one of `KINDS`.
 
     Returns:
-        (N, r) in single precision, in double for a double `x`.
+        (N, `sums_held`) in single precision, in double for a double `x`.
 
     Raises:
         ValueError: an unknown kind, no probes, or more orthogonal ones than there are values in a sample.
@@ -146,7 +158,9 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
         dtype = accumulator(x.dtype)
         z = Probes(seed, salt, kind, probes, _features(x.shape), dtype)
         pixels = _planes(x)
-        sums = torch.zeros(x.shape[0], probes, dtype=dtype, device=x.device)
+        sums = torch.zeros(x.shape[0], sums_held(kind, probes, x.shape), dtype=dtype, device=x.device)
+        if kind == "independent":
+            return _project_channels(pixels, z, sums)
         for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(max(probes, x.shape[0]))):
             rows = pixels[:, channels, positions].reshape(x.shape[0], last - first)
             sums.addmm_(rows.to(dtype), z.block(first, last))
@@ -156,17 +170,20 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
 @dense_encode.register_fake
 def _(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> Tensor:
     check(kind, probes, _features(x.shape))
-    return x.new_empty((x.shape[0], probes), dtype=accumulator(x.dtype))
+    return x.new_empty((x.shape[0], sums_held(kind, probes, x.shape)), dtype=accumulator(x.dtype))
 
 
 @torch.library.custom_op("xconv::dense_decode", mutates_args=())
 def dense_decode(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
     """X^ = S Z^T / r, of shape `size` (N, C, ...) and `dtype`, contiguous, from `sums` (N, r) of `dense_encode`."""
     with torch.autocast(sums.device.type, enabled=False):
-        features, count = _features(size), sums.shape[1]
+        features, count = _features(size), _count(sums, kind, size)
         z = Probes(seed, salt, kind, count, features, sums.dtype)
         out = torch.empty(size[0], features, dtype=dtype, device=sums.device)
         scaled = sums / count
+        if kind == "independent":
+            _expand_channels(scaled, z, out.view(size[0], size[1], -1))
+            return out.view(size)
         step = rows_per_block(max(count, size[0]))
         for first in range(0, features, step):
             last = min(first + step, features)
@@ -199,10 +216,12 @@ def dense_weight_gradient(
 
     With fewer probes than samples it is cheaper to convolve the probes than the decoded samples: the gradient is
     linear in the sum over samples of X^ times `grad_out`, and that sum may be taken over probes first. Both forms are
-    the same number. `weight_size` and the dtype of `grad_out` are those of the result.
+    the same number; probes of their own for every channel have only the second. `weight_size` and the dtype of
+    `grad_out` are those of the result.
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    form = gradient_by_probe if sums.shape[1] < sums.shape[0] else gradient_by_sample
+    shared = kind != "independent" and sums.shape[1] < sums.shape[0]
+    form = gradient_by_probe if shared else gradient_by_sample
     with torch.autocast(sums.device.type, enabled=False):
         return form(grad_out, sums, seed, salt, kind, input_size, weight_size, geometry)
 
@@ -270,6 +289,30 @@ def gradient_by_probe(
         mixed = (sums[:, columns].t() @ flat).view(-1, *physical.shape[1:]).permute(inverse(order))
         total += weight_gradient(mixed, probes, weight_size, *geometry)
     return total.div_(count).to(grad_out.dtype)
+
+
+def _project_channels(pixels: Tensor, z: Probes, sums: Tensor) -> Tensor:
+    """Add to `sums` (N, C r) those of every channel of `pixels` (N, C, P) apart."""
+    by_channel = sums.view(sums.shape[0], -1, z.count)
+    for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(max(z.count, sums.shape[0]))):
+        tile = pixels[:, channels, positions].to(z.dtype)
+        block = z.block(first, last).view(tile.shape[1], tile.shape[2], z.count)
+        by_channel[:, channels] += torch.einsum("ncp,cpr->ncr", tile, block)
+    return sums
+
+
+def _expand_channels(sums: Tensor, z: Probes, out: Tensor) -> None:
+    """Inverse of `_project_channels`, up to noise: fills `out` (N, C, P)."""
+    by_channel = sums.view(sums.shape[0], -1, z.count)
+    for (first, last), (channels, positions) in _tiles(out.shape, rows_per_block(max(z.count, sums.shape[0]))):
+        tile = out[:, channels, positions]
+        block = z.block(first, last).view(tile.shape[1], tile.shape[2], z.count)
+        tile.copy_(torch.einsum("ncr,cpr->ncp", by_channel[:, channels], block))
+
+
+def _count(sums: Tensor, kind: str, size: Sequence[int]) -> int:
+    """r, from what is held of an input of `size`."""
+    return sums.shape[1] // sums_held(kind, 1, size)
 
 
 def _features(size: Sequence[int]) -> int:

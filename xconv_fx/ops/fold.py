@@ -11,7 +11,7 @@ orthogonal probes (D / r - 1, relative to the energy of x, for D elements a samp
 
 Sums may be stored in 16, 8, 4, 2 or 1 bits through `quantize`; at equal bytes many coarse sums have far less variance
 than few precise ones. With `means` the mean of every channel of every sample is held exactly and only the deviation
-is folded. The paper's dense projections (`kind` gaussian, rademacher, orthogonal) are in `dense`.
+is folded. The paper's dense projections (`kind` gaussian, rademacher, orthogonal, independent) are in `dense`.
 
 Known gap: folding does not see that neighbouring elements are alike; a smooth field is folded as if it were noise.
 """
@@ -122,6 +122,11 @@ def _probes_of(held: Held) -> int:
     return held.probes
 
 
+def _sums(held: Held) -> int:
+    """Sums a sample."""
+    return dense.sums_held(held.kind, _probes_of(held), held.size)
+
+
 def _stores_codes(held: Held) -> bool:
     return held.bits not in (None, PLAIN_BITS)
 
@@ -148,11 +153,11 @@ def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
 
 
 def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
-    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    wide = layout.accumulator(held.dtype)
     stored = payload[:-1] if held.means else payload
     sums = stored[0]
     if _stores_codes(held):
-        size = [held.size[0], probes]
+        size = [held.size[0], _sums(held)]
         sums = torch.ops.xconv.dequantize.default(*stored, size, [0, 1], bits_of(held), wide)
     inner = wide if held.means else held.dtype
     if held.kind == "fold":
@@ -165,9 +170,9 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
 
 
 def _payload_bytes(held: Held) -> int:
-    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    wide = layout.accumulator(held.dtype)
     means = math.prod(held.size[:2]) * wide.itemsize if held.means else 0
-    sums = (held.size[0], probes)
+    sums = (held.size[0], _sums(held))
     if _stores_codes(held):
         return means + code_bytes(sums, (0, 1), bits_of(held), wide)
     return means + math.prod(sums) * wide.itemsize
@@ -185,9 +190,10 @@ def _noise(held: Held) -> float:
     if held.kind == "fold":
         noise = fold_noise(layout.folding(held.size, held.order, probes))
     else:
-        noise = dense.dense_noise(held.kind, probes, length)
+        noise = dense.dense_noise(held.kind, probes, length, held.size[1])
     if _stores_codes(held):
-        noise += length / probes * group_noise((held.size[0], probes), (0, 1), bits_of(held))
+        sums = _sums(held)
+        noise += length / sums * group_noise((held.size[0], sums), (0, 1), bits_of(held))
     return noise
 
 
