@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xconv_fx import nn as xnn
 from xconv_fx.errors import OptionError
+from xconv_fx.measure import training_peak
 
 # Torch says this of its own layers.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -134,6 +135,17 @@ def test_what_a_network_holds(saved_by):
     assert ours <= (elements * 2.25 + x.numel() * 1.25) / 8 + 3 * 8
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
     assert sum(tensor.nbytes for tensor in saved_by(lambda: plain(x))[0]) > 12 * ours
+
+
+@pytest.mark.parametrize("settings", [{"probes": 64}, {"bits": 4}], ids=str)
+def test_the_physical_peak_of_a_step_is_lower(settings):
+    """What encoding and decoding allocate in passing included."""
+
+    def peak(convolution, rectifier, **settings):
+        layers = [layer for _ in range(4) for layer in (convolution(16, 16, 3, padding=1, **settings), rectifier())]
+        return training_peak(nn.Sequential(*layers), torch.randn(8, 16, 64, 64), lambda out: out.square().mean()).bytes
+
+    assert peak(xnn.XConv2d, xnn.BitReLU, **settings) < 0.8 * peak(nn.Conv2d, nn.ReLU)
 
 
 class Net(nn.Module):
