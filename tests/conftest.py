@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,21 @@ def _uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _seeded() -> None:
     """Tests that draw numbers draw the same ones alone, together, and in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def saved_by() -> Callable[[Callable[[], Any]], tuple[list[torch.Tensor], Any]]:
+    """`saved_by(forward)`: the distinct tensors that autograd holds after `forward`, and what it returned."""
+
+    def run(forward: Callable[[], Any]) -> tuple[list[torch.Tensor], Any]:
+        saved: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward()
+        return list({tensor.data_ptr(): tensor for tensor in saved}.values()), out
+
+    return run

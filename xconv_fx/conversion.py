@@ -111,7 +111,7 @@ def _layers(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _sketching(layer: nn.Module) -> type[xnn.Sketching] | None:
     """The class that the layer is to have, or has, if it can hold a sketch."""
-    return SKETCHING.get(type(layer)) or next((kind for kind in SKETCHING.values() if type(layer) is kind), None)
+    return {**SKETCHING, **{kind: kind for kind in SKETCHING.values()}}.get(type(layer))
 
 
 def _convert_layer(layer: nn.Module, names: list[str], assignment: Assignment) -> Iterator[Row]:

@@ -79,19 +79,6 @@ def seed(value):
     return torch.tensor([value])
 
 
-def saved_by(forward):
-    """The distinct tensors that autograd holds after `forward`, and what it returned."""
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()
-    return list({tensor.data_ptr(): tensor for tensor in saved}.values()), out
-
-
 @pytest.mark.parametrize("kind", ["fold", "orthogonal"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_probe_gives_the_exact_gradient(layer, kind):
@@ -106,18 +93,18 @@ def test_every_probe_gives_the_exact_gradient(layer, kind):
         assert (mine - other).norm() <= (1e-12 if kind == "fold" else 1e-8) * other.norm()
 
 
-def check_unbiased(layer, recipe, draws=150):
+def check_unbiased(layer, recipe, draws=150, probes=None):
     """Mean of `draws` weight gradients against the exact one; input and bias gradients against theirs.
 
     A true mean exceeds 6 standard errors at one of the few dozen elements in less than one run of a million; the
     mean squared deviation in standard errors is 1 with a spread well below 1.5.
     """
     x, weight, bias, geometry, grad_out = draw(layer)
-    values = math.prod(x.shape[1:])
+    probes = math.prod(x.shape[1:]) // 3 if probes is None else probes
     theirs = torch.autograd.grad(exact(x, weight, bias, geometry), (x, weight, bias), grad_out)
     estimates = []
     for value in range(draws):
-        out = apply(x, weight, bias, geometry, values // 3, *recipe, seed(value))
+        out = apply(x, weight, bias, geometry, probes, *recipe, seed(value))
         grad_x, estimate, grad_bias = torch.autograd.grad(out, (x, weight, bias), grad_out)
         estimates.append(estimate)
     torch.testing.assert_close((grad_x, grad_bias), (theirs[0], theirs[2]))
@@ -136,6 +123,70 @@ def test_unbiased(layer):
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fold"])
 def test_unbiased_with_every_recipe(recipe):
     check_unbiased(PLAIN, RECIPES[recipe])
+
+
+@pytest.mark.parametrize("layer", ["stride 2", "linear on tokens"])
+def test_unbiased_values_in_few_bits(layer):
+    check_unbiased(LAYERS[layer], ("fold", 2, None), probes=0)
+
+
+@pytest.mark.parametrize("layer", ["stride 2", "linear on tokens"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_values_in_few_bits(saved_by, layer, bits):
+    """Within a step of the exact values; held are their codes in whole words, and two extremes of each group."""
+    x, weight, bias, geometry, grad_out = draw(LAYERS[layer], torch.float32)
+    held, out = saved_by(lambda: apply(x, weight, bias, geometry, 0, bits=bits))
+    step = (x.max() - x.min()) / (2**bits - 1)
+    errors = torch.full_like(x, step.item())
+    exactly = exact(x, weight, bias, geometry)
+    (theirs,) = torch.autograd.grad(exactly, weight, grad_out, retain_graph=True)
+    (bound,) = torch.autograd.grad(exact(errors, weight, bias, geometry), weight, grad_out.abs())
+    assert ((torch.autograd.grad(out, weight, grad_out)[0] - theirs).abs() <= bound + 1e-4).all()
+    codes = sum(tensor.nbytes for tensor in held if tensor.dtype == torch.int32)
+    assert x.numel() * bits / 8 <= codes <= 1.5 * x.numel() * bits / 8
+    assert x.data_ptr() not in {tensor.data_ptr() for tensor in held}
+
+
+def test_more_probes_than_values_are_the_values():
+    x, weight, bias, geometry, grad_out = draw(PLAIN)
+    ours = torch.autograd.grad(apply(x, weight, bias, geometry, 10**6, means=None), weight, grad_out)
+    torch.testing.assert_close(ours, torch.autograd.grad(exact(x, weight, bias, geometry), weight, grad_out))
+
+
+def test_means_are_held_beside_fewer_folds_than_pixels(saved_by):
+    """And nowhere else, unless they are asked for."""
+
+    def means_held(probes, kind="fold", layer=PLAIN, means=None):
+        x, weight, bias, geometry, _ = draw(layer)
+        held, _ = saved_by(lambda: apply(x, weight, bias, geometry, probes, kind, means=means))
+        return any(tensor.shape == (*x.shape[:2], 1, 1) for tensor in held)
+
+    assert means_held(8) and means_held(8, "gaussian", means=True)
+    assert not (means_held(72) or means_held(8, "gaussian") or means_held(8, means=False))
+    assert not means_held(4, layer=LAYERS["linear"], means=True)
+
+
+def test_unbatched():
+    x, weight, bias, geometry, grad_out = draw(LAYERS["transposed"])
+    out = apply(x[0], weight, bias, geometry, 10**6)
+    assert torch.equal(out, exact(x[0][None], weight, bias, geometry)[0])
+    exactly = torch.autograd.grad(exact(x[:1], weight, bias, geometry), weight, grad_out[:1])
+    torch.testing.assert_close(torch.autograd.grad(out, weight, grad_out[0]), exactly)
+
+
+@pytest.mark.parametrize("layer", ["2x2, padding 0", "linear"])
+def test_seeds_are_drawn_with_and_without_gradients(layer):
+    """A checkpointed segment runs first without: what else is random in it must not change."""
+    x, weight, bias, geometry, _ = draw(LAYERS[layer])
+
+    def following(trainable, grad):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            apply(x, weight.detach().requires_grad_(trainable), bias, geometry, 8)
+        return torch.rand(()).item()
+
+    assert following(True, True) == following(True, False)
+    assert following(False, True) == following(False, False) != following(True, True)
 
 
 def test_unbiased_with_fewer_probes_than_samples():
@@ -159,7 +210,7 @@ def test_dtypes(layer, dtype):
 @pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("layer", ["stride 2", "linear on tokens"])
-def test_only_payload_seed_and_weight_are_held(layer, bits, means):
+def test_only_payload_seed_and_weight_are_held(saved_by, layer, bits, means):
     x, weight, bias, geometry, _ = draw(LAYERS[layer], torch.float32)
     held, _ = saved_by(lambda: apply(x, weight, bias, geometry, 8, "fold", bits, means))
     samples, channels = x.shape[:2]
@@ -183,7 +234,7 @@ def test_the_input_is_freed():
 
 
 @pytest.mark.parametrize("layer", ["stride 2", "linear"])
-def test_frozen(layer):
+def test_frozen(saved_by, layer):
     x, weight, bias, geometry, grad_out = draw(LAYERS[layer])
     weight.requires_grad_(False)
     held, out = saved_by(lambda: apply(x, weight, bias, geometry, 8))
@@ -277,7 +328,7 @@ def test_fx_graphs_checkpoint_and_compile_agree_with_eager(net):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(net, dtype):
+def test_autocast(saved_by, net, dtype):
     module, x = net
     with torch.autocast("cpu", dtype=dtype):
         held, out = saved_by(lambda: module(x))

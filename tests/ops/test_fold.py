@@ -138,3 +138,15 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="means=True"):
         held = Held("probe", (2, 6), torch.float32, (0, 1), 0, probes=2, means=True)
         PROBE.encode(torch.ones(2, 6), torch.tensor([1]), held)
+
+
+@pytest.mark.parametrize("block", [1, 100, 3000])
+@pytest.mark.parametrize("fold", [2, 23])
+@pytest.mark.parametrize(("size", "order", "dtype"), CASES, ids=str)
+def test_blocks_change_nothing_but_the_order_of_sums(size, order, dtype, fold, block, monkeypatch):
+    x, held, token = normal(size, order, dtype), held_as(size, order, fold, dtype), torch.tensor([3])
+    (whole,) = PROBE.encode(x, token, held)
+    decoded = PROBE.decode((whole,), token, held)
+    monkeypatch.setattr(layout, "BLOCK", block)
+    torch.testing.assert_close(PROBE.encode(x, token, held)[0], whole, rtol=1e-5, atol=1e-5)
+    assert torch.equal(PROBE.decode((whole,), token, held), decoded)

@@ -122,3 +122,13 @@ def test_wrong_arguments_are_named():
         torch.ops.xconv.quantize(torch.ones(4, dtype=torch.int32), torch.tensor([1]), 0, 4, (0,))
     with pytest.raises(ValueError, match="bits=None"):
         QUANTIZE.payload_bytes(Held("quantize", (4,), torch.float32, (0,), 0))
+
+
+@pytest.mark.parametrize("block", [1, 100])
+@pytest.mark.parametrize(("size", "order", "dtype"), CASES, ids=str)
+def test_draws_in_blocks_are_the_same(size, order, dtype, block, monkeypatch):
+    x, held, token = normal(size, order, dtype), held_as(size, order, dtype), torch.tensor([3])
+    whole = QUANTIZE.encode(x, token, held)
+    monkeypatch.setattr(layout, "BLOCK", block)
+    for part, other in zip(QUANTIZE.encode(x, token, held), whole, strict=True):
+        assert torch.equal(part, other)

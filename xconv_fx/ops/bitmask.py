@@ -41,7 +41,7 @@ def _(mask: Tensor, order: Sequence[int]) -> Tensor:
 )
 def unpack_mask(words: Tensor, size: Sequence[int], order: Sequence[int]) -> Tensor:
     """The bool tensor of shape `size` that `pack_mask` packed, with strides dense in `order`."""
-    return layout.to_logical(layout.unpack(words, layout.packing(size, order, 1)).bool(), order)
+    return layout.to_logical(layout.unpack(words, layout.packing(size, order, 1), torch.bool), order)
 
 
 @unpack_mask.register_fake

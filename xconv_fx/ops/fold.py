@@ -18,8 +18,9 @@ Known gap: folding does not see that neighbouring elements are alike; a smooth f
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,11 +53,14 @@ def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) 
         (samples, probes), float32 (float64 for float64).
     """
     plan = _plan(x, probes, order)
-    wide = layout.accumulator(x.dtype)
-    flat = layout.to_physical(x, order).reshape(plan.samples, plan.length).to(wide)
-    missing = plan.terms * probes - plan.length
-    terms = torch.nn.functional.pad(flat, (0, missing)).view(plan.samples, plan.terms, probes)
-    return (terms * _signs(plan, seed, salt, wide)).sum(1)
+    flat = layout.to_physical(x, order).reshape(plan.samples, plan.length)
+    sums = flat.new_zeros(plan.samples, probes, dtype=layout.accumulator(x.dtype))
+    for samples, elements, signs in _signs(plan, seed, salt, sums.dtype):
+        part = flat[samples, elements].to(sums.dtype)
+        missing = signs[0].numel() - part.shape[1]
+        terms = torch.nn.functional.pad(part, (0, missing)) if missing else part
+        sums[samples] += (terms.reshape(signs.shape) * signs).sum(1)
+    return sums
 
 
 @fold.register_fake
@@ -76,9 +80,11 @@ def unfold(
 ) -> Tensor:
     """The unbiased estimate of the tensor of shape `size` that `fold` summed, with strides dense in `order`."""
     plan = layout.folding(size, order, int(sums.shape[1]))
-    terms = sums.unsqueeze(1) * _signs(plan, seed, salt, sums.dtype)
-    flat = terms.flatten(1)[:, : plan.length]
-    return layout.to_logical(flat.reshape(plan.physical).to(dtype), order)
+    flat = sums.new_empty(plan.samples, plan.length, dtype=dtype)
+    for samples, elements, signs in _signs(plan, seed, salt, sums.dtype):
+        part = flat[samples, elements]
+        part.copy_((sums[samples].unsqueeze(1) * signs).flatten(1)[:, : part.shape[1]])
+    return layout.to_logical(flat.view(plan.physical), order)
 
 
 @unfold.register_fake
@@ -93,14 +99,27 @@ def _plan(x: Tensor, probes: int, order: Sequence[int]) -> layout.Folding:
     return layout.folding(x.shape, order, probes)
 
 
-def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) -> Tensor:
-    """Signs (samples, terms, probes): term g of a sum takes bit g % 8 of hash number g // 8 of that sum."""
-    shape = (plan.samples, plan.batches, plan.probes)
-    columns = torch.arange(plan.samples * plan.probes, dtype=torch.int32, device=seed.device)
-    batches = torch.arange(plan.batches, dtype=torch.int32, device=seed.device) * (plan.samples * plan.probes)
-    bits = random_bits(columns.view(plan.samples, 1, plan.probes) + batches.view(1, -1, 1), seed, salt, STREAM)
-    signs = [random_signs(bits, bit, dtype) for bit in range(min(layout.UNROLLED_TERMS, plan.terms))]
-    return torch.stack(signs, 2).view(shape[0], -1, shape[2])[:, : plan.terms]
+def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The signs of all elements, some at a time: which samples, which of their elements, and (samples, terms, probes).
+
+    Term g of a sum takes bit g % 8 of hash number g // 8 of that sum. The last terms may have more signs than elements.
+    """
+    unrolled = min(layout.UNROLLED_TERMS, plan.terms)
+    runs = max(1, min(plan.batches, layout.BLOCK // (unrolled * plan.probes)))
+    step = max(1, layout.BLOCK // (runs * unrolled * plan.probes))
+    for sample, batch in itertools.product(range(0, plan.samples, step), range(0, plan.batches, runs)):
+        samples, batches = slice(sample, min(sample + step, plan.samples)), min(batch + runs, plan.batches)
+        columns = _count(samples.start * plan.probes, samples.stop * plan.probes, seed)
+        hashes = _count(batch, batches, seed) * (plan.samples * plan.probes)
+        bits = random_bits(columns.view(-1, 1, plan.probes) + hashes.view(1, -1, 1), seed, salt, STREAM)
+        signs = torch.stack([random_signs(bits, bit, dtype) for bit in range(unrolled)], 2)
+        first, last = batch * layout.UNROLLED_TERMS, min(batches * layout.UNROLLED_TERMS, plan.terms)
+        chosen = signs.view(signs.shape[0], -1, plan.probes)[:, : last - first]
+        yield samples, slice(first * plan.probes, last * plan.probes), chosen
+
+
+def _count(first: int, last: int, like: Tensor) -> Tensor:
+    return torch.arange(first, last, dtype=torch.int32, device=like.device)
 
 
 def fitted(size: Sequence[int], probes: int, kind: str, means: bool | None = None) -> tuple[int, bool]:

@@ -34,6 +34,8 @@ WORD_BYTES = 4
 GROUP = 256
 CODE_BITS = (16, 8, 4, 2, 1)
 UNROLLED_TERMS = 8
+# Random numbers that an eager codec makes at a time.
+BLOCK = 2**19
 
 _SHORTEST_ROW = 64
 _ALLOWED_PADDING = (1 / 8, 1 / 2)
@@ -164,24 +166,29 @@ def packing(size: Sequence[int], order: Sequence[int], bits: int) -> Packing:
 
 def to_rows(physical: Tensor, plan: Packing) -> Tensor:
     """A physical tensor as (padded_rows, *inner). The last row is repeated to fill its word."""
+    rows = physical.reshape(plan.rows, *plan.inner)
+    if plan.padded_rows == plan.rows:
+        return rows
     picks = torch.arange(plan.padded_rows, device=physical.device).clamp(max=plan.rows - 1)
-    return physical.reshape(plan.rows, *plan.inner).index_select(0, picks)
+    return rows.index_select(0, picks)
 
 
 def pack(rows: Tensor, plan: Packing) -> Tensor:
     """int32 words from codes in 0 .. 2**bits - 1 of shape (padded_rows, *inner); see `to_rows`."""
-    columns = rows.to(torch.int32).reshape(plan.words[0], plan.per_word, *plan.inner)
-    words = columns[:, 0].clone(memory_format=torch.contiguous_format)
-    for position in range(1, plan.per_word):
-        words |= columns[:, position] << (position * plan.bits)
+    columns = rows.reshape(plan.words[0], plan.per_word, *plan.inner)
+    words = torch.zeros(plan.words, dtype=torch.int32, device=rows.device)
+    for position in range(plan.per_word):
+        words |= columns[:, position].to(torch.int32) << (position * plan.bits)
     return words
 
 
-def unpack(words: Tensor, plan: Packing) -> Tensor:
-    """Inverse of `pack`: a contiguous physical int32 tensor."""
+def unpack(words: Tensor, plan: Packing, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Inverse of `pack`: a contiguous physical tensor."""
     mask = (1 << plan.bits) - 1
-    columns = [(words >> (position * plan.bits)) & mask for position in range(plan.per_word)]
-    return torch.stack(columns, 1).flatten(0, 1)[: plan.rows].reshape(plan.physical)
+    columns = words.new_empty(plan.words[0], plan.per_word, *plan.inner, dtype=dtype)
+    for position in range(plan.per_word):
+        columns[:, position] = (words >> (position * plan.bits)) & mask
+    return columns.flatten(0, 1)[: plan.rows].reshape(plan.physical)
 
 
 @functools.lru_cache(maxsize=4096)

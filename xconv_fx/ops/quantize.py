@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -59,15 +59,18 @@ def quantize(x: Tensor, seed: Tensor, salt: int, bits: int, order: Sequence[int]
     physical = layout.to_physical(x, order)
     ranges = torch.stack(_extremes(physical))
     wide = layout.accumulator(x.dtype)
-    low, high = _spread(ranges, plan.physical, wide)
+    values, low, high = _beside_ranges(physical, ranges, plan.physical, wide)
     fraction, top = fixed_point(bits)
     scale = (low.new_tensor(top) / (high - low)).clamp(max=torch.finfo(wide).max)
-    position = (physical.to(wide) - low) * scale
+    position = (values.to(wide) - low).mul_(scale)
     # NaN compares false: overflown groups get a code within bounds.
-    position = torch.where(position > 0, position, 0).to(torch.int32)
-    codes = (layout.to_rows(position, plan) + _draws(plan, seed, salt, fraction)) >> fraction
+    position = position.masked_fill_(~(position > 0), 0).to(torch.int32)
+    codes = layout.to_rows(position.view(plan.physical), plan).contiguous()
+    for rows, draws in _draws(plan, seed, salt, fraction):
+        codes[rows] += draws
     # The scale is rounded: the greatest value may end up just above its code.
-    return layout.pack(codes.clamp(max=(1 << bits) - 1), plan), ranges
+    codes = codes.bitwise_right_shift_(fraction).clamp_(max=(1 << bits) - 1)
+    return layout.pack(codes, plan), ranges
 
 
 @quantize.register_fake
@@ -87,9 +90,10 @@ def dequantize(
 ) -> Tensor:
     """The tensor of shape `size` and type `dtype` that `quantize` encoded, with strides dense in `order`."""
     plan = layout.packing(size, order, bits)
-    low, high = _spread(ranges, plan.physical, layout.accumulator(dtype))
-    decoded = low + layout.unpack(codes, plan).to(low.dtype) * ((high - low) * step_of(bits))
-    return layout.to_logical(decoded.to(dtype), order)
+    wide = layout.accumulator(dtype)
+    values, low, high = _beside_ranges(layout.unpack(codes, plan, wide), ranges, plan.physical, wide)
+    decoded = values.mul_((high - low) * step_of(bits)).add_(low)
+    return layout.to_logical(decoded.view(plan.physical).to(dtype), order)
 
 
 @dequantize.register_fake
@@ -113,11 +117,18 @@ def step_of(bits: int) -> float:
     return 1 / ((1 << bits) - 1)
 
 
-def _draws(plan: layout.Packing, seed: Tensor, salt: int, count: int) -> Tensor:
-    """Random integers below 2**count, (padded rows, *inner): rows 2i and 2i + 1 take the halves of 32 random bits."""
-    shape = (plan.padded_rows // 2, *plan.inner)
-    index = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(shape)
-    return torch.stack(random_halves(index, count, seed, salt, STREAM), 1).flatten(0, 1)
+def _draws(plan: layout.Packing, seed: Tensor, salt: int, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Random integers below 2**count for all padded rows, some rows at a time: the rows and (rows, *inner) draws.
+
+    Rows 2i and 2i + 1 take the halves of 32 random bits.
+    """
+    pairs, width = plan.padded_rows // 2, math.prod(plan.inner)
+    step = max(1, layout.BLOCK // width)
+    for first in range(0, pairs, step):
+        last = min(first + step, pairs)
+        index = torch.arange(first * width, last * width, dtype=torch.int32, device=seed.device)
+        halves = random_halves(index.view(last - first, *plan.inner), count, seed, salt, STREAM)
+        yield slice(2 * first, 2 * last), torch.stack(halves, 1).flatten(0, 1)
 
 
 def _plan(x: Tensor, bits: int, order: Sequence[int]) -> layout.Packing:
@@ -131,19 +142,32 @@ def _extremes(physical: Tensor) -> tuple[Tensor, Tensor]:
     low = high = physical
     shape = tuple(physical.shape)
     for dim, (part, count) in enumerate(zip(layout.group_extents(shape), layout.group_counts(shape), strict=True)):
-        # The last group of a dimension may be short: repeating its last element changes neither extreme.
-        picks = torch.arange(part * count, device=physical.device).clamp(max=shape[dim] - 1)
-        low, high = (side.index_select(dim, picks).unflatten(dim, (count, part)) for side in (low, high))
+        if part == 1:
+            continue
+        if shape[dim] % part:
+            # The last group of a dimension may be short: repeating its last element changes neither extreme.
+            picks = torch.arange(part * count, device=physical.device).clamp(max=shape[dim] - 1)
+            low, high = (side.index_select(dim, picks) for side in (low, high))
+        low, high = (side.unflatten(dim, (count, part)) for side in (low, high))
         low, high = low.amin(dim + 1), high.amax(dim + 1)
     return low, high
 
 
-def _spread(ranges: Tensor, physical: tuple[int, ...], wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _beside_ranges(
+    values: Tensor, ranges: Tensor, physical: tuple[int, ...], wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A view of the `values`, and the least and the greatest of each one's group, in shapes that broadcast."""
     low, high = ranges.to(wide)
-    for dim, (extent, part) in enumerate(zip(physical, layout.group_extents(physical), strict=True)):
+    parts = layout.group_extents(physical)
+    if all(extent % part == 0 for extent, part in zip(physical, parts, strict=True)):
+        for dim in reversed(range(len(physical))):
+            values = values.unflatten(dim, (-1, parts[dim]))
+            low, high = low.unsqueeze(dim + 1), high.unsqueeze(dim + 1)
+        return values, low, high
+    for dim, (extent, part) in enumerate(zip(physical, parts, strict=True)):
         picks = torch.arange(extent, device=ranges.device) // part
         low, high = low.index_select(dim, picks), high.index_select(dim, picks)
-    return low, high
+    return values, low, high
 
 
 @functools.lru_cache(maxsize=1024)

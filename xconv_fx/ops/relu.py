@@ -7,8 +7,7 @@ then alive even if the layer behind it holds only a sketch. This is BReLU of XCo
 As in `estimator`, the public op is a composite that packs the mask, and calls `xconv::masked_relu`, which takes it as
 an input and owns the autograd formula. No mask is packed where no gradient will be asked for.
 
-Known gaps: not twice differentiable through the mask op's decode (the second derivative of ReLU is zero wherever it
-exists, and is taken as that); no `vmap` rule.
+Known gap: no `vmap` rule.
 """
 
 from __future__ import annotations
