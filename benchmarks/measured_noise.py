@@ -120,7 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     net, images, classes = trained(chosen.steps)
     images, classes = images[: chosen.batch], classes[: chosen.batch]
     stats = xconv_fx.calibrate(net, F.cross_entropy, [(images, classes)])
-    table = Table("layer", "codec", title=f"variance of a weight gradient over E, {chosen.draws} draws, {chosen.layout}")
+    table = Table(
+        "layer", "codec", title=f"variance of a weight gradient over E, {chosen.draws} draws, {chosen.layout}"
+    )
     for column in ("predicted", "measured", "predicted / measured"):
         table.add_column(column, justify="right")
     worst, missed = 1.0, 0

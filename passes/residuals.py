@@ -60,8 +60,9 @@ REDUCED = 256
 class Residual:
     """One residual: the forward node that produces it, the backward's placeholder, and how it is read.
 
-    `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory, `reader` the layer
-    whose weight gradient reads it ("" when none does).
+    `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory; `readers` are the
+    layers whose weight gradients read it, `norms` the normalisation layers whose backward does, as far as they have
+    names.
     """
 
     name: str
@@ -70,7 +71,13 @@ class Residual:
     uses: frozenset[str]
     masks: tuple[fx.Node, ...]
     order: tuple[int, ...]
-    reader: str = ""
+    readers: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+    @property
+    def reader(self) -> str:
+        """The first layer whose weight gradient reads it, or ""."""
+        return next(iter(self.readers), "")
 
     @property
     def value(self) -> torch.Tensor:
@@ -107,7 +114,8 @@ def find_residuals(pair: Pair) -> dict[str, Residual]:
         reach = _reach(backward, tangents)
         uses = _uses(backward, reach, tangents)
         order = physical_order(value, channels_last)
-        found[name] = Residual(name, forward, backward, uses, reach.masks, order, _reader(reach, tangents))
+        layers = _readers(reach, tangents), _norms(reach, tangents)
+        found[name] = Residual(name, forward, backward, uses, reach.masks, order, *layers)
     return found
 
 
@@ -169,9 +177,14 @@ def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node])
     return False
 
 
-def _reader(reach: _Reach, tangents: set[fx.Node]) -> str:
+def _readers(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
     layers = (layer_of(reader) for reader, value in reach.readers if _is_weight_gradient(reader, value, tangents))
-    return next(filter(None, layers), "")
+    return tuple(dict.fromkeys(filter(None, layers)))
+
+
+def _norms(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
+    others = (reader for reader, value in reach.readers if not _is_weight_gradient(reader, value, tangents))
+    return tuple(dict.fromkeys(filter(None, (layer_of(reader) for reader in others if _is_normalisation(reader)))))
 
 
 def _leaves_the_graph(node: fx.Node) -> bool:
