@@ -22,6 +22,8 @@ from .sliced import slice_step
 SECONDS = 2.0
 # Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.
 NOISE_PRICE = 10.0
+# Layers that a note names.
+NAMED = 5
 
 
 def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tuple[Plan, dict[str, int]]:
@@ -85,7 +87,9 @@ def describe(
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
         calibrated=calibration.spec(posed.device).calibrated,
-        notes=(*uncompressible({residual.name: residual for residual in posed.residuals}), *notes),
+        notes=(*uncompressible({residual.name: residual for residual in posed.residuals}), *notes, *_assumed(posed)),
+        measured=posed.noises.stats is not None,
+        layers=posed.noises.by_layer(candidate.added for candidate in chosen),
     )
 
 
@@ -98,6 +102,15 @@ def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
         and options.probes.count_for(residual.reader) is not None
         and all(candidate.choice.codec != "probe" for candidate in row)
     )
+
+
+def _assumed(posed: Posed) -> tuple[str, ...]:
+    """A note that names layers whose noise is a prior, although there are statistics."""
+    layers = posed.noises.unmeasured()
+    if not layers:
+        return ()
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return (f"without statistics, their noise by a prior: {', '.join(layers[:NAMED])}{more}",)
 
 
 def _settled(choice: Choice, option: str, posed: Posed, chosen: list) -> Choice:  # type: ignore[type-arg]

@@ -20,7 +20,6 @@ from xconv_fx import calibration
 from xconv_fx.codec_set import XCONV_PROBES
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
-from xconv_fx.cost_model.noise import Use, sensitivity
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry
 from xconv_fx.ops.fixed import normal_error
@@ -48,6 +47,7 @@ from .normalisation import Norm, find_norms
 from .partition import Pair
 from .recompute import Chain, find_chain
 from .residuals import Residual, small
+from .sensitivities import EXACT, Added, Sensitivities
 from .step_time import step_seconds
 
 aten = torch.ops.aten
@@ -55,18 +55,18 @@ aten = torch.ops.aten
 # Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
 # entropy the log-probabilities and two gradients.
 LOSS_COPIES = 3
-TRAVEL_KIND = {"weight_grad": "weight", "norm": "norm", "other": "other"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to hold one residual: a `Choice` and what it costs at which steps.
+    """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
 
     `bits` is the least width of the codes that it is made again from, where that is part of the option.
     """
 
     choice: Choice
     option: Option
+    added: Added = EXACT
     bits: int | None = None
 
 
@@ -85,7 +85,7 @@ class Posed:
     `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. In bytes: `results` and
     `tangents`, what the forward returns and the gradients of that; `rest`, what crosses to the backward besides the
     residuals, whatever is chosen. `seconds` is what the forward and the backward take by the roofline when everything
-    is kept.
+    is kept; `noises` how much noise matters.
     """
 
     problem: Problem
@@ -100,6 +100,7 @@ class Posed:
     tangents: int
     rest: int
     seconds: Mapping[str, float]
+    noises: Sensitivities
 
     def steps(self, phase: str) -> list[int]:
         """The steps of a phase: "forward", "loss" or "backward"."""
@@ -165,8 +166,7 @@ class _Poser:
         crossing = pair.residuals().items()
         self.rest = sum(nbytes(node) for name, (node, _) in crossing if name not in self.large)
         self.copies = layout_copies(pair.forward)
-        layers = [r for r in self.large.values() if "weight_grad" in r.uses]
-        self.share = 1 / max(1, len(layers))
+        self.noises = Sensitivities(self.large, options.stats, pair.forward.graph)
         self.machine: DeviceSpec = calibration.spec(self._device())
 
     def _device(self) -> str:
@@ -192,6 +192,7 @@ class _Poser:
             results=self.results, tangents=self.tangents, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
                      "backward": step_seconds(self.backward, self.machine)},
+            noises=self.noises,
         )  # fmt: skip
 
     def _results(self) -> int:
@@ -210,7 +211,7 @@ class _Poser:
     # One method a codec family: each yields the candidates that are legal for the residual.
 
     def _candidates(self, residual: Residual) -> list[Candidate]:
-        keep = self._candidate(residual, "keep", residual.bytes, decoded=False, noise=0.0, traffic=0)
+        keep = self._candidate(residual, "keep", residual.bytes, decoded=False, traffic=0)
         row = [keep]
         fixed = self._asked(residual)
         if fixed is not None and residual.uses <= {"weight_grad", "mask"}:
@@ -233,7 +234,8 @@ class _Poser:
             row += [self._coded(residual, Held("quantize", **self._held(residual), bits=bits)) for bits in allowed.bits]
         if "probe" in allowed and residual.uses <= {"weight_grad", "mask"}:
             blank = Held("probe", **self._held(residual))
-            row += [self._coded(residual, held) for held in rungs.offered(blank, self.options.codecs.kinds)]
+            offered = rungs.offered(blank, allowed.kinds, lambda held: self.noises.coded(residual, held).total)
+            row += [self._coded(residual, held) for held in offered]
         return row
 
     def _asked(self, residual: Residual) -> int | None:
@@ -252,7 +254,7 @@ class _Poser:
     def _bitmask(self, residual: Residual) -> Candidate:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
         size = count * _packed_bytes(residual.forward)
-        return self._candidate(residual, "bitmask", size, decoded=False, noise=0.0, traffic=residual.bytes + 2 * size)
+        return self._candidate(residual, "bitmask", size, decoded=False, traffic=residual.bytes + 2 * size)
 
     def _coded(self, residual: Residual, held: Held) -> Candidate:
         codec = registry.codec(held.codec)
@@ -262,7 +264,7 @@ class _Poser:
             held.codec,
             codec.payload_bytes(held) + masks,
             decoded=True,
-            noise=expected_noise(held, rectified=residual.uses <= {"weight_grad", "mask"}),
+            added=self.noises.coded(residual, held),
             traffic=codec.traffic(held) + 2 * masks,
         )
         choice = replace(
@@ -289,7 +291,12 @@ class _Poser:
             codec = registry.codec(held.codec)
             size = codec.payload_bytes(held) + norm.table_bytes + len(masks) * _packed_bytes(residual.forward)
             candidate = self._candidate(
-                residual, "fixed", size, decoded=True, noise=codec.noise(held), traffic=codec.traffic(held)
+                residual,
+                "fixed",
+                size,
+                decoded=True,
+                traffic=codec.traffic(held),
+                added=self.noises.of(residual, codec.noise(held)),
             )
             row.append(replace(candidate, choice=replace(candidate.choice, bits=bits)))
         return row
@@ -318,7 +325,8 @@ class _Poser:
     def _replay(self, residual: Residual, chain: Chain, name: str, masks: int, noise: float) -> Candidate:
         """The residual made again from others; `name` says from which (`links.py`), `masks` how many it needs."""
         size = chain.extra_bytes + masks * _packed_bytes(residual.forward)
-        candidate = self._candidate(residual, "recompute", size, decoded=True, noise=noise, traffic=chain.traffic)
+        added = self.noises.of(residual, noise)
+        candidate = self._candidate(residual, "recompute", size, decoded=True, traffic=chain.traffic, added=added)
         last, sources = self._last(residual), [self.large[source] for source in chain.sources]
         extended = tuple(
             (self._last(source) + 1, last, source.bytes) for source in sources if self._last(source) < last
@@ -329,7 +337,7 @@ class _Poser:
 
     def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
         """Run the convolution again before its result is first read; from then on it is held like any value."""
-        candidate = self._candidate(residual, "recompute", chain.extra_bytes, decoded=False, noise=0.0, traffic=0)
+        candidate = self._candidate(residual, "recompute", chain.extra_bytes, decoded=False, traffic=0)
         followers = (r for name, r in self.large.items() if residual.name in self._cheap_sources(name))
         first = min(step for r in (residual, *followers) for step in self._read(r))
         last = self._last(residual)
@@ -350,21 +358,20 @@ class _Poser:
         return expected_noise(held, rectified=False)
 
     def _candidate(
-        self, residual: Residual, codec: str, size: int, *, decoded: bool, noise: float, traffic: int
+        self, residual: Residual, codec: str, size: int, *, decoded: bool, traffic: int, added: Added = EXACT
     ) -> Candidate:
         kept = codec == "keep"
         loads = [(self._produced(residual, kept), self._last(residual), size)]
         if decoded:
             loads += [(step, step, residual.bytes) for step in self._materialised(residual)]
-        weight = self._sensitivity(residual)
         time = seconds(0, traffic, self.machine) if traffic else 0.0
         dtype = str(residual.value.dtype).removeprefix("torch.")
         choice = Choice(
             residual.name, residual.layer, residual.source, residual.shape, dtype,
-            tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=noise, time=time,
+            tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=added.noise, time=time,
             readers=residual.readers,
         )  # fmt: skip
-        return Candidate(choice, Option(codec, tuple(loads), noise * weight, time))
+        return Candidate(choice, Option(codec, tuple(loads), added.total, time), added)
 
     def _produced(self, residual: Residual, kept: bool) -> int:
         """First step at which the payload exists; for a kept tensor, the first that the base does not count."""
@@ -381,13 +388,6 @@ class _Poser:
     def _materialised(self, residual: Residual) -> list[int]:
         """Steps at which an extern kernel reads the residual, so that a decoded tensor must exist."""
         return [step for step in self._read(residual) if not _is_generated(self.backward, step - self.turn)]
-
-    def _sensitivity(self, residual: Residual) -> float:
-        """Noise per unit of relative error energy: weight gradients here, and what travels to earlier layers."""
-        earlier = [r for r in self.large.values() if self.index[r.name] < self.index[residual.name]]
-        upstream = self.share * sum("weight_grad" in r.uses for r in earlier)
-        kinds = [TRAVEL_KIND[use] for use in sorted(residual.uses) if use in TRAVEL_KIND]
-        return sensitivity(Use(kind, self.share, upstream) for kind in kinds)
 
 
 def _is_generated(line: Timeline, step: int) -> bool:

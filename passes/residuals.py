@@ -60,8 +60,9 @@ REDUCED = 256
 class Residual:
     """One residual: the forward node that produces it, the backward's placeholder, and how it is read.
 
-    `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory, `readers` the layers
-    whose weight gradients read it, `convolved` whether that of a convolution does.
+    `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory; `readers` are the
+    layers whose weight gradients read it, `norms` the normalisation layers whose backward does, as far as they have
+    names; `convolved` says whether the weight gradient of a convolution does.
     """
 
     name: str
@@ -71,11 +72,12 @@ class Residual:
     masks: tuple[fx.Node, ...]
     order: tuple[int, ...]
     readers: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     convolved: bool = False
 
     @property
     def reader(self) -> str:
-        """The first of `readers`, or ""."""
+        """The first layer whose weight gradient reads it, or ""."""
         return next(iter(self.readers), "")
 
     @property
@@ -113,9 +115,9 @@ def find_residuals(pair: Pair) -> dict[str, Residual]:
         reach = _reach(backward, tangents)
         uses = _uses(backward, reach, tangents)
         order = physical_order(value, channels_last)
+        layers = _readers(reach, tangents), _norms(reach, tangents)
         convolved = any(_reads_as_input(reader, value) for reader, value in reach.readers)
-        readers = _readers(reach, tangents)
-        found[name] = Residual(name, forward, backward, uses, reach.masks, order, readers, convolved)
+        found[name] = Residual(name, forward, backward, uses, reach.masks, order, *layers, convolved)
     return found
 
 
@@ -186,6 +188,11 @@ def _reads_as_input(reader: fx.Node, value: fx.Node) -> bool:
 def _readers(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
     layers = (layer_of(reader) for reader, value in reach.readers if _is_weight_gradient(reader, value, tangents))
     return tuple(dict.fromkeys(filter(None, layers)))
+
+
+def _norms(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
+    others = (reader for reader, value in reach.readers if not _is_weight_gradient(reader, value, tangents))
+    return tuple(dict.fromkeys(filter(None, (layer_of(reader) for reader in others if is_normalisation(reader)))))
 
 
 def _leaves_the_graph(node: fx.Node) -> bool:

@@ -5,13 +5,13 @@ sums in their place. Which is better depends on the tensor's size: means take 4 
 a large image, more than the sums for one of 7x7. So every rung compares them, by the noise that is expected, and offers
 one; the solver chooses among the rungs. Rungs are close where quantised codes end, which are better at equal bytes.
 
-Known gap: what is expected is a prior (`expected_noise.py`), not a measurement of the layer.
+What is expected of a layer is what was measured of it, or else a prior (`expected_noise.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, prod
 
@@ -29,8 +29,16 @@ FEWEST = 8
 _ROUNDS = 8
 
 
-def offered(blank: Held, kinds: Sequence[str]) -> list[Held]:
-    """Probes of the given `kinds` for the tensor of `blank`, a `Held` without parameters; the largest payload first."""
+def prior(held: Held) -> float:
+    """The noise that is expected of a layer's input of which nothing is known."""
+    return expected_noise(held, rectified=True)
+
+
+def offered(blank: Held, kinds: Sequence[str], noise: Callable[[Held], float] = prior) -> list[Held]:
+    """Probes of the given `kinds` for the tensor of `blank`, a `Held` without parameters; the largest payload first.
+
+    `noise` says what is expected of a way to hold it.
+    """
     length = prod(blank.size[1:])
     if blank.order[0] != 0 or len(blank.size) < 2:
         return []
@@ -40,7 +48,7 @@ def offered(blank: Held, kinds: Sequence[str]) -> list[Held]:
             choices = [_folds(replace(blank, bits=bits, means=means), 4 * prod(blank.size) // rung)
                        for bits, means in itertools.product(SUM_BITS, (True, False))]  # fmt: skip
             fitting = [held for held in choices if held is not None]
-            found.update(dict.fromkeys([min(fitting, key=_noise)] if fitting else []))
+            found.update(dict.fromkeys([min(fitting, key=noise)] if fitting else []))
         elif ceil(length / rung) >= FEWEST:
             found.update((replace(blank, probes=ceil(length / rung), kind=kind), None) for kind in kinds)
     return list(found)
@@ -63,7 +71,3 @@ def _folds(held: Held, room: int) -> Held | None:
         assert held.probes is not None
         limit = min(held.probes - 1, int(held.probes * (room - means) / (taken - means)))
     return None
-
-
-def _noise(held: Held) -> float:
-    return expected_noise(held, rectified=True)

@@ -61,7 +61,7 @@ GOLDEN = """
  peak at  convolution_backward_3 (input half)
  fixed    312 MB on cpu whatever the plan
  time     16 ms more a step, predicted with generic rates
- noise    0.25
+ noise    0.25 of the gradients' energy, by a prior (no stats)
  search   2 attempts, 0.5% above the solver's lower bound
  note     cat_3: [a view] leaves the graph
 """
@@ -113,6 +113,14 @@ def test_probes_name_their_kind_where_it_is_not_the_usual_one():
 def test_calibrated_rates_are_named():
     text = as_text(dataclasses.replace(PLAN, calibrated=True))
     assert "16 ms more a step, predicted with calibrated rates" in text and "generic" not in text
+
+
+def test_measured_noise_is_relative_to_sgd_noise_and_names_the_noisiest_layers():
+    layers = (("stem", 0.001), ("block", 0.4), ("head", 0.02), ("exact", 0.0), ("last", 0.1))
+    text = as_text(dataclasses.replace(PLAN, measured=True, layers=layers), width=120)
+    assert "noise    0.25 of the SGD noise, by stats; most in block 0.4, last 0.1, head 0.02\n" in text
+    assert "prior" not in text
+    assert Plan.from_json(dataclasses.replace(PLAN, measured=True, layers=layers).to_json()).layers == layers
 
 
 def test_facts_without_budget_audit_or_choices():

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Fold, LayerStatistics, Layout, Spread
 
-from .moments import PART, Bilinear, codes, deviation, folds, orders, spread
+from .moments import PART, Bilinear, codes, deviation, folds, orders, rounding_errors, spread
+
+# Errors that are sent backward from a normalisation layer: of codes of so many bits, so many times.
+TRAVEL_BITS, TRAVEL_DRAWS = 2, 4
+Backward = Callable[[Tensor], Mapping[str, Tensor]]
 
 BATCH_NORM, INSTANCE_NORM = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
@@ -44,7 +49,7 @@ class Measurement:
         """The means over batches. Raises `UnsupportedModelError` when the SGD noise of the layer cannot be told."""
         energies = [run.energy for run in self.runs]
         found = _mean(self.runs, [energy / sum(energies) for energy in energies])
-        found = replace(found, energy=sum(energies) / len(energies))
+        found = replace(found, energy=sum(energies) / len(energies))  # Not weighted with itself.
         if self.total is None:
             return found
         gradient = float((self.total / self.batches).square().sum())
@@ -68,7 +73,7 @@ def _mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
         return tuple(_mean(column, weights) for column in zip(*values, strict=False))
     if isinstance(first, Mapping):
         return {key: _mean([value[key] for value in values], weights) for key in first}
-    if dataclasses.is_dataclass(first):
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [item.name for item in dataclasses.fields(first)]
         return type(first)(**{name: _mean([getattr(value, name) for value in values], weights) for name in names})
     return first
@@ -107,9 +112,10 @@ def _call(
             folded.append(tuple(folds(view[part], weights, order, shared, layer.channel, scale)))
         layouts[name] = Layout(codes(x[part], weights, order), *folded)
     flat = float(x.square().mean() * reach.sum())
-    return LayerStatistics(
-        weight, len(x), layouts, energy, flat, plain=spreads[0], deviation=spreads[1] if len(spreads) > 1 else None
-    )
+    even = layer.reach(x, dy.square().mean().sqrt().expand_as(dy))
+    arriving = float((x.square() * even).sum())
+    plain, without = spreads[0], spreads[1] if len(spreads) > 1 else None
+    return LayerStatistics(weight, len(x), layouts, energy, flat, arriving, plain=plain, deviation=without)
 
 
 def _part(x: Tensor, weights: Tensor) -> Tensor:
@@ -119,29 +125,51 @@ def _part(x: Tensor, weights: Tensor) -> Tensor:
     return energies.topk(min(count, len(x))).indices.sort().values
 
 
-def measure_normalisation(measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor) -> None:
-    """Measure a call of a normalisation layer.
+def measure_normalisation(
+    measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor, weight_gradients: Backward
+) -> None:
+    """Measure a call of a normalisation layer with input `x` and output gradient `dy`.
 
     With x^ the normalised input and g the output gradient times the layer's weight, the input gradient is
-    (g - mean(g) - x^ mean(g x^)) / sigma over each set that is normalised together; an error e of x, that is e / sigma
-    of x^, enters it as e mean(g x^) / sigma^2, and through the mean as well, with an energy less by their number.
+    (g - mean(g) - x^ mean(g x^)) / sigma over each set that is normalised together. An error of x enters it twice: as
+    it is, times a mean that is small, and through that mean times x^, which is small as well but adds up in the weight
+    gradient of the layer before. So errors are drawn, and sent backward by `weight_gradients`: from a gradient of x to
+    the weight gradients of the layers before.
     """
-    if isinstance(module, (BATCH_NORM, INSTANCE_NORM)) and not module.training and module.track_running_stats:
-        return  # Statistics are constants then, and the input gradient does not read the input.
     shape = x.shape
     x, g, dims = _sets(module, x, _scaled(module, dy))
-    variance = x.var(dims, keepdim=True, unbiased=False) + module.eps  # type: ignore[operator]
-    normal = (x - x.mean(dims, keepdim=True)) * variance.rsqrt()
-    correlation = (g * normal).mean(dims, keepdim=True)
-    passed = (g - g.mean(dims, keepdim=True) - normal * correlation) * variance.rsqrt()
-    weights = (correlation / variance).square().expand_as(x).reshape(shape)
-    x = x.reshape(shape)
-    energy, total = float((x.square() * weights).sum()), float(passed.square().sum())
-    if energy > 0 and total > 0 and math.isfinite(energy / total):
-        part = _part(x, weights)
-        layouts = {name: Layout(codes(x[part], weights[part], order)) for name, order in orders(x).items()}
-        found = LayerStatistics(measurement.weight, len(x), layouts, energy, travel=energy / total)
-        measurement.runs.append(found)
+    scale = (x.var(dims, keepdim=True, unbiased=False) + module.eps).rsqrt()  # type: ignore[operator]
+    mean = x.mean(dims, keepdim=True)
+
+    def input_gradient(held: Tensor) -> Tensor:
+        normal = (held - mean) * scale
+        return (g - g.mean(dims, keepdim=True) - normal * (g * normal).mean(dims, keepdim=True)) * scale
+
+    exact, flat = input_gradient(x), x.reshape(shape)
+    energy, passed = float(x.square().sum()), float(exact.square().sum())
+    if not (energy > 0 and passed > 0 and math.isfinite(energy) and math.isfinite(passed)):
+        return
+    travel, reaches = 0.0, dict[str, float]()
+    for error in rounding_errors(flat, TRAVEL_BITS, TRAVEL_DRAWS):
+        change = input_gradient(x + error.view(x.shape)) - exact
+        unit = TRAVEL_DRAWS * float(error.square().sum()) / energy
+        if unit == 0:
+            continue
+        travel += float(change.square().sum()) / passed / unit
+        for name, gradient in weight_gradients(change.reshape(shape)).items():
+            reaches[name] = reaches.get(name, 0.0) + float(gradient.square().sum()) / unit
+    part = _part(flat, torch.ones_like(flat))
+    ones = torch.ones_like(flat[part])
+    layouts = {name: Layout(codes(flat[part], ones, order)) for name, order in orders(flat).items()}
+    found = LayerStatistics(
+        measurement.weight, len(flat), layouts, energy, travel=travel, reaches=tuple(sorted(reaches.items()))
+    )
+    measurement.runs.append(found)
+
+
+def reads_its_input(module: nn.Module) -> bool:
+    """Whether the backward of a normalisation layer reads its input; by running statistics it does not."""
+    return not isinstance(module, (BATCH_NORM, INSTANCE_NORM)) or module.training or not module.track_running_stats
 
 
 def _scaled(module: nn.Module, dy: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ seen. A module that runs several times in a step has the mean of its runs as the
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Statistics
 
-from .layer_measurement import Measurement, measure_normalisation, measure_weighted
+from .layer_measurement import Measurement, measure_normalisation, measure_weighted, reads_its_input
 from .moments import NORMALISATIONS, WEIGHTED
 from .progress import announce
 from .untouched import untouched
@@ -113,30 +114,52 @@ class _Catcher:
         first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
         self.samples = 1 if first is None else len(first)
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
+        self.normalised: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.listening = True
 
     def finish(self, loss: Tensor) -> None:
-        """Run the backward of the batch's loss."""
+        """Run the backward of the batch's loss, and from each normalisation layer one for errors of its input."""
         if not self.parameters or not loss.requires_grad:
             return
-        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        torch.autograd.grad(loss, self.parameters, allow_unused=True, retain_graph=True)
+        self.listening = False
         for name, gradients in self.gradients.items():
             self.measured[name].add_gradient(torch.stack(gradients).sum(0))
+        for module, given, dy in self.normalised:
+            backward = functools.partial(self._weight_gradients, given)
+            measure_normalisation(self._measurement(module), module, _wide(given.detach()), dy, backward)
+
+    def _weight_gradients(self, given: Tensor, error: Tensor) -> dict[str, Tensor]:
+        """The weight gradients, by layer, that a gradient of a layer's input leads to."""
+        if not given.requires_grad:
+            return {}
+        layers = {name: module.weight for module, name in self.names.items() if isinstance(module, WEIGHTED)}
+        leaves = {name: weight for name, weight in layers.items() if isinstance(weight, nn.Parameter)}
+        found = torch.autograd.grad(
+            given, [*leaves.values()], error.to(given.dtype), allow_unused=True, retain_graph=True
+        )
+        return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
 
     def _called(self, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
         if not isinstance(out, Tensor) or not out.requires_grad or not given:
             return
-        x = given[0].detach()
-        out.register_hook(lambda dy: self._arrived(module, x, dy))
+        x = given[0]
+        out.register_hook(lambda dy: self._arrived(module, x, dy.detach()))
 
     def _arrived(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
-        name = self.names[module]
-        measurement = self.measured.setdefault(name, Measurement(tuple(_shape(module))))
+        if not self.listening:
+            return
+        if isinstance(module, NORMALISATIONS):
+            if reads_its_input(module):
+                self.normalised.append((module, x, _wide(dy)))
+            return
         with torch.autocast(x.device.type, enabled=False):
-            x, dy = (value if value.dtype == torch.float64 else value.float() for value in (x, dy.detach()))
-            if isinstance(module, NORMALISATIONS):
-                measure_normalisation(measurement, module, x, dy)
-            else:
-                self.gradients[name].append(measure_weighted(measurement, module, x, dy, len(x) == self.samples > 1))
+            wide = _wide(x.detach()), _wide(dy)
+            gradient = measure_weighted(self._measurement(module), module, *wide, len(x) == self.samples > 1)
+            self.gradients[self.names[module]].append(gradient)
+
+    def _measurement(self, module: nn.Module) -> Measurement:
+        return self.measured.setdefault(self.names[module], Measurement(tuple(_shape(module))))
 
     def layers(self) -> dict[str, Any]:
         """What was measured, in the model's order. Raises `UnsupportedModelError`."""
@@ -145,6 +168,10 @@ class _Catcher:
             if name in self.measured and self.measured[name].runs:
                 found[name] = self.measured[name].statistics(name)
         return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _is_measured(module: nn.Module) -> bool:

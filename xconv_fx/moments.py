@@ -42,7 +42,7 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 # Terms of a sum at which folding is measured.
-TERMS = (2, 8, 32, 128)
+TERMS = (2, 4, 8, 16, 32, 64, 128)
 # Elements of the part of a batch on which codecs are run, and rounded values over which their errors are averaged.
 PART, ROUNDED = 2**17, 2**14
 _SALT = 1
@@ -128,7 +128,16 @@ def codes(x: Tensor, reach: Tensor, order: Sequence[int]) -> Pairs:
     """(bits, v): the noise of rounding x (N, ...) to codes, whose elements have the weights D, relative to E."""
     energy = float((x.square() * reach).sum())
     blank = _blank("quantize", x, order)
-    return tuple((bits, _rounding(x, reach, replace(blank, bits=bits)) / energy) for bits in BITS)
+    seeds = _seeds(x.numel())
+    return tuple((bits, _rounding(x, reach, replace(blank, bits=bits), seeds) / energy) for bits in BITS)
+
+
+def rounding_errors(x: Tensor, bits: int, draws: int) -> Iterator[Tensor]:
+    """Errors of x (N, ...) in codes of so many bits, in the compiler's usual layout."""
+    row, held = codec("quantize"), _blank("quantize", x, [*orders(x).values()][-1], bits=bits)
+    for _ in range(draws):
+        seed = torch.randint(2**62, (1,))
+        yield row.decode(row.encode(x, seed, held), seed, held) - x
 
 
 def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel: int, energy: float) -> Iterator[Fold]:
@@ -164,22 +173,22 @@ def _seeds(values: int) -> list[Tensor]:
     return [torch.randint(2**62, (1,)) for _ in range(min(16, -(-ROUNDED // values)))]
 
 
-def _rounding(x: Tensor, weights: Tensor, held: Held) -> float:
+def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -> float:
     """Mean over draws of the weighted squared error of codes."""
-    row, seeds = codec(held.codec), _seeds(x.numel())
+    row = codec(held.codec)
     errors = (row.decode(row.encode(x, seed, held), seed, held) - x for seed in seeds)
     return sum(float((error.square() * weights).sum()) for error in errors) / len(seeds)
 
 
 def _rounding_of_sums(x: Tensor, weights: Tensor, held: Held) -> dict[int, float]:
     """What rounding sums adds, by bits; `weights` are the D of each sum's terms, added up."""
-    seeds, fold = _seeds(weights.numel()), codec("probe").encode
+    seeds = _seeds(weights.numel())
     noise = dict.fromkeys(SUM_BITS, 0.0)
     for seed in seeds:
-        (sums,) = fold(x, seed, held)
+        (sums,) = codec("probe").encode(x, seed, held)
         for bits in SUM_BITS:
-            row = replace(_blank("quantize", sums, (0, 1)), bits=bits)
-            noise[bits] += _rounding(sums, weights, row) / len(seeds)
+            blank = _blank("quantize", sums, (0, 1), bits=bits)
+            noise[bits] += _rounding(sums, weights, blank, [seed]) / len(seeds)
     return noise
 
 

@@ -20,11 +20,14 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 from xconv_fx.codec_set import ACTNN, CodecSet
 from xconv_fx.errors import OptionError, join_clauses, nearest
 from xconv_fx.sizes import Budget, parse_size
+
+if TYPE_CHECKING:
+    from xconv_fx.statistics import Statistics
 
 # Limits of what is predicted, which can refuse plans that the budget allows.
 LIMITS = ("max_noise", "max_slowdown")
@@ -102,10 +105,10 @@ class Options:
 
     `mem_budget` limits the physical peak of a training step (None: no limit, only what costs nothing is saved);
     `codecs` and `probes` restrict the planner, and so does `slices` (None: as many as it likes; 1: the whole batch at
-    once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions. `reserve`
-    is bytes of the budget left for memory outside the compiled step; `seed` fixes the sequence of random draws (None:
-    one drawn from torch's generator every step); `report` is where the plan is written as JSON; `inductor` and `mode`
-    are passed to Inductor.
+    once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions; `stats` are
+    the model's own, by which noise is predicted (None: by priors). `reserve` is bytes of the budget left for memory
+    outside the compiled step; `seed` fixes the sequence of random draws (None: one drawn from torch's generator every
+    step); `report` is where the plan is written as JSON; `inductor` and `mode` are passed to Inductor.
     """
 
     mem_budget: Budget | None = None
@@ -115,6 +118,7 @@ class Options:
     prefer: str = "balanced"
     max_noise: float | None = None
     max_slowdown: float | None = None
+    stats: Statistics | None = None
     reserve: int = 0
     seed: int | None = None
     report: Path | None = None
@@ -222,6 +226,12 @@ def _limit(name: str) -> Callable[[Any], float | None]:
     return parse
 
 
+def _parse_stats(value: Any) -> Statistics | None:
+    from xconv_fx.statistics import parse
+
+    return parse(value)
+
+
 def _parse_seed(value: Any) -> int | None:
     if value is None:
         return None
@@ -291,6 +301,7 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "prefer": _parse_prefer,
         "max_noise": _limit("max_noise"),
         "max_slowdown": _limit("max_slowdown"),
+        "stats": _parse_stats,
         "reserve": _parse_reserve,
         "seed": _parse_seed,
         "report": _parse_report,

@@ -65,6 +65,9 @@ class Plan:
     predicted with rates measured on the machine (`calibrated`), or with generic ones. `foreseen` is the predicted over
     the audited peak of the first plan that was generated, before any audit corrected the prediction.
 
+    `noise` is relative to the SGD noise of the model where that was `measured` (the option `stats`), else to the energy
+    of the gradients, by a prior; `layers` is the noise of each measured layer relative to its own SGD noise, by name.
+
     A plan made ahead may count the state of an `optimizer`, which `fixed_bytes` include, and be for a `gpu`, with the
     memory and rates of its data sheet.
     """
@@ -91,6 +94,8 @@ class Plan:
     optimizer_bytes: int = 0
     gpu: str | None = None
     gpu_memory: int = 0
+    measured: bool = False
+    layers: tuple[tuple[str, float], ...] = ()
 
     @property
     def peak(self) -> int:
@@ -117,8 +122,9 @@ class Plan:
             raise ValueError(f"not a plan of format {FORMAT}")
         try:
             choices = tuple(_choice(row) for row in data.pop("choices"))
-            return Plan(**{**data, "choices": choices, "notes": tuple(data["notes"])})
-        except (KeyError, TypeError) as error:
+            layers = tuple((name, noise) for name, noise in data.pop("layers", ()))
+            return Plan(**{**data, "choices": choices, "notes": tuple(data["notes"]), "layers": layers})
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a plan: {error}") from error
 
 

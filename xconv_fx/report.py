@@ -26,6 +26,8 @@ CODEC_STYLES = {"keep": "dim", "recompute": "cyan", "bitmask": "cyan", "quantize
                 "fixed": "yellow", "probe": "magenta"}  # fmt: skip
 COLUMNS = ("layer", "residual", "shape", "codec", "r", "bits", "MB", "held", "noise")
 NUMERIC = frozenset({"r", "bits", "MB", "held", "noise"})
+# Layers that are named as the noisiest.
+NOISIEST = 3
 CROPPED = frozenset({"layer", "residual"})
 # Columns to leave out on lines shorter than so many characters, so that the layer's name stays readable.
 NEEDS_WIDTH = {"residual": 100, "shape": 72}
@@ -160,10 +162,19 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "optimizer", f"{format_size(plan.optimizer_bytes)} of that is the state of {plan.optimizer}"
     yield "time", f"{duration(plan.time)} more a step, predicted with {_rates(plan)} rates"
     if plan.noise:
-        yield "noise", f"{plan.noise:.2g}"
+        yield "noise", _noise(plan)
     yield "search", f"{_attempts(plan.attempts)}, {_gap(plan.gap)}"
     for note in plan.notes:
         yield "note", note
+
+
+def _noise(plan: Plan) -> str:
+    """What is added to the gradients, and relative to what: their SGD noise, or by the prior their energy."""
+    if not plan.measured:
+        return f"{plan.noise:.2g} of the gradients' energy, by a prior (no stats)"
+    ranked = sorted(plan.layers, key=lambda row: -row[1])[:NOISIEST]
+    most = ", ".join(f"{name} {noise:.2g}" for name, noise in ranked if noise)
+    return f"{plan.noise:.2g} of the SGD noise, by stats" + (f"; most in {most}" if most else "")
 
 
 def _rates(plan: Plan) -> str:

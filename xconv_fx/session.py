@@ -28,7 +28,8 @@ class Session:
 
     `stream` names the sequence of seeds that a fixed `seed` starts; None draws from torch's generator.
     When planning ahead, `device` is where graphs are moved after they were traced elsewhere (None: nowhere),
-    `optimizer_bytes` what an optimiser holds besides, and `facts` are fields that all plans share.
+    `optimizer_bytes` what an optimiser holds besides, and `facts` are fields that all plans share. Raises `OptionError`
+    for statistics of another model.
     """
 
     options: Options
@@ -40,6 +41,10 @@ class Session:
     device: str | None = None
     optimizer_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.options.stats is not None and self.module is not None:
+            self.options.stats.check(self.module)
 
     @staticmethod
     def of(options: Options) -> Session:

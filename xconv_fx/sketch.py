@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xconv_fx.codec_set import PROBE_KINDS, Probes, join_clauses, nearest
-from xconv_fx.errors import OptionError
+from xconv_fx.codec_set import PROBE_KINDS
+from xconv_fx.errors import OptionError, join_clauses, nearest
+from xconv_fx.options import Probes
 
 PLAIN_BITS = 32
 BITS = (PLAIN_BITS, 16, 8, 4, 2, 1)

@@ -15,8 +15,9 @@ a *relative noise energy* v = variance / E. What v depends on is measured too:
 Each depends on how the tensor lies in memory, because groups of codes and terms of a sum are neighbours there.
 
 `sgd` is the yardstick: the variance of the weight gradient over batches of the size that was measured, summed over its
-entries. A normalisation layer has entries of the same kind: its D are the squared factors by which an error of its
-input enters its input gradient, its `travel` the energy of that for v = 1, relative to the input gradient's.
+entries. Errors of a normalisation layer's input go on to the layers before it: its v is relative to the energy of the
+input, `travel` is how much an error of v = 1 changes the input gradient, relative to that gradient's energy, and
+`reaches` the variance that it adds to the weight gradients of the layers before, by name.
 
 A file is JSON with a format number and, as a fingerprint, the shape of every layer's weight. Nothing here needs torch.
 
@@ -82,10 +83,11 @@ class Spread:
 class LayerStatistics:
     """One layer. `weight` is its weight's shape, () without one; `samples` is how many a batch had.
 
-    For layers with a weight gradient: `energy` is E, `flat` the same for an error that is spread evenly over the
-    tensor, `gradient` the squared norm of the mean gradient, `sgd` the variance of a batch's gradient; `plain` and
-    `deviation` are for dense projections of the input and of its deviations. For normalisation layers `travel` is set
-    instead. `layouts` is by name, of `LAYOUTS`.
+    For layers with a weight gradient: `energy` is E, `flat` the same for an error that is spread evenly over the input,
+    `arriving` for one that arrives with the output gradient, of its energy and evenly spread; `gradient` the squared
+    norm of the mean gradient, `sgd` the variance of a batch's gradient; `plain` and `deviation` are for dense
+    projections of the input and of its deviations from the channels' means. For normalisation layers `energy` is that
+    of the input, and `travel` and `reaches` are set instead. `layouts` is by name, of `LAYOUTS`.
     """
 
     weight: tuple[int, ...]
@@ -93,11 +95,13 @@ class LayerStatistics:
     layouts: Mapping[str, Layout] = field(hash=False)
     energy: float = 0.0
     flat: float = 0.0
+    arriving: float = 0.0
     gradient: float = 0.0
     sgd: float = 0.0
     plain: Spread | None = None
     deviation: Spread | None = None
     travel: float | None = None
+    reaches: tuple[tuple[str, float], ...] = ()
 
     def layout(self, order: tuple[int, ...]) -> Layout:
         """What was measured for a tensor whose dims lie in memory in this order, outermost first."""
@@ -122,7 +126,7 @@ class Statistics:
         known = dict(model.named_modules())
         for name, layer in self.layers.items():
             if name not in known:
-                raise _mismatch(name, join_clauses("the model has no such layer;", nearest(name, known)))
+                raise _mismatch(name, join_clauses("the model has no such layer,", nearest(name, known)).rstrip(","))
             weight = getattr(known[name], "weight", None)
             shape = () if weight is None else tuple(weight.shape)
             if shape != layer.weight:
@@ -164,8 +168,8 @@ def parse(value: Any) -> Statistics | None:
 
 
 def _mismatch(layer: str, reason: str) -> OptionError:
-    hint = f"measured on another model: {reason} measure this one, with xconv calibrate-model or xconv_fx.calibrate"
-    return OptionError("stats", layer, hint.replace(" measure this", "; measure this").replace(";;", ";"))
+    remedy = "measure this model, with xconv calibrate-model or xconv_fx.calibrate"
+    return OptionError("stats", layer, f"another model's: {reason}; {remedy}")
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -175,7 +179,10 @@ def _size(shape: tuple[int, ...]) -> str:
 def _layer(entry: dict[str, Any]) -> LayerStatistics:
     spreads = {name: Spread(**entry[name]) if entry[name] is not None else None for name in ("plain", "deviation")}
     layouts = {name: _layout(layout) for name, layout in entry["layouts"].items()}
-    return LayerStatistics(**{**entry, **spreads, "weight": tuple(entry["weight"]), "layouts": layouts})
+    reaches = tuple((str(name), float(variance)) for name, variance in entry["reaches"])
+    return LayerStatistics(
+        **{**entry, **spreads, "weight": tuple(entry["weight"]), "layouts": layouts, "reaches": reaches}
+    )
 
 
 def _layout(entry: dict[str, Any]) -> Layout:

@@ -15,28 +15,31 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Inside, gradients are None, and a model that was in evaluation mode is in training mode.
     """
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     for parameter, _ in gradients:
         parameter.grad = None
     if not model.training:
         model.train()
     try:
-        with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
+        with saved_buffers(model), torch.random.fork_rng(sorted(devices)):
             yield
     finally:
-        restore(model, buffers)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
 
 
-def restore(model: nn.Module, buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put each buffer's tensor back where it was, with its value: a module may have changed or replaced it."""
-    for name, (buffer, value) in buffers.items():
-        owner, _, key = name.rpartition(".")
-        with torch.no_grad():
-            model.get_submodule(owner)._buffers[key] = buffer.copy_(value)
+@contextlib.contextmanager
+def saved_buffers(model: nn.Module) -> Iterator[None]:
+    """Each buffer is, after this context, the tensor that it was, with its value: a module may change or replace it."""
+    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, (buffer, value) in buffers.items():
+            owner, _, key = name.rpartition(".")
+            with torch.no_grad():
+                model.get_submodule(owner)._buffers[key] = buffer.copy_(value)

@@ -108,7 +108,7 @@ class Workload:
         inputs, labels = _sources(self.inputs, input_option), _sources(self.labels, label_option)
         if labels and self.loss in (None, *LOSSES):
             raise UsageError(f"{label_option} given, but no loss that takes it", "--loss FILE.py:callable")
-        loss, model = self._loss(), self.model()
+        loss, model = self.training_loss(), self.model()
         # A builder may place its model itself, and a model built at import is where the file put it.
         weight = next(model.parameters(), None)
         place = self._device if weight is None else str(weight.device)
@@ -130,8 +130,8 @@ class Workload:
     def _device(self) -> str:
         return "cpu" if self.allocate else "meta"
 
-    def _loss(self) -> str | Callable[..., Any] | None:
-        """What `explain` takes as a loss."""
+    def training_loss(self) -> str | Callable[..., Any] | None:
+        """What `explain` takes as a loss; None for the default. Raises `UsageError`."""
         if self.loss is None or self.loss in LOSSES:
             return self.loss
         if ":" not in self.loss:

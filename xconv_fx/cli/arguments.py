@@ -27,12 +27,13 @@ FLAGS = {
     "prefer": "--prefer",
     "max_noise": "--max-noise",
     "max_slowdown": "--max-slowdown",
+    "stats": "--stats",
     "reserve": "--reserve",
     "report": "--json",
 }
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
+def add_model(command: argparse.ArgumentParser, inputs_required: bool = True) -> None:
     """Declare what names a model, its inputs and its loss."""
     add = command.add_argument
     target = "what builds the model: FILE.py:callable, module:callable or 'module:Class(width=32)'"
@@ -40,7 +41,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     inputs = (
         "an input such as 4x1x96x96x96 or 2x77:int64; repeat it for every argument, or name a callable that builds all"
     )
-    add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", required=True, help=inputs)
+    add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", required=inputs_required, help=inputs)
     loss = f"{', '.join(LOSSES)}, or a callable of the output and the labels, compiled with the model (default: mean)"
     add("--loss", metavar="WHAT", help=loss)
     labels = "what the loss gets besides the output, such as 8:int64; repeat it"
@@ -64,6 +65,7 @@ def add_planner(command: argparse.ArgumentParser) -> None:
     add("--prefer", metavar="WHAT", help=f"{', '.join(PREFERENCES)}: what to give up last (default: balanced)")
     add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
+    add("--stats", metavar="FILE", help="what xconv calibrate-model measured, to predict noise by (default: priors)")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
 
 
@@ -90,6 +92,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         "prefer": arguments.prefer,
         "max_noise": _number(arguments.max_noise, float),
         "max_slowdown": _number(arguments.max_slowdown, float),
+        "stats": arguments.stats,
         "reserve": arguments.reserve,
     }
     given = {name: value for name, value in given.items() if value is not None}

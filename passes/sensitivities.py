@@ -1,0 +1,167 @@
+"""What a coded residual adds to the noise of the gradients, layer by layer.
+
+Joins how the backward reads a residual (`residuals.py`) with how noisy a codec makes it (`expected_noise.py`) and how
+much that matters (`cost_model/noise.py`): from the statistics of the layers that were measured, the option `stats`, and
+from priors for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from xconv_fx.cost_model.noise import Use
+from xconv_fx.errors import OptionError
+from xconv_fx.ops.registry import Held
+from xconv_fx.statistics import LayerStatistics, Statistics
+
+from .expected_noise import expected_noise, measured_noise
+from .graph import MATMULS, layer_of
+from .residuals import Residual
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Added:
+    """What holding one residual adds. `noise` is relative to its energy, `total` its part of the plan's noise, and
+    `layers` that of each layer's gradient, by name, whether the layer reads the residual or runs before."""
+
+    noise: float = 0.0
+    total: float = 0.0
+    layers: tuple[tuple[str, float], ...] = ()
+
+
+EXACT = Added()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A use of a residual, by which layer ("" if unknown), and what was measured of that (None: nothing)."""
+
+    use: Use
+    layer: str = ""
+    known: LayerStatistics | None = None
+
+    def noise(self, held: Held, rectified: bool) -> float:
+        """Relative noise energy of a residual that is held so, as this use sees it."""
+        return expected_noise(held, rectified=rectified) if self.known is None else measured_noise(held, self.known)
+
+
+class Sensitivities:
+    """How much the noise of each residual matters, in the graph `forward` that makes them, in its order.
+
+    What travels reaches the measured layers that run before, and the readers of earlier residuals that were not
+    measured. Raises `OptionError` when there are statistics, but of none of the layers here.
+    """
+
+    def __init__(self, residuals: Mapping[str, Residual], stats: Statistics | None, forward: fx.Graph) -> None:
+        self.stats = stats
+        self.readings: dict[str, tuple[_Reading, ...]] = {}
+        prior = 1 / max(1, sum("weight_grad" in residual.uses for residual in residuals.values()))
+        runs = _runs(forward)
+        assumed: list[tuple[str, float]] = []
+        for name, residual in residuals.items():
+            earlier = (*self._measured_before(residual, runs), *assumed)
+            own = self._weights(residual, prior)
+            self.readings[name] = (*own, *self._travelling(residual, earlier))
+            assumed += [reach for reading in own if reading.known is None for reach in reading.use.reaches]
+        self._check()
+
+    @property
+    def _total(self) -> float:
+        """The yardstick: all SGD noise."""
+        return 0.0 if self.stats is None else self.stats.sgd
+
+    def _known(self, layers: Iterable[str]) -> dict[str, LayerStatistics]:
+        measured = {} if self.stats is None else self.stats.layers
+        return {layer: measured[layer] for layer in layers if layer in measured}
+
+    def _measured_before(self, residual: Residual, runs: Mapping[str, fx.Node]) -> list[tuple[str, float]]:
+        """The measured layers that run before the residual is made, and what they gain where a gradient arrives with
+        an error as large as itself."""
+        return [
+            (name, layer.arriving / self._total)
+            for name, layer in self._known(runs).items()
+            if layer.travel is None and not residual.forward < runs[name]
+        ]
+
+    def _weights(self, residual: Residual, prior: float) -> list[_Reading]:
+        """The uses by weight gradients: one a layer that was measured, and one for all others."""
+        if "weight_grad" not in residual.uses:
+            return []
+        known = {name: layer for name, layer in self._known(residual.readers).items() if layer.travel is None}
+        found = []
+        for name, layer in known.items():
+            found.append(_Reading(Use("weight", ((name, layer.energy / self._total),)), name, layer))
+        if len(known) < max(1, len(residual.readers)):
+            other = next((name for name in residual.readers if name not in known), "")
+            found.append(_Reading(Use("weight", ((other, prior),)), other))
+        return found
+
+    def _travelling(self, residual: Residual, earlier: Sequence[tuple[str, float]]) -> list[_Reading]:
+        """The uses whose errors reach the layers before: measured ones for themselves, all others by priors."""
+        found = []
+        known = {name: layer for name, layer in self._known(residual.norms).items() if layer.travel is not None}
+        for name, layer in known.items() if "norm" in residual.uses else ():
+            reaches = tuple((before, variance / self._total) for before, variance in layer.reaches)
+            found.append(_Reading(Use("norm", reaches), name, layer))
+        for kind in ("norm", "other"):
+            if kind in residual.uses and not (kind == "norm" and known):
+                found.append(_Reading(Use.travelling(kind, earlier)))
+        return found
+
+    def _check(self) -> None:
+        layers = dict.fromkeys(r.layer for row in self.readings.values() for r in row if r.use.kind == "weight")
+        if self.stats is None or not any(layers) or self._known(layers):
+            return
+        some, others = (", ".join([*names][:4]) for names in (filter(None, layers), self.stats.layers))
+        hint = "measure the module that is compiled, with xconv calibrate-model or xconv_fx.calibrate"
+        raise OptionError("stats", others, f"none of these layers is in the graph, which has {some}; {hint}")
+
+    def coded(self, residual: Residual, held: Held) -> Added:
+        """What holding the residual so adds."""
+        rectified = residual.uses <= {"weight_grad", "mask"}
+        return _sum([(reading, reading.noise(held, rectified)) for reading in self.readings[residual.name]])
+
+    def of(self, residual: Residual, noise: float) -> Added:
+        """What an error of this relative energy adds, wherever it comes from."""
+        return _sum([(reading, noise) for reading in self.readings[residual.name]])
+
+    def unmeasured(self) -> tuple[str, ...]:
+        """The layers with weight gradients whose noise is a prior although there are statistics."""
+        if self.stats is None:
+            return ()
+        weights = [r for row in self.readings.values() for r in row if r.use.kind == "weight" and r.known is None]
+        return tuple(dict.fromkeys(reading.layer or "a layer without a name" for reading in weights))
+
+    def by_layer(self, added: Iterable[Added]) -> tuple[tuple[str, float], ...]:
+        """The noise of each measured layer relative to its SGD noise, from what every residual adds."""
+        if self.stats is None:
+            return ()
+        noise: dict[str, float] = {}
+        for found in added:
+            for layer, amount in found.layers:
+                noise[layer] = noise.get(layer, 0.0) + amount
+        known = {name: layer for name, layer in self._known(noise).items() if layer.sgd > 0}
+        return tuple((name, noise[name] * self._total / layer.sgd) for name, layer in known.items())
+
+
+def _runs(forward: fx.Graph) -> dict[str, fx.Node]:
+    """Where each layer with a weight runs: its first convolution or matrix product."""
+    runs: dict[str, fx.Node] = {}
+    for node in forward.nodes:
+        if node.target is aten.convolution.default or node.target in MATMULS:
+            runs.setdefault(layer_of(node), node)
+    return runs
+
+
+def _sum(noises: list[tuple[_Reading, float]]) -> Added:
+    return Added(
+        noise=max((noise for _, noise in noises), default=0.0),
+        total=sum(noise * reading.use.sensitivity for reading, noise in noises),
+        layers=tuple((layer, noise * share) for reading, noise in noises for layer, share in reading.use.reaches),
+    )
