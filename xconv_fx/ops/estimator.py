@@ -16,7 +16,8 @@ The four arguments that say what is held:
 
 * `probes`: sums held per sample, dim 0 of the input counting the samples; with kind "fold" or "orthogonal" at most
   the number of values in a sample, where the gradient is exact.
-* `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher" or "orthogonal".
+* `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher", "orthogonal" or "independent"
+  (`probes` sums for every channel).
 * `bits`: 32 holds the sums as they are, 16, 8, 4, 2 or 1 quantises them with stochastic rounding.
 * `means`: hold the mean over dims 2 and up exactly and sketch only the deviation from it.
 
