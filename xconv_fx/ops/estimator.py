@@ -17,7 +17,8 @@ The four arguments that say what is held:
 * `probes`: sums held per sample, dim 0 of the input counting the samples; at most one a value, which makes the gradient
   of kind "fold" or "orthogonal" exact. With 0 the values themselves are held in `bits` bits, below 32 (the "quantize"
   codec).
-* `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher" or "orthogonal".
+* `kind`: "fold" (signed sums of disjoint parts of a sample), "gaussian", "rademacher", "orthogonal" or "independent"
+  (`probes` sums for every channel).
 * `bits`: 32 holds the sums as they are, 16, 8, 4, 2 or 1 quantises them with stochastic rounding.
 * `means`: hold the mean over dims 2 and up, if there are any, exactly and sketch only the deviation from it. None: as
   the compiler does, beside folds of fewer sums than values.
