@@ -73,10 +73,10 @@ class ByPlan:
     def sketch(self, names: Sequence[str]) -> Sketch | str:
         found = [choice for choice in self._choices if set(choice.readers) & set(names)]
         if not found:
-            return "the plan holds nothing for its weight gradient alone"
+            return "its input is none of the plan's residuals"
         for choice in found:
-            if choice.codec in _LEFT:
-                return _LEFT[choice.codec]
+            if choice.codec not in ("quantize", "probe"):
+                return _LEFT.get(choice.codec, f"the plan holds its input as {choice.codec}, which needs a compiler")
         # A layer that is used several times has one setting: the one that holds most.
         return _sketch_of(max(found, key=lambda choice: choice.bytes_after / max(choice.bytes_before, 1)))
 
@@ -93,9 +93,9 @@ class ByPlan:
         slices = max((plan.slices for plan in self.plans), default=1)
         share = min((plan.saved_share for plan in self.plans), default=1.0)
         said = {
-            f"the plan recomputes {recomputed} residuals; eager code holds them": recomputed,
+            f"residuals that the plan recomputes, and eager code holds: {recomputed}": recomputed,
             "PyTorch's partitioner recomputes more in the plan than eager code does": share < 1,
-            f"the plan approximates {held} residuals that no weight gradient reads; eager code holds them": held,
+            f"approximated residuals that no weight gradient reads, and eager code holds whole: {held}": held,
             f"the plan runs the batch in {slices} slices; eager code runs it at once": slices > 1,
             "the budget is one of compiled code: measure the peak (xconv_fx.measure.training_peak)": any(
                 plan.budget is not None for plan in self.plans
@@ -106,7 +106,6 @@ class ByPlan:
 
 _LEFT = {
     "keep": "the plan keeps its input",
-    "bitmask": "the plan keeps its input",
     "recompute": "the plan recomputes its input, which needs a compiler",
 }
 

@@ -111,7 +111,7 @@ def test_a_plan(graph):
     ))  # fmt: skip
     substituted, report = xconv_fx.substitute(module, plan)
     assert (report.converted["up"], report.converted["head"]) == ("9 probes in 4 bits", "2 bits an element")
-    assert report.left["body.0"] == "the plan keeps its input" and "nothing" in report.left["stem"]
+    assert report.left["body.0"] == "the plan keeps its input" and "none of the plan" in report.left["stem"]
     assert count(substituted) == 2 and report.plans == (plan,)
     assert xconv_fx.substitute(module, [plan])[1] == report
 
