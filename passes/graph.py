@@ -111,9 +111,11 @@ def is_elementwise(node: fx.Node) -> bool:
         return False
     if torch.Tag.pointwise in node.target.tags:
         return True
-    return node.target in _POINTWISE or node.target.namespace == "xconv"
+    return node.target in _POINTWISE or (node.target.namespace == "xconv" and node.target.name() not in _CALLED)
 
 
+# Operators of ours for code without this compiler (`ops/estimator.py`, `ops/relu.py`): calls, as ATen's.
+_CALLED = {f"xconv::{name}" for name in ("draw_seed", "masked_relu", "sketched_convolution", "sketched_linear")}
 _POINTWISE = {
     prims.convert_element_type.default,
     prims.iota.default,

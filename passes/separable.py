@@ -115,7 +115,7 @@ class _Dims:
             self.found[node] = UNIFORM
         elif all(self.found[arg] is None for arg in inputs):
             self.found[node] = None
-        elif is_elementwise(node) and node.target not in _RULES:
+        elif is_elementwise(node) and node.target not in _RULES and not _is_codec(node):
             self.found[node] = self.elementwise(node)
         elif is_reduction(node):
             self.found[node] = self.reduced(node)
@@ -303,6 +303,11 @@ class _Dims:
 
     def item(self, node: fx.Node) -> Dim:
         return self.found[node.all_input_nodes[0]]
+
+
+def _is_codec(node: fx.Node) -> bool:
+    """Whether it is an operator of a codec, of a model that holds sketches itself: its results have another shape."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "xconv"
 
 
 def _is_random(node: fx.Node) -> bool:

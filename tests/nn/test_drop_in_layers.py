@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xconv_fx import nn as xnn
 from xconv_fx.errors import OptionError
+from xconv_fx.explain import explain
 from xconv_fx.measure import training_peak
 
 # Torch says this of its own layers.
@@ -212,18 +213,29 @@ def test_autocast(net, saved_by, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_compilers_give_the_same_numbers(net):
-    """Sketches and seeds; dropout's masks are drawn by the compiler."""
-    net, x = net
-    net.dropout.p = 0.0
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "xconv"])
+def test_compilers_give_the_same_numbers(backend):
+    """The same seeds, and the same sketches of them."""
+    net = nn.Sequential(xnn.XConv2d(2, 3, 3, probes=8), xnn.BitReLU(), nn.Flatten(), xnn.XLinear(48, 3, bits=4))
+    x = torch.randn(4, 2, 6, 6)
     expected = gradients(lambda: net(x), net.parameters())
-    for backend in ("aot_eager", "inductor"):
-        torch._dynamo.reset()
-        compiled = torch.compile(net, backend=backend, fullgraph=True)
-        same_gradients(gradients(lambda c=compiled: c(x), net.parameters()), expected, rtol=1e-4, atol=1e-5)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), net(x))
     torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    same_gradients(gradients(lambda: compiled(x), net.parameters()), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_plans_leave_sketches_alone(net):
+    """They are neither drawn again nor approximated once more, and their steps are not sliced."""
+    net, x = net
+    torch._dynamo.reset()
+    (plan,) = explain(net, x, mem_budget="100%").plans
+    torch._dynamo.reset()
+    assert plan.slices == 1 and not plan.noise
+    assert {choice.codec for choice in plan.choices} <= {"keep", "bitmask"}
 
 
 def test_another_batch_size_under_a_compiler(net):
