@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Fold, LayerStatistics, Layout, Spread
 
-from .moments import PART, Bilinear, codes, deviation, folds, orders, rounding_errors, spread
+from .moments import PART, Bilinear, codes, deviation, folds, orders, rounding_errors, sample_noise, spread
 
 # Errors that are sent backward from a normalisation layer: of codes of so many bits, so many times.
 TRAVEL_BITS, TRAVEL_DRAWS = 2, 4
@@ -84,9 +84,9 @@ def measure_weighted(measurement: Measurement, module: nn.Module, x: Tensor, dy:
     if x.dim() == (1 if isinstance(module, nn.Linear) else len(measurement.weight) - 1):
         x, dy = x.unsqueeze(0), dy.unsqueeze(0)
     layer = Bilinear.of(module, x, dy)
-    gradient, own, count = layer.gradient(x, dy), layer.energies(x, dy), len(x)
+    gradient, own = layer.gradient(x, dy), layer.energies(x, dy)
     if rows:
-        measurement.within.append(float(own.sum() - gradient.square().sum() / count) * count / (count - 1))
+        measurement.within.append(sample_noise(own, gradient))
     reach = layer.reach(x, dy)
     energy = float((x.square() * reach).sum())
     if energy > 0 and math.isfinite(energy):

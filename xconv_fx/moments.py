@@ -15,6 +15,8 @@ where the second part is the squared gradient of each sample beyond E, as far as
 are for.
 
 Known gaps: dim 0 counts the samples. Folds are measured at a few numbers of terms, cut into rows as the planner does.
+With fewer than some 200 sums a sample, samples share the ranges of codes, and which do depends on the number of sums:
+the noise of 1-bit sums between those that were measured can then be off by two.
 """
 
 from __future__ import annotations
@@ -34,17 +36,19 @@ from xconv_fx.ops import Held, codec, layout
 from xconv_fx.ops.conv import left_over
 from xconv_fx.ops.fold import fold_noise
 from xconv_fx.ops.quantize import group_noise
-from xconv_fx.passes.rungs import FEWEST, SUM_BITS
+from xconv_fx.passes.rungs import FEWEST
 from xconv_fx.statistics import Fold, Pairs, Spread
 
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
-# Terms of a sum at which folding is measured.
+# Terms of a sum at which folding is measured, and widths to which sums are rounded: of wider codes little is seen.
 TERMS = (2, 4, 8, 16, 32, 64, 128)
-# Elements of the part of a batch on which codecs are run, and rounded values over which their errors are averaged.
-PART, ROUNDED = 2**17, 2**14
+SUM_BITS = (1, 2, 4)
+# Elements of the part of a batch on which codecs are run; draws of small tensors' codes and sums, and how many rounded
+# values make more draws unnecessary.
+PART, DRAWS, DRAWS_OF_SUMS, ENOUGH = 2**17, 16, 4, 2**14
 _SALT = 1
 
 
@@ -103,6 +107,12 @@ def _transposed(module: Any, size: Sequence[int], x: Tensor, weight: Tensor) -> 
     return TRANSPOSED[len(kernel)](x, weight, None, stride, padding, extra, module.groups, dilation)
 
 
+def sample_noise(own: Tensor, gradient: Tensor) -> float:
+    """The variance over batches of a batch's `gradient`, by the squared gradients `own` of its N > 1 samples."""
+    count = len(own)
+    return float(own.sum() - gradient.square().sum() / count) * count / (count - 1)
+
+
 def deviation(x: Tensor) -> Tensor | None:
     """`x` without the mean over dims 2 and up; None where there are none."""
     return x - x.mean(list(range(2, x.dim())), keepdim=True) if x.dim() > 2 else None
@@ -128,7 +138,7 @@ def codes(x: Tensor, reach: Tensor, order: Sequence[int]) -> Pairs:
     """(bits, v): the noise of rounding x (N, ...) to codes, whose elements have the weights D, relative to E."""
     energy = float((x.square() * reach).sum())
     blank = _blank("quantize", x, order)
-    seeds = _seeds(x.numel())
+    seeds = _seeds(x.numel(), DRAWS)
     return tuple((bits, _rounding(x, reach, replace(blank, bits=bits), seeds) / energy) for bits in BITS)
 
 
@@ -168,9 +178,9 @@ def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> Hel
     return Held(name, tuple(x.shape), x.dtype, tuple(order), _SALT, **parameters)
 
 
-def _seeds(values: int) -> list[Tensor]:
-    """As many seeds as it takes to average over `ROUNDED` values."""
-    return [torch.randint(2**62, (1,)) for _ in range(min(16, -(-ROUNDED // values)))]
+def _seeds(values: int, most: int) -> list[Tensor]:
+    """Seeds to average the errors of so many rounded values over."""
+    return [torch.randint(2**62, (1,)) for _ in range(min(most, -(-ENOUGH // values)))]
 
 
 def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -> float:
@@ -182,7 +192,7 @@ def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -
 
 def _rounding_of_sums(x: Tensor, weights: Tensor, held: Held) -> dict[int, float]:
     """What rounding sums adds, by bits; `weights` are the D of each sum's terms, added up."""
-    seeds = _seeds(weights.numel())
+    seeds = _seeds(weights.numel(), DRAWS_OF_SUMS)
     noise = dict.fromkeys(SUM_BITS, 0.0)
     for seed in seeds:
         (sums,) = codec("probe").encode(x, seed, held)

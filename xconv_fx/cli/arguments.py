@@ -38,10 +38,12 @@ def add_model(command: argparse.ArgumentParser, inputs_required: bool = True) ->
     add = command.add_argument
     target = "what builds the model: FILE.py:callable, module:callable or 'module:Class(width=32)'"
     add("target", metavar="TARGET", help=target)
-    inputs = (
-        "an input such as 4x1x96x96x96 or 2x77:int64; repeat it for every argument, or name a callable that builds all"
-    )
-    add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", required=inputs_required, help=inputs)
+    inputs: dict[str, Any] = {
+        "help": "an input such as 4x1x96x96x96 or 2x77:int64; repeat it for every argument, or name a callable that "
+        "builds all",
+        "required": inputs_required,
+    }
+    add("--input", dest="inputs", metavar="SHAPE[:DTYPE]", action="append", default=[], **inputs)
     loss = f"{', '.join(LOSSES)}, or a callable of the output and the labels, compiled with the model (default: mean)"
     add("--loss", metavar="WHAT", help=loss)
     labels = "what the loss gets besides the output, such as 8:int64; repeat it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.text import Text
 from xconv_fx.cli.arguments import FAILED, OK, add_model, workload, write
 from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
+from xconv_fx.workload import names_callable
 
 if TYPE_CHECKING:
     from xconv_fx.statistics import Statistics
@@ -50,9 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.data is None) != bool(arguments.inputs):
         given = "neither --data nor --input" if arguments.data is None else "both --data and --input"
         raise UsageError(f"{given} given", DATA_HINT)
+    folder = Path(arguments.output).parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {arguments.output!r}: there is no directory {str(folder)!r}", "--output stats.json")
     from xconv_fx.user_data import measured_on_data, measured_on_inputs
 
-    step = replace(workload_of(arguments), allocate=True)
+    step = replace(workload(arguments), allocate=True)
     with status("building the model"):
         if arguments.data is not None:
             found = measured_on_data(step, arguments.data, int(arguments.batches))
@@ -64,12 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def workload_of(arguments: argparse.Namespace) -> Any:
-    """The step to measure; with --data there are no inputs to name."""
-    arguments.inputs = arguments.inputs or []
-    return workload(arguments)
-
-
 def _show(found: Statistics, arguments: argparse.Namespace) -> None:
     from xconv_fx.statistics_table import table
 
@@ -77,5 +76,5 @@ def _show(found: Statistics, arguments: argparse.Namespace) -> None:
     console.print(table(found))
     batches = f"{found.batches} batch" + ("" if found.batches == 1 else "es")
     console.print(Text(f" measured on {batches}; plans read it with --stats {arguments.output}"), soft_wrap=True)
-    if arguments.data is None and not any(":" in text and not text[0].isdigit() for text in arguments.inputs):
+    if arguments.data is None and not any(map(names_callable, arguments.inputs)):
         console.print(Text(" inputs were random numbers, labels zeros: for numbers that count, " + DATA_HINT))

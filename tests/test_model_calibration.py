@@ -1,0 +1,148 @@
+"""`calibrate` on small networks: what it finds, what it leaves as it was, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import xconv_fx
+from xconv_fx.errors import UnsupportedModelError
+from xconv_fx.layer_measurement import TRAVEL_DRAWS
+from xconv_fx.ops import Held, codec
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.1),
+        nn.Conv2d(6, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 2, 6, 6), torch.randint(0, 3, (size,))
+
+
+LOSS = nn.functional.cross_entropy
+
+
+def test_everything_is_left_as_it_was(tmp_path):
+    model = build()
+    model[4].eval()
+    for parameter in model[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    grads = [parameter.grad for parameter in model.parameters()]
+    buffers = dict(model.named_buffers())
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    data = [batch(), batch()]
+    torch.set_rng_state(generator)
+    found = xconv_fx.calibrate(model, LOSS, data, tmp_path / "stats.json")
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert [parameter.grad for parameter in model.parameters()] == grads and float(grads[0].min()) == 1
+    assert model.training and not model[4].training and not model[0]._forward_hooks
+    assert xconv_fx.Statistics.from_json((tmp_path / "stats.json").read_text()) == found
+    assert found.batches == 2 and list(found.layers) == ["0", "1", "4", "7"]
+
+
+def test_gradients_are_those_of_plain_autograd():
+    model, data = build()[4:], [(torch.randn(8, 6, 6, 6), torch.randint(0, 3, (8,))) for _ in range(2)]
+    found = xconv_fx.calibrate(model.eval(), LOSS, data)
+    assert not model.training
+    exact = [torch.autograd.grad(LOSS(model(x), y), model[0].weight)[0] for x, y in data]
+    assert found.layers["4"].gradient == pytest.approx(float(torch.stack(exact).mean(0).square().sum()), rel=1e-4)
+    own = []
+    for x, y in data:
+        rows = [torch.autograd.grad(LOSS(model(x[[n]]), y[[n]]) / 8, model[0].weight)[0] for n in range(8)]
+        own.append(8 / 7 * float((torch.stack(rows) - torch.stack(rows).mean(0)).square().sum()))
+    assert found.layers["4"].sgd == pytest.approx(sum(own) / 2, rel=1e-4)
+
+
+def test_errors_of_a_normalised_input_reach_the_layer_before():
+    """Against PyTorch's own backward of batch normalisation, run on codes."""
+    torch.manual_seed(3)
+    conv, norm = nn.Conv2d(2, 12, 3, padding=1), nn.BatchNorm2d(12)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 64, 3))
+    x, y = torch.randn(16, 2, 8, 8), torch.randint(0, 3, (16,))
+    reaches = [dict(xconv_fx.calibrate(model, LOSS, [(x, y)]).layers["1"].reaches) for _ in range(4)]
+    assert TRAVEL_DRAWS > 1 and all(set(found) == {"0"} for found in reaches)
+    predicted = sum(found["0"] for found in reaches) / 4
+
+    middle = conv(x).detach().requires_grad_()
+    out = norm(middle)
+    dy = torch.autograd.grad(LOSS(model[2:](out), y), out)[0]
+    held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), 1, bits=4)
+    mean, rstd = middle.detach().mean((0, 2, 3)), (middle.detach().var((0, 2, 3), correction=0) + norm.eps).rsqrt()
+
+    def gradient(value: Tensor) -> Tensor:
+        backward = torch.ops.aten.native_batch_norm_backward.default
+        dx = backward(dy, value, norm.weight, None, None, mean, rstd, True, norm.eps, [True, False, False])[0]
+        return torch.autograd.grad(conv(x), conv.weight, dx)[0]
+
+    exact, value, losses = gradient(middle.detach()), middle.detach(), []
+    for seed in torch.randint(2**62, (24, 1)):
+        estimate = codec("quantize").decode(codec("quantize").encode(value, seed, held), seed, held)
+        unit = float((estimate - value).square().sum() / value.square().sum())
+        losses.append(float((gradient(estimate) - exact).square().sum()) / unit)
+    assert predicted == pytest.approx(sum(losses) / 24, rel=0.3)
+
+
+def test_statistics_of_a_layer_that_runs_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x).relu())
+
+    model, x = Twice(), torch.randn(4, 3, 8)
+    found = xconv_fx.calibrate(model, lambda out: out.square().mean(), [(x, ())]).layers["conv"]
+    exact = torch.autograd.grad(model(x).square().mean(), model.conv.weight)[0]
+    assert found.gradient == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    assert found.sgd > 0
+
+
+class Windows(nn.Module):
+    """The layer's rows are windows of samples, not samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(-1, 1, 5)).mean((1, 2))
+
+
+def test_rows_that_are_no_samples_need_several_batches():
+    data = [(torch.randn(2, 10), ()) for _ in range(3)]
+    with pytest.raises(UnsupportedModelError, match=r"conv: one batch does not tell.*two batches or more"):
+        xconv_fx.calibrate(Windows(), lambda out: out.square().mean(), data[:1])
+    model = Windows()
+    found = xconv_fx.calibrate(model, lambda out: out.square().mean(), data).layers["conv"]
+    exact = torch.stack([torch.autograd.grad(model(x).square().mean(), model.conv.weight)[0] for x, _ in data])
+    assert found.sgd == pytest.approx(float(exact.var(0).sum()), rel=1e-3)
+
+
+MISTAKES = [
+    (lambda: (build(), LOSS, []), "batches: there is none to measure"),
+    (lambda: (build(), LOSS, [torch.randn(8, 2, 6, 6)]), "one is a tensor of shape .8, 2, 6, 6., not a pair"),
+    (lambda: (build(), lambda out, _: out, [batch()]), "the loss: returned a tensor of shape .8, 3."),
+    (lambda: (nn.Flatten(), lambda out, _: out.mean(), [batch()]), "Flatten: no such layer of it has a gradient"),
+    (lambda: (build().requires_grad_(False), LOSS, [batch()]), "Sequential: no such layer of it has a gradient"),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), MISTAKES, ids=[told[:20] for _, told in MISTAKES])
+def test_mistakes_are_told_what_works(given, told):
+    with pytest.raises(UnsupportedModelError, match=f"(?s){told}.*What would work: "):
+        xconv_fx.calibrate(*given())
