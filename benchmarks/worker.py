@@ -71,8 +71,10 @@ def _warm_up(compiled: bool) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:240]
+    """Type and message. Dynamo names the error that it wraps in a line of its own, after a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {message}"[:240]
 
 
 class Worker:
