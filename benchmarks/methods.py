@@ -4,8 +4,7 @@
 partitioner's `activation_memory_budget`, `torch.utils.checkpoint` around the blocks of the network, and Inductor's fp8
 quantisation of saved activations. None of them takes a budget in bytes, so they are run at a range of their own knobs.
 
-A `Worker` is a process that holds one network under one method and does what it is asked, one thing at a time, so that
-the caller decides who computes when. What is measured in it:
+A `Subject` is one network under one method, in a process of its own (worker.py). What is measured in it:
 
 * the peak: allocator events of one step (`xconv_fx.measure.training_peak`): parameters, buffers and inputs, and what
   the step allocates on top of them, gradients included, class indices not;
@@ -22,18 +21,14 @@ the caller decides who computes when. What is measured in it:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import gc
-import multiprocessing
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +37,6 @@ from nets import PEER_NETS, PeerNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import training_peak
 from xconv_fx.report import read_json
 
@@ -283,116 +277,10 @@ def _status(key: str) -> int:
     return int(found.group(1)) * 1024
 
 
-class MethodError(RuntimeError):
-    """A method does not work on a network. `smallest` is set if all that is wrong is a budget that is too small."""
-
-    def __init__(self, message: str, smallest: int | None = None) -> None:
-        super().__init__(message)
-        self.smallest = smallest
-
-
-def serve(pipe: Connection, net: PeerNet, method: Method, budget: int | None, threads: int, double: bool) -> None:
-    """A worker's life: build the network, then call the methods of `Subject` that are asked for until told to stop."""
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
-        subject: Subject | None = None
-        while (request := _receive(pipe)) is not None:
-            name, arguments = request
-            try:
-                if subject is None:
-                    _warm_up(method)
-                    subject = Subject(net, method, budget, torch.float64 if double else torch.float32)
-                pipe.send((getattr(subject, name)(*arguments), None))
-            except BudgetInfeasibleError as error:
-                pipe.send((None, (str(error).splitlines()[0], error.smallest)))
-            except Exception as error:
-                pipe.send((None, (_first_line(error), None)))
-
-
-def _receive(pipe: Connection) -> Any:
-    """The next request; None when whoever sent them is gone."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        return None
-
-
-def _warm_up(method: Method) -> None:
-    """Pay for imports and precompiled headers before the first step is timed."""
-    # Past the limit Dynamo would run the rest uncompiled, and the row would be about something else.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if not method.compiled:
-        return
-    from torch._inductor import config as inductor
-
-    import xconv_fx.backend  # noqa: F401
-
-    inductor.compile_threads = 1
-    values = torch.ones(8, requires_grad=True)
-    torch.compile(lambda x: x.sin() * 2)(values).sum().backward()
-    torch.compiler.reset()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:240]
-
-
-class Worker:
-    """A process that trains one network by one method, on request. Raises `MethodError` for whatever goes wrong in it.
-
-    Nothing is computed, not even the network built, before the first request.
-    """
-
-    def __init__(
-        self,
-        net: PeerNet,
-        method: Method,
-        budget: int | None = None,
-        *,
-        threads: int = 1,
-        timeout: float = 3600,
-        double: bool = False,
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.method, self.budget, self.timeout = method, budget, timeout
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, net, method, budget, threads, double), name=method.name
-        )
-        self._process.start()
-        theirs.close()
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Call a method of the worker's `Subject` and wait for what it returns."""
-        try:
-            self._pipe.send((name, arguments))
-            if not self._pipe.poll(self.timeout):
-                self._process.kill()
-                raise MethodError(f"no answer within {self.timeout:.0f} s")
-            result, problem = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise MethodError(f"the process died with exit code {self._process.exitcode}") from None
-        if problem is not None:
-            raise MethodError(*problem)
-        return result
-
-    def close(self) -> None:
-        """End the process, by force if it does not end by itself."""
-        with contextlib.suppress(OSError):
-            self._pipe.send(None)
-        self._process.join(30)
-        if self._process.is_alive():
-            self._process.kill()
-        self._pipe.close()
-
-
 def tiny(net: PeerNet) -> PeerNet:
     """The network with the smallest batch that still trains: for checking that everything runs."""
     channels, space = net.input_shape[1], net.input_shape[2:]
     return dataclasses.replace(net, input_shape=(2, channels, *([64] if len(space) == 2 else [16]) * len(space)))
 
 
-__all__ = ["AT_PEER", "METHODS", "PEER_NETS", "GradientError", "Method", "MethodError", "Worker", "tiny"]
+__all__ = ["AT_PEER", "METHODS", "PEER_NETS", "GradientError", "Method", "Subject", "tiny"]

@@ -92,15 +92,20 @@ def vgg() -> nn.Module:
 
 def plain_unet2d() -> nn.Module:
     """nnU-Net's PlainConvUNet (Nature Methods 18, 2021) in 2D: instance norm and in-place LeakyReLU."""
-    return _plain_unet(nn.Conv2d, nn.InstanceNorm2d, features=(16, 32, 64, 64), classes=4)
+    return plain_unet(nn.Conv2d, nn.InstanceNorm2d, features=(16, 32, 64, 64), classes=4)
 
 
-def _plain_unet(conv: type[nn.Module], norm: type[nn.Module], features: tuple[int, ...], classes: int) -> nn.Module:
-    """PlainConvUNet as nnU-Net configures it: two convolutions a stage, each stage at half the size of the last."""
+def plain_unet(
+    conv: type[nn.Module], norm: type[nn.Module], features: tuple[int, ...], classes: int, channels: int = 1
+) -> nn.Module:
+    """PlainConvUNet as nnU-Net configures it: two convolutions a stage, each stage at half the size of the last.
+
+    `channels` are the input's, `classes` the output's.
+    """
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
     return PlainConvUNet(
-        input_channels=1,
+        input_channels=channels,
         n_stages=len(features),
         features_per_stage=features,
         conv_op=conv,
@@ -144,7 +149,7 @@ def vgg_stages() -> nn.Module:
 
 def plain_unet3d() -> nn.Module:
     """nnU-Net's PlainConvUNet in 3D, at half its own first width."""
-    return _plain_unet(nn.Conv3d, nn.InstanceNorm3d, features=(16, 32, 64), classes=3)
+    return plain_unet(nn.Conv3d, nn.InstanceNorm3d, features=(16, 32, 64), classes=3)
 
 
 def convnext() -> nn.Module:

@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import functools
 import json
 import statistics
 import sys
@@ -45,9 +46,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods import AT_PEER, METHODS, PEER_NETS, Method, MethodError, Worker, tiny
+import torch
+from methods import AT_PEER, METHODS, PEER_NETS, Method, Subject, tiny
 from rich.console import Console
 from tables import NetReport, Row, as_json, predictions_table, summarise, summary_table, table_of
+from worker import MethodError, Worker
 
 # A lowest budget that the audit finds too low comes back higher; more than a few rounds would mean it never settles.
 LOWEST_ROUNDS = 6
@@ -101,7 +104,14 @@ class Comparison:
 
     def _worker(self, method: Method, budget: int | None = None, double: bool = False) -> Worker:
         chosen = self.settings
-        return Worker(self.net, method, budget, threads=chosen.threads, timeout=chosen.timeout, double=double)
+        subject = functools.partial(Subject, self.net, method, budget, torch.float64 if double else torch.float32)
+        return Worker(
+            subject,
+            name=method.name,
+            threads=chosen.threads,
+            timeout=chosen.timeout,
+            compiled=method.compiled,
+        )
 
     def _group(self, methods: Iterable[Method]) -> None:
         """Methods whose processes are alive together and take turns."""

@@ -1,0 +1,248 @@
+"""What the fidelity study found: its records, the verdict on each method, the tables and the picture.
+
+The columns, over the seeds of a method:
+
+    score         on held-out data, mean ± standard deviation; higher is better
+    difference    of the mean from that of exact training, in standard deviations of exact training over its seeds
+    peak          measured physical peak of a step in MB, and as a share of exact training's
+    step          processor time of a step over exact training's
+    slices        in which the batch is run
+    predicted     noise by the plan: variance relative to the energy of what is approximated, summed over residuals
+    error         of a trained network's gradient: energy of the added noise relative to the exact gradient's
+    of SGD noise  the same, over the variance of exact gradients from batch to batch
+    verdict       whether the mean score is within two standard deviations of exact training; "hurts" when below
+
+Methods in bfloat16 are compared with exact training in bfloat16. Where records of several commits are known, a method
+is shown by those of the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fidelity_tasks import STUDIES
+from fidelity_training import METHODS, Run
+
+WITHIN = 2.0
+HEADINGS = (
+    "method", "seeds", "score", "difference", "peak, MB", "share", "step", "slices", "predicted", "error",
+    "of SGD noise", "verdict",
+)  # fmt: skip
+# Family of methods: colour and marker.
+STYLES = {
+    "exact": ("black", "o"),
+    "xconv-": ("tab:red", "o"),
+    "actnn": ("tab:blue", "v"),
+    "xconv": ("tab:green", "D"),
+    "fixed": ("tab:purple", "P"),
+    "bf16-exact": ("0.5", "s"),
+    "bf16-xconv": ("tab:orange", "s"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run from one seed, or the `problem` because of which there is none."""
+
+    task: str
+    method: str
+    seed: int
+    commit: str
+    steps: int
+    run: Run | None
+    problem: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(line: str) -> Record:
+        """Inverse of `to_json`. Raises `ValueError` for anything else."""
+        try:
+            data: dict[str, Any] = json.loads(line)
+            run = data.pop("run")
+            return Record(**data, run=None if run is None else Run(**run))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a record of the fidelity study: {line[:80]!r} ({error})") from error
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file of JSON lines, in order; none if there is no such file."""
+    return [Record.from_json(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Row:
+    """The records of one method on one task, of one commit."""
+
+    method: str
+    records: Sequence[Record]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [record.run for record in self.records if record.run is not None]
+
+    @property
+    def problem(self) -> str:
+        """What the last attempt met, if it failed."""
+        return self.records[-1].problem
+
+    def mean(self, value: Callable[[Run], float | None]) -> float | None:
+        """Over the runs; None if it is not known of each."""
+        known = [found for found in map(value, self.runs) if found is not None]
+        return statistics.mean(known) if known and len(known) == len(self.runs) else None
+
+    @property
+    def score(self) -> float:
+        return statistics.mean(run.score for run in self.runs)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the score; None of a single run."""
+        return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else None
+
+
+def rows_of(records: Iterable[Record], task: str) -> dict[str, Row]:
+    """By method, in the order of `METHODS`; a run that was repeated counts once, as it came out last."""
+    mine = [record for record in records if record.task == task]
+    rows = {}
+    for method in METHODS:
+        of_method = [record for record in mine if record.method == method]
+        if not of_method:
+            continue
+        newest = of_method[-1]
+        same = [r for r in of_method if (r.commit, r.steps) == (newest.commit, newest.steps)]
+        by_seed = {record.seed: record for record in same}
+        rows[method] = Row(method, sorted(by_seed.values(), key=lambda record: (record.run is None, record.seed)))
+    return rows
+
+
+def difference(row: Row, exact: Row | None) -> float | None:
+    """Of the mean scores, in standard deviations of exact training; None where that has none, NaN after divergence."""
+    if exact is None or not row.runs or not exact.runs or not exact.spread:
+        return None
+    return (row.score - exact.score) / exact.spread
+
+
+def verdict(row: Row, exact: Row | None) -> str:
+    if not row.runs:
+        return row.problem
+    failed = f"; then {row.problem}" if row.problem else ""
+    if row.method == METHODS[row.method].reference:
+        return f"the reference{failed}"
+    off = difference(row, exact)
+    if off is None:
+        return f"no spread of exact training to compare with{failed}"
+    if math.isnan(off):
+        return f"**hurts**: diverged{failed}"
+    if off < -WITHIN:
+        return f"**hurts**{failed}"
+    return ("within" if off <= WITHIN else "better") + failed
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """A heading and a table for each task."""
+    parts = [
+        (f"The columns{(__doc__ or '').partition('The columns')[2]}").strip().replace("\n\n    ", "\n\n```\n    ", 1)
+    ]
+    parts[0] = parts[0].replace("\n\nMethods in", "\n```\n\nMethods in", 1)
+    for task in STUDIES:
+        rows = rows_of(records, task)
+        if rows:
+            parts.append(_section(task, rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(task: str, rows: dict[str, Row]) -> str:
+    commits = sorted({record.commit for row in rows.values() for record in row.records})
+    steps = sorted({record.steps for row in rows.values() for record in row.records})
+    baselines = {run.baseline for row in rows.values() for run in row.runs}
+    about = [f"Score: {STUDIES[task].score}."]
+    if baselines:
+        about.append(f"Without learning: {max(baselines):.4g}.")
+    about += [f"Steps: {', '.join(map(str, steps))}.", f"Sources of commit {', '.join(commits)}."]
+    lines = [" | ".join(("", *cells, "")).strip() for cells in (HEADINGS, ["---"] * len(HEADINGS))]
+    lines += [" | ".join(("", *_cells(row, rows), "")).strip() for row in rows.values()]
+    return "\n".join((f"### {task}", "", " ".join(about), "", *lines))
+
+
+def _cells(row: Row, rows: dict[str, Row]) -> tuple[str, ...]:
+    exact = rows.get(METHODS[row.method].reference)
+    if not row.runs:
+        return (row.method, "0", *[""] * (len(HEADINGS) - 3), verdict(row, exact).replace("|", "/"))
+    spread, off = row.spread, difference(row, exact)
+    peak, step = row.mean(lambda run: run.peak), row.mean(lambda run: run.step)
+    exact_peak = exact.mean(lambda run: run.peak) if exact else None
+    exact_step = exact.mean(lambda run: run.step) if exact else None
+    return (
+        row.method,
+        str(len(row.runs)),
+        f"{row.score:.4g}" + ("" if spread is None else f" ± {spread:.2g}"),
+        _show(off, "{:+.1f}"),
+        _show(peak and peak / 1e6, "{:.1f}"),
+        _show(peak and exact_peak and peak / exact_peak, "{:.2f}"),
+        _show(step and exact_step and step / exact_step, "{:.2f}"),
+        _show(row.mean(lambda run: run.slices), "{:.0f}"),
+        _show(row.mean(lambda run: run.noise), "{:.2g}"),
+        _show(row.mean(lambda run: run.error), "{:.1e}"),
+        _show(row.mean(lambda run: run.of_sgd), "{:.1e}"),
+        verdict(row, exact).replace("|", "/"),
+    )
+
+
+def _show(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Write a PNG: score against peak, a panel a task. Grey is within two standard deviations of exact training."""
+    # Not a dependency of the package: the tables need none.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = [task for task in STUDIES if any(record.task == task and record.run for record in records)]
+    columns = min(3, len(tasks))
+    figure, panels = pyplot.subplots(
+        math.ceil(len(tasks) / columns), columns, figsize=(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns) + 0.6),
+        squeeze=False,
+    )  # fmt: skip
+    for axes in panels.flat[len(tasks) :]:
+        axes.remove()
+    for task, axes in zip(tasks, panels.flat, strict=False):
+        _panel(axes, task, rows_of(records, task))
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.containers}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=6, frameon=False, fontsize="small")
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _panel(axes: Any, task: str, rows: dict[str, Row]) -> None:
+    exact = rows.get("exact")
+    base = exact.mean(lambda run: run.peak) if exact else None
+    if exact and exact.runs and exact.spread:
+        low, high = (exact.score + sign * WITHIN * exact.spread for sign in (-1, 1))
+        axes.axhspan(low, high, color="0.9", zorder=0)
+    for row in rows.values():
+        peak = row.mean(lambda run: run.peak)
+        if peak is not None and not math.isnan(row.score):
+            colour, marker = _style(row.method)
+            x = peak / base if base else peak / 1e6
+            error = row.spread or 0.0
+            axes.errorbar(
+                x, row.score, error, color=colour, marker=marker, linestyle="none", capsize=2, label=row.method
+            )
+    axes.set(title=task, ylabel=STUDIES[task].score, xlabel="peak, relative to Inductor" if base else "peak, MB")
+    axes.grid(alpha=0.3)
+
+
+def _style(method: str) -> tuple[str, str]:
+    return next((style for start, style in STYLES.items() if method.startswith(start)), ("tab:brown", "x"))
