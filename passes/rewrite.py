@@ -23,7 +23,7 @@ from .graph import inline, origin_meta, tensor_of
 from .normalisation import Norm
 from .partition import Pair
 from .recompute import Chain
-from .residuals import Residual
+from .residuals import Residual, physical_order
 
 aten = torch.ops.aten
 
@@ -220,6 +220,8 @@ class _Writer:
         if boolean not in self.packed:
             value = tensor_of(boolean)
             assert value is not None
+            if len(order) != value.dim():  # Between it and the residual lies a change of shape.
+                order = physical_order(value, channels_last=False)
             held = Held("bitmask", tuple(int(n) for n in value.shape), torch.bool, order, 0)
             (words,) = self.encode(boolean, held, [])
             self.packed[boolean] = (words, held)

@@ -301,6 +301,19 @@ def test_stochastic_choices_are_right_in_the_mean(case, one_thread):
     assert noisy
 
 
+def test_a_mask_before_a_change_of_shape_keeps_its_own_dims():
+    """The flattened activation is replayed from codes, with the signs of the true one, which has four dims."""
+    stages = [layer for channels in (3, 8) for layer in (conv(channels, 8), nn.BatchNorm2d(8), nn.ReLU())]
+    encoder = *stages, nn.Flatten(), nn.Linear(8 * 12 * 16, 12)
+    # Large enough that the peak is here, while the encoder's residuals are held.
+    decoder = nn.Unflatten(1, (1, 3, 4)), nn.Upsample(scale_factor=12), conv(1, 8), nn.ReLU(), conv(8, 1)
+    traced = trace(nn.Sequential(*encoder, *decoder), torch.randn(2, 3, 12, 16))
+    job = smallest(traced, codecs=["quantize:2", "bitmask", "recompute"])
+    assert [choice.codec for choice in job.plan.choices if choice.shape == (2, 8 * 12 * 16)] == ["recompute"]
+    unpacked = job.pair.backward.graph.find_nodes(op="call_function", target=torch.ops.xconv.unpack_mask.default)
+    assert (2, 8, 12, 16) in [tuple(node.meta["val"].shape) for node in unpacked]
+
+
 def test_a_stream_repeats_its_draws():
     from xconv_fx.ops import seed
     from xconv_fx.passes import pipeline
