@@ -15,7 +15,8 @@ from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.passes import planning
 from xconv_fx.passes.expected_noise import expected_noise, measured_noise
-from xconv_fx.passes.problem import link, pose
+from xconv_fx.passes.links import link
+from xconv_fx.passes.problem import pose
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.statistics import LayerStatistics, Layout, Statistics
 
