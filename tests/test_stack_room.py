@@ -11,11 +11,12 @@ import pytest
 from xconv_fx.stack_room import with_stack_room
 
 CALLS = 300
-DEPTHS = range(60)
+DEPTHS = range(120)
 
 
-def leaf() -> None:
-    pass
+def leaf(x: int = 0) -> None:
+    # Locals of a known size: its frame is larger than one of `at`, so that one of the depths leaves no room for it.
+    a = b = c = d = e = f = g = h = i = j = k = m = n = o = p = q = r = s = t = u = v = w = y = z = x  # noqa: F841
 
 
 def faults_of_calls() -> int:
@@ -29,7 +30,7 @@ def most_faults(depths: range = DEPTHS) -> int:
     """The page faults of `CALLS` calls from the depth where they cause most."""
 
     def at(depth: int) -> int:
-        # Locals of a known size, so that the depths together span more than a chunk.
+        # Locals of a known size: the depths together span more than a chunk.
         a = b = c = d = e = f = g = h = i = j = k = m = n = o = p = q = depth  # noqa: F841
         return at(depth - 1) if depth else faults_of_calls()
 
