@@ -5,10 +5,15 @@ digit; four fifths of each digit are for training, the rest for the score.
 
     python examples/mnist_resnet.py --budget 60% --seeds 3
 
-needs requirements/nets.txt.
+needs requirements/nets.txt. Network and data are callables by themselves, for the command line:
+
+    xconv calibrate-model examples/mnist_resnet.py:build --data examples/mnist_resnet.py:batches \\
+        --loss torch.nn.functional:cross_entropy --output stats.json
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -40,6 +45,12 @@ class Block(nn.Module):
         return F.relu(inner + self.shortcut(x))
 
 
+def build() -> nn.Module:
+    stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, DIGITS))
+
+
 class Digits:
     """Random batches of the training digits, and accuracy on those held out."""
 
@@ -65,9 +76,7 @@ class Digits:
         return mask
 
     def build(self) -> nn.Module:
-        stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-        blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
-        return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, DIGITS))
+        return build()
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(self.train_images), (BATCH,), generator=generator)
@@ -78,6 +87,13 @@ class Digits:
 
     def score(self, model: nn.Module) -> dict[str, float]:
         return {"accuracy": (model(self.test_images).argmax(1) == self.test_labels).float().mean().item()}
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """The first batches of training, without end."""
+    data, generator = Digits(), torch.Generator().manual_seed(0)
+    while True:
+        yield data.batch(generator)
 
 
 if __name__ == "__main__":
