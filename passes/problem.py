@@ -25,7 +25,6 @@ from xconv_fx.options import Options
 from xconv_fx.plan import Choice
 
 from . import rungs
-from .expected_noise import expected_noise
 from .graph import (
     arguments,
     is_elementwise,
@@ -52,11 +51,15 @@ LOSS_COPIES = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where."""
+    """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
+
+    A value that is replayed from codes needs them to have so many `bits`, or more.
+    """
 
     choice: Choice
     option: Option
     added: Added = EXACT
+    bits: int = 0
 
 
 def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]]) -> tuple[Item, ...]:
@@ -261,30 +264,37 @@ class _Poser:
         sources = [(self.index[name], self.large[name]) for name in chain.sources]
         if chain.reruns:
             return [self._rerun(residual, chain, [source for _, source in sources])]
-        row = [self._replay(residual, chain, sources, exact=True)]
+        row = [self._replay(residual, chain, sources)]
+        allowed = self.options.codecs
         lossy = (
-            "quantize" in self.options.codecs
+            "quantize" in allowed
+            and "bitmask" in allowed
             and sources
             and chain.masks is not None
-            and "nonlinear" not in residual.uses
+            and all("nonlinear" not in r.uses for r in (residual, *(source for _, source in sources)))
         )
-        if lossy and "bitmask" in self.options.codecs and all("nonlinear" not in s.uses for _, s in sources):
-            row.append(self._replay(residual, chain, sources, exact=False))
+        if lossy:
+            row += [self._replay(residual, chain, sources, bits) for bits in allowed.bits if bits > 1]
         return row
 
-    def _replay(self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], exact: bool) -> Candidate:
-        size, added, name = chain.extra_bytes, EXACT, "recompute"
-        if not exact:
+    def _replay(
+        self, residual: Residual, chain: Chain, sources: list[tuple[int, Residual]], bits: int | None = None
+    ) -> Candidate:
+        """Replay from exact sources, or from codes of so many bits; one bit is too coarse."""
+        size, added = chain.extra_bytes, EXACT
+        if bits is not None:
             size += _packed_bytes(residual.forward) * len({*residual.masks, *(chain.masks or ())})
-            added = self.noises.of(residual, max(self._noise_of(source) for _, source in sources))
-        candidate = self._candidate(residual, name, size, decoded=True, traffic=chain.traffic, added=added)
+            codes = [(source, Held("quantize", **self._held(source), bits=bits)) for _, source in sources]
+            added = self.noises.replayed(residual, codes)
+        candidate = self._candidate(residual, "recompute", size, decoded=True, traffic=chain.traffic, added=added)
         last = self._last(residual)
         extended = tuple(
             (self._last(source) + 1, last, source.bytes) for _, source in sources if self._last(source) < last
         )
         # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
-        option = replace(candidate.option, name=name if exact else "replay", loads=candidate.option.loads + extended)
-        return replace(candidate, option=option)
+        name = "recompute" if bits is None else "replay"
+        option = replace(candidate.option, name=name, loads=candidate.option.loads + extended)
+        return replace(candidate, option=option, bits=bits or 0)
 
     def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
         """Run the convolution again before its result is first read; from then on it is held like any value."""
@@ -302,11 +312,6 @@ class _Poser:
     def _cheap_sources(self, name: str) -> tuple[str, ...]:
         chain = self.chains.get(name)
         return () if chain is None or chain.reruns else chain.sources
-
-    def _noise_of(self, source: Residual) -> float:
-        bits = max((b for b in self.options.codecs.bits), default=8)
-        held = Held("quantize", **self._held(source), bits=min(bits, 4))
-        return expected_noise(held, rectified=False)
 
     def _candidate(
         self, residual: Residual, codec: str, size: int, *, decoded: bool, traffic: int, added: Added = EXACT
@@ -351,20 +356,20 @@ def _packed_bytes(node: fx.Node) -> int:
 def link(posed: Posed) -> Posed:
     """Fill in what replayed residuals need of their sources.
 
-    A "recompute" needs exact ones, a "replay" codes. A "rerun" needs sources that are kept, or replayed from kept ones:
-    one convolution is run again at a time, never a whole forward.
+    A "recompute" needs exact ones, a "replay" codes of its width or wider. A "rerun" needs sources that are kept, or
+    replayed from kept ones: one convolution is run again at a time, never a whole forward.
     """
     index = {residual.name: i for i, residual in enumerate(posed.residuals)}
     named = dict(zip(index, posed.candidates, strict=True))
     # First which options are left, then their places: a source with a fixed codec may allow nothing.
     left = {
-        name: tuple(c for c in row if all(_allowed(named[s], names) for s, names in _needed(posed, name, c).items()))
+        name: tuple(c for c in row if all(allowed for _, allowed in _sources(posed, named, name, c)))
         for name, row in named.items()
     }
     rows = tuple(
         tuple(
             replace(c, option=replace(c.option, needs=tuple(
-                (index[source], _allowed(left[source], names)) for source, names in _needed(posed, name, c).items()
+                (index[source], allowed) for source, allowed in _sources(posed, left, name, c)
             )))
             for c in row
         )
@@ -375,6 +380,14 @@ def link(posed: Posed) -> Posed:
 
 _EXACT = frozenset({"keep", "recompute", "rerun"})
 _NEEDS = {"recompute": _EXACT, "replay": _EXACT | {"quantize"}, "rerun": frozenset({"keep", "recompute"})}
+
+
+def _sources(
+    posed: Posed, rows: Mapping[str, tuple[Candidate, ...]], name: str, candidate: Candidate
+) -> list[tuple[str, frozenset[int]]]:
+    """What a candidate of the residual `name` is replayed from, and the places of the options that those may take."""
+    needed = _needed(posed, name, candidate).items()
+    return [(source, _allowed(rows[source], names, candidate.bits)) for source, names in needed]
 
 
 def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, frozenset[str]]:
@@ -390,10 +403,10 @@ def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, frozense
     return needed
 
 
-def _allowed(row: Iterable[Candidate], names: frozenset[str]) -> frozenset[int]:
-    """Places of the options of these names; of codes, those of one bit are too coarse to replay from."""
+def _allowed(row: Iterable[Candidate], names: frozenset[str], bits: int) -> frozenset[int]:
+    """Places of the options of these names; of codes, those of so many bits or more."""
     return frozenset(
         place
         for place, c in enumerate(row)
-        if c.option.name in names and not (c.option.name == "quantize" and c.choice.bits == 1)
+        if c.option.name in names and not (c.option.name == "quantize" and (c.choice.bits or 0) < bits)
     )
