@@ -12,21 +12,24 @@ BITS = (4, 2, 1)
 
 
 def table(found: Statistics) -> Table:
-    """For layers with weights: the norm of the mean gradient, the SGD noise of a batch relative to it, and what the
-    codes of the input add to the SGD noise; for normalisation layers, how much of an error travels on."""
+    """Norm of each layer's mean gradient; the SGD noise of a batch relative to its square; what codes of its input add
+    to the SGD noise, its own for layers with a weight gradient, that of the layers before for normalisation layers."""
     shown = report_table()
     shown.add_column("layer")
-    for column in ("gradient", "SGD noise", *(f"{bits} bits" for bits in BITS), "travels"):
+    for column in ("gradient", "SGD noise", *(f"{bits} bits" for bits in BITS)):
         shown.add_column(column, justify="right", no_wrap=True)
     for name, layer in found.layers.items():
-        shown.add_row(Name(name), *_cells(layer))
+        shown.add_row(Name(name), *_cells(layer, found))
     return shown
 
 
-def _cells(layer: LayerStatistics) -> list[str]:
-    if layer.travel is not None:
-        return [""] * (2 + len(BITS)) + [f"{layer.travel:.2g}"]
+def _cells(layer: LayerStatistics, found: Statistics) -> list[str]:
     codes = dict(next(iter(layer.layouts.values())).codes)
-    noise = [f"{codes[bits] * layer.energy / layer.sgd:.2g}" if layer.sgd > 0 else "" for bits in BITS]
-    relative = f"{layer.sgd / layer.gradient:.2g}" if layer.gradient > 0 else ""
-    return [f"{layer.gradient**0.5:.2g}", relative, *noise, ""]
+    if layer.travel is None:
+        size, relative = f"{layer.gradient**0.5:.2g}", f"{layer.sgd / layer.gradient:.2g}" if layer.gradient else ""
+        energy, noise = layer.energy, layer.sgd
+    else:
+        size = relative = ""
+        energy = sum(variance for _, variance in layer.reaches)
+        noise = sum(found.layers[name].sgd for name, _ in layer.reaches if name in found.layers)
+    return [size, relative, *(f"{codes[bits] * energy / noise:.2g}" if noise > 0 else "" for bits in BITS)]
