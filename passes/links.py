@@ -1,14 +1,15 @@
 """What residuals that are made again need of those that they are made from, as needs between the solver's options.
 
 * "recompute": exact sources, kept or made again exactly themselves.
-* "replay": sources that are exact or quantised, in two bits or more; with `bits`, quantised in as many or more.
-* "signed": sources that are normalised held as `fixed` in the same bits; others as for a "replay".
+* "replay": sources that are exact or quantised, in its `bits` or more.
+* "signed": sources that are normalised held as `fixed` in its `bits`; others as for a "replay".
 * "rerun" of a convolution: kept sources, or ones replayed from kept ones: one convolution is run again at a time, never
   a whole forward.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -44,17 +45,14 @@ def _needed(posed: Posed, name: str, candidate: Candidate) -> dict[str, Suits]:
     if kind not in ("recompute", "replay", "signed", "rerun"):
         return {}
     sources = posed.chains[name].sources
+    near: Suits = functools.partial(_is_near, candidate.bits)
     if kind == "signed":
         return {
-            source: (lambda c: c.choice.codec == "fixed" and c.choice.bits == candidate.bits)
-            if source in posed.norms
-            else _is_near
+            source: functools.partial(_is_fixed, candidate.bits) if source in posed.norms else near
             for source in sources
         }
-    if kind == "replay" and (least := candidate.bits) is not None:
-        return dict.fromkeys(sources, lambda c: c.option.name == "quantize" and (c.choice.bits or 0) >= least)
     if kind != "rerun":
-        return dict.fromkeys(sources, _is_exact if kind == "recompute" else _is_near)
+        return dict.fromkeys(sources, _is_exact if kind == "recompute" else near)
     behind = [far for source in sources if source in posed.chains for far in posed.chains[source].sources]
     return {**dict.fromkeys(sources, _is_close_by), **dict.fromkeys(behind, _is_kept)}
 
@@ -71,9 +69,13 @@ def _is_exact(candidate: Candidate) -> bool:
     return candidate.option.name in ("keep", "recompute", "rerun")
 
 
-def _is_near(candidate: Candidate) -> bool:
-    """Exact or in codes; those of one bit are too coarse."""
-    return _is_exact(candidate) or (candidate.option.name == "quantize" and candidate.choice.bits != 1)
+def _is_near(bits: int, candidate: Candidate) -> bool:
+    """Exact, or in codes of so many bits or more."""
+    return _is_exact(candidate) or (candidate.option.name == "quantize" and (candidate.choice.bits or 0) >= bits)
+
+
+def _is_fixed(bits: int, candidate: Candidate) -> bool:
+    return candidate.choice.codec == "fixed" and candidate.choice.bits == bits
 
 
 def _places(row: Iterable[Candidate], suits: Suits) -> frozenset[int]:

@@ -10,7 +10,7 @@ from xconv_fx.cost_model.memory import peak, profile
 from xconv_fx.cost_model.solver import Infeasible, solve
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import Options, with_unseen
-from xconv_fx.plan import Choice, Plan
+from xconv_fx.plan import Plan
 from xconv_fx.portable import effort
 from xconv_fx.slices import Slicing
 
@@ -74,7 +74,6 @@ def describe(
     """The plan that the solver's choice stands for."""
     chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
     bytes_at_peak, step = peak(posed.problem, choice)
-    choices = tuple(_settled(candidate.choice, candidate.option.name, posed, chosen) for candidate in chosen)
     return Plan(
         device=posed.device,
         budget=budget,
@@ -82,7 +81,7 @@ def describe(
         predicted_peak=bytes_at_peak,
         peak_at=posed.problem.labels[step],
         fixed_bytes=posed.fixed_bytes,
-        choices=choices,
+        choices=tuple(candidate.choice for candidate in chosen),
         noise=sum(candidate.option.noise for candidate in chosen),
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
@@ -111,15 +110,6 @@ def _assumed(posed: Posed) -> tuple[str, ...]:
         return ()
     more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
     return (f"without statistics, their noise by a prior: {', '.join(layers[:NAMED])}{more}",)
-
-
-def _settled(choice: Choice, option: str, posed: Posed, chosen: list) -> Choice:  # type: ignore[type-arg]
-    """A replayed residual's noise is that of the sources that were in fact chosen."""
-    if option not in ("replay", "signed"):
-        return choice
-    sources = posed.chains[choice.residual].sources
-    noise = max((c.choice.noise for c in chosen if c.choice.residual in sources), default=0.0)
-    return replace(choice, noise=noise)
 
 
 def infeasible(posed: Posed, error: Infeasible, budget: int, options: Options) -> BudgetInfeasibleError:

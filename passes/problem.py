@@ -29,7 +29,6 @@ from xconv_fx.options import Options
 from xconv_fx.plan import Choice
 
 from . import rungs
-from .expected_noise import expected_noise
 from .graph import (
     arguments,
     is_elementwise,
@@ -61,13 +60,13 @@ LOSS_COPIES = 3
 class Candidate:
     """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
 
-    `bits` is the least width of the codes that it is made again from, where that is part of the option.
+    A value that is replayed from codes needs them to have so many `bits`; a "replay" does with more (`links.py`).
     """
 
     choice: Choice
     option: Option
     added: Added = EXACT
-    bits: int | None = None
+    bits: int = 0
 
 
 def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]]) -> tuple[Item, ...]:
@@ -305,27 +304,28 @@ class _Poser:
         allowed, sources = self.options.codecs, [self.large[name] for name in chain.sources]
         if chain.reruns:
             return [self._rerun(residual, chain, sources)] if "recompute" in allowed else []
-        row = [self._replay(residual, chain, "recompute", 0, 0.0)] if "recompute" in allowed else []
+        row = [self._replay(residual, chain, "recompute")] if "recompute" in allowed else []
         if not sources or chain.masks is None or any("nonlinear" in r.uses for r in (residual, *sources)):
             return row
         masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}.values()
         if {"recompute", "quantize", "bitmask"} <= allowed.names:
-            # A preset shares bits out, so it has to know what codes of each width are worth.
-            for bits in (b for b in allowed.bits if b > 1) if allowed.preset else (None,):
-                noise = max(self._noise_of(source, bits) for source in sources)
-                row.append(replace(self._replay(residual, chain, "replay", len(masks), noise), bits=bits))
+            for bits in (b for b in allowed.bits if b > 1):  # One bit is too coarse.
+                codes = [(source, Held("quantize", **self._held(source), bits=bits)) for source in sources]
+                added = self.noises.replayed(residual, codes)
+                row.append(self._replay(residual, chain, "replay", bits, added, len(masks)))
         norms = [self.norms[source.name] for source in sources if source.name in self.norms]
         unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
         if norms and ("bitmask" in allowed or not unsigned):
             for bits in allowed.fixed_bits:
-                candidate = self._replay(residual, chain, "signed", len(unsigned), normal_error(bits))
-                row.append(replace(candidate, bits=bits))
+                added = self.noises.of(residual, normal_error(bits))
+                row.append(self._replay(residual, chain, "signed", bits, added, len(unsigned)))
         return row
 
-    def _replay(self, residual: Residual, chain: Chain, name: str, masks: int, noise: float) -> Candidate:
-        """The residual made again from others; `name` says from which (`links.py`), `masks` how many it needs."""
+    def _replay(
+        self, residual: Residual, chain: Chain, name: str, bits: int = 0, added: Added = EXACT, masks: int = 0
+    ) -> Candidate:
+        """The residual made again from others; `name` and `bits` say from which, `masks` how many it needs."""
         size = chain.extra_bytes + masks * _packed_bytes(residual.forward)
-        added = self.noises.of(residual, noise)
         candidate = self._candidate(residual, "recompute", size, decoded=True, traffic=chain.traffic, added=added)
         last, sources = self._last(residual), [self.large[source] for source in chain.sources]
         extended = tuple(
@@ -333,7 +333,7 @@ class _Poser:
         )
         # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
         option = replace(candidate.option, name=name, loads=candidate.option.loads + extended)
-        return replace(candidate, option=option)
+        return replace(candidate, option=option, bits=bits)
 
     def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
         """Run the convolution again before its result is first read; from then on it is held like any value."""
@@ -351,11 +351,6 @@ class _Poser:
     def _cheap_sources(self, name: str) -> tuple[str, ...]:
         chain = self.chains.get(name)
         return () if chain is None or chain.reruns else chain.sources
-
-    def _noise_of(self, source: Residual, bits: int | None) -> float:
-        """What codes of the source are expected to add, of 4 bits or the most that are allowed where it is open."""
-        held = Held("quantize", **self._held(source), bits=bits or min(max(self.options.codecs.bits, default=8), 4))
-        return expected_noise(held, rectified=False)
 
     def _candidate(
         self, residual: Residual, codec: str, size: int, *, decoded: bool, traffic: int, added: Added = EXACT

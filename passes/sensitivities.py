@@ -15,6 +15,7 @@ from torch import fx
 
 from xconv_fx.cost_model.noise import Use
 from xconv_fx.errors import OptionError
+from xconv_fx.ops.quantize import bits_of
 from xconv_fx.ops.registry import Held
 from xconv_fx.statistics import LayerStatistics, Statistics
 
@@ -130,6 +131,25 @@ class Sensitivities:
     def of(self, residual: Residual, noise: float) -> Added:
         """What an error of this relative energy adds, wherever it comes from."""
         return _sum([(reading, noise) for reading in self.readings[residual.name]])
+
+    def replayed(self, residual: Residual, sources: Sequence[tuple[Residual, Held]]) -> Added:
+        """What replaying the residual from sources that are held so adds.
+
+        By the prior it is as noisy as the noisiest of them.
+        """
+        prior = max(expected_noise(held, rectified=False) for _, held in sources)
+        noises = []
+        for reading in self.readings[residual.name]:
+            known = {} if reading.known is None else dict(reading.known.replays)
+            norms = [next((norm for norm in source.norms if norm in known), None) for source, _ in sources]
+            if all(norm is not None for norm in norms):
+                noise = sum(
+                    dict(known[norm])[bits_of(held)] for norm, (_, held) in zip(norms, sources, strict=True) if norm
+                )
+            else:
+                noise = prior
+            noises.append((reading, noise))
+        return _sum(noises)
 
     def unmeasured(self) -> tuple[str, ...]:
         """The layers with weight gradients whose noise is a prior although there are statistics."""

@@ -96,6 +96,33 @@ def test_errors_of_a_normalised_input_reach_the_layer_before():
     assert predicted == pytest.approx(sum(losses) / 24, rel=0.3)
 
 
+def test_the_noise_of_an_input_that_is_replayed_from_codes():
+    """Against the gradients of draws: codes through PyTorch's batch normalisation and rectifier."""
+    torch.manual_seed(4)
+    norm, conv = nn.BatchNorm2d(6), nn.Conv2d(6, 5, 3)
+    nn.init.uniform_(norm.bias, -1, 1)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), conv), torch.randn(8, 3, 12, 12)
+    known = xconv_fx.calibrate(model, lambda out: (out - 1).square().mean(), [(x, ())]).layers["3"]
+    middle = model[0](x).detach()
+    mean, variance = middle.mean((0, 2, 3)), middle.var((0, 2, 3), correction=0)
+    out = conv(norm(middle).relu())
+    dy = 2 * (out.detach() - 1) / out.numel()
+
+    def gradient(value: Tensor) -> Tensor:
+        normal = nn.functional.batch_norm(value, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+        inner = torch.where(norm(middle) > 0, normal, 0).detach()
+        return torch.autograd.grad(conv(inner), conv.weight, dy)[0]
+
+    exact = gradient(middle)
+    for bits, predicted in dict(known.replays)["1"]:
+        held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), 1, bits=bits)
+        losses = []
+        for seed in torch.randint(2**62, (24, 1)):
+            estimate = codec("quantize").decode(codec("quantize").encode(middle, seed, held), seed, held)
+            losses.append(float((gradient(estimate) - exact).square().sum()) / known.energy)
+        assert predicted == pytest.approx(sum(losses) / 24, rel=0.2)
+
+
 def test_statistics_of_a_layer_that_runs_twice():
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ FOLDS = (Fold(2.0, 1.1, ((2, 1.2), (4, 1.3))), Fold(8.0, 0.9, ((2, 1.0), (4, 1.1
 LAYOUT = Layout(((8, 1e-5), (2, 0.1)), FOLDS, FOLDS[:1])
 CONV = LayerStatistics(
     (4, 3, 3, 3), 8, {"contiguous": LAYOUT, "channels_last": Layout(((2, 0.2),))}, 2.0, 1.5, 1.2, 0.3, 4.0,
-    Spread(1.0, 0.2, 0.01), Spread(0.6, 0.1, 0.01),
+    Spread(1.0, 0.2, 0.01), Spread(0.6, 0.1, 0.01), replays=(("1", ((2, 0.4), (4, 0.03))),),
 )  # fmt: skip
 NORM = LayerStatistics((4,), 8, {"contiguous": LAYOUT}, 1.0, travel=0.1, reaches=(("0", 0.05),))
 STATS = Statistics({"0": CONV, "1": NORM}, 2)

@@ -7,16 +7,18 @@ count for more, as they do in the noise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xconv_fx.codec_set import BITS
 from xconv_fx.errors import UnsupportedModelError
-from xconv_fx.statistics import Fold, LayerStatistics, Layout, Spread
+from xconv_fx.statistics import Fold, LayerStatistics, Layout, Pairs, Spread
 
 from .moments import PART, Bilinear, codes, deviation, folds, orders, rounding_errors, sample_noise, spread
 
@@ -79,8 +81,19 @@ def _mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
     return first
 
 
-def measure_weighted(measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor, rows: bool) -> Tensor:
-    """Measure a call of a convolution or linear layer; its weight gradient. `rows`: dim 0 are the batch's samples."""
+def measure_weighted(
+    measurement: Measurement,
+    module: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    rows: bool,
+    sources: Iterable[tuple[str, nn.Module, Tensor]] = (),
+) -> Tensor:
+    """Measure a call of a convolution or linear layer; its weight gradient.
+
+    `rows`: dim 0 are the batch's samples. `sources` are normalisation layers from whose outputs x may have been made
+    by an activation, and their inputs.
+    """
     if x.dim() == (1 if isinstance(module, nn.Linear) else len(measurement.weight) - 1):
         x, dy = x.unsqueeze(0), dy.unsqueeze(0)
     layer = Bilinear.of(module, x, dy)
@@ -90,7 +103,9 @@ def measure_weighted(measurement: Measurement, module: nn.Module, x: Tensor, dy:
     reach = layer.reach(x, dy)
     energy = float((x.square() * reach).sum())
     if energy > 0 and math.isfinite(energy):
-        measurement.runs.append(_call(measurement.weight, layer, x, dy, reach, own, energy))
+        found = _call(measurement.weight, layer, x, dy, reach, own, energy)
+        replays = tuple((name, _replayed(norm, given, x, reach)) for name, norm, given in sources)
+        measurement.runs.append(replace(found, replays=replays))
     return gradient
 
 
@@ -118,6 +133,21 @@ def _call(
     return LayerStatistics(weight, len(x), layouts, energy, flat, arriving, plain=plain, deviation=without)
 
 
+def _replayed(norm: nn.Module, given: Tensor, x: Tensor, weights: Tensor) -> Pairs:
+    """(bits, v): the noise of x, of elements with these weights, when it is replayed from codes of what `norm` read.
+
+    Activations pass errors on where x is not zero, which holds for a rectifier, also of a sum.
+    """
+    *_, scale = _statistics(norm, given)
+    part = _part(x, weights)
+    passed = weights[part] * (_scaled(norm, scale.expand_as(given))[part] * (x[part] != 0)).square()
+    energy = float((x[part].square() * weights[part]).sum())
+    return tuple(
+        (bits, sum(float((e.square() * passed).sum()) for e in rounding_errors(given[part], bits, 1)) / energy)
+        for bits in BITS
+    )
+
+
 def _part(x: Tensor, weights: Tensor) -> Tensor:
     """The samples that codecs are run on: as many as fit into `PART` elements, those of most energy first."""
     count = max(1, PART // x[0].numel())
@@ -136,33 +166,31 @@ def measure_normalisation(
     gradient of the layer before. So errors are drawn, and sent backward by `weight_gradients`: from a gradient of x to
     the weight gradients of the layers before.
     """
-    shape = x.shape
-    x, g, dims = _sets(module, x, _scaled(module, dy))
-    scale = (x.var(dims, keepdim=True, unbiased=False) + module.eps).rsqrt()  # type: ignore[operator]
-    mean = x.mean(dims, keepdim=True)
+    mean, scale = _statistics(module, x)
+    g, sets = _scaled(module, dy), functools.partial(_set_mean, module)
 
     def input_gradient(held: Tensor) -> Tensor:
         normal = (held - mean) * scale
-        return (g - g.mean(dims, keepdim=True) - normal * (g * normal).mean(dims, keepdim=True)) * scale
+        return (g - sets(g) - normal * sets(g * normal)) * scale
 
-    exact, flat = input_gradient(x), x.reshape(shape)
+    exact = input_gradient(x)
     energy, passed = float(x.square().sum()), float(exact.square().sum())
     if not (energy > 0 and passed > 0 and math.isfinite(energy) and math.isfinite(passed)):
         return
     travel, reaches = 0.0, dict[str, float]()
-    for error in rounding_errors(flat, TRAVEL_BITS, TRAVEL_DRAWS):
-        change = input_gradient(x + error.view(x.shape)) - exact
+    for error in rounding_errors(x, TRAVEL_BITS, TRAVEL_DRAWS):
+        change = input_gradient(x + error) - exact
         unit = TRAVEL_DRAWS * float(error.square().sum()) / energy
         if unit == 0:
             continue
         travel += float(change.square().sum()) / passed / unit
-        for name, gradient in weight_gradients(change.reshape(shape)).items():
+        for name, gradient in weight_gradients(change).items():
             reaches[name] = reaches.get(name, 0.0) + float(gradient.square().sum()) / unit
-    part = _part(flat, torch.ones_like(flat))
-    ones = torch.ones_like(flat[part])
-    layouts = {name: Layout(codes(flat[part], ones, order)) for name, order in orders(flat).items()}
+    part = _part(x, torch.ones_like(x))
+    ones = torch.ones_like(x[part])
+    layouts = {name: Layout(codes(x[part], ones, order)) for name, order in orders(x).items()}
     found = LayerStatistics(
-        measurement.weight, len(flat), layouts, energy, travel=travel, reaches=tuple(sorted(reaches.items()))
+        measurement.weight, len(x), layouts, energy, travel=travel, reaches=tuple(sorted(reaches.items()))
     )
     measurement.runs.append(found)
 
@@ -180,11 +208,19 @@ def _scaled(module: nn.Module, dy: Tensor) -> Tensor:
     return dy * weight.detach().to(dy.dtype).view(shape)
 
 
-def _sets(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Input and gradient so shaped that what is normalised together lies along the dims returned."""
+def _statistics(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation that each element of `x` is normalised with, in shapes that broadcast to it."""
+    mean = _set_mean(module, x)
+    variance = _set_mean(module, (x - mean).square())
+    return mean, (variance + module.eps).rsqrt()  # type: ignore[operator]
+
+
+def _set_mean(module: nn.Module, x: Tensor) -> Tensor:
+    """For each element the mean over what is normalised together with it."""
     if isinstance(module, nn.GroupNorm):
-        x, g = (value.unflatten(1, (module.num_groups, -1)) for value in (x, g))
+        groups = x.unflatten(1, (module.num_groups, -1))
+        return groups.mean(list(range(2, groups.dim())), keepdim=True).expand_as(groups).reshape(x.shape)
     if isinstance(module, nn.LayerNorm):
-        return x, g, list(range(x.dim() - len(module.normalized_shape), x.dim()))
+        return x.mean(list(range(x.dim() - len(module.normalized_shape), x.dim())), keepdim=True)
     first = [0] if isinstance(module, BATCH_NORM) else []
-    return x, g, [*first, *range(2, x.dim())]
+    return x.mean([*first, *range(2, x.dim())], keepdim=True)

@@ -36,6 +36,9 @@ from .moments import NORMALISATIONS, WEIGHTED
 from .progress import announce
 from .untouched import untouched
 
+# Normalisation layers before a layer, with outputs of its input's size, from which that may be replayed.
+NEAR = 3
+
 BATCHES_HINT = "a list such as [(input, target), ...], each a tensor or a tuple of them"
 
 
@@ -115,6 +118,7 @@ class _Catcher:
         self.samples = 1 if first is None else len(first)
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.normalised: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.recent: list[tuple[str, nn.Module, Tensor]] = []
         self.listening = True
 
     def finish(self, loss: Tensor) -> None:
@@ -143,10 +147,14 @@ class _Catcher:
     def _called(self, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
         if not isinstance(out, Tensor) or not out.requires_grad or not given:
             return
-        x = given[0]
-        out.register_hook(lambda dy: self._arrived(module, x, dy.detach()))
+        x, near = given[0], []
+        if isinstance(module, NORMALISATIONS):
+            self.recent.append((self.names[module], module, x))
+        else:
+            near = [source for source in self.recent if source[2].shape == x.shape][-NEAR:]
+        out.register_hook(lambda dy: self._arrived(module, x, dy.detach(), near))
 
-    def _arrived(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
+    def _arrived(self, module: nn.Module, x: Tensor, dy: Tensor, near: list[tuple[str, nn.Module, Tensor]]) -> None:
         if not self.listening:
             return
         if isinstance(module, NORMALISATIONS):
@@ -155,7 +163,9 @@ class _Catcher:
             return
         with torch.autocast(x.device.type, enabled=False):
             wide = _wide(x.detach()), _wide(dy)
-            gradient = measure_weighted(self._measurement(module), module, *wide, len(x) == self.samples > 1)
+            rows = len(x) == self.samples > 1
+            sources = ((name, norm, _wide(given.detach())) for name, norm, given in near)
+            gradient = measure_weighted(self._measurement(module), module, *wide, rows, sources)
             self.gradients[self.names[module]].append(gradient)
 
     def _measurement(self, module: nn.Module) -> Measurement:

@@ -86,8 +86,11 @@ class LayerStatistics:
     For layers with a weight gradient: `energy` is E, `flat` the same for an error that is spread evenly over the input,
     `arriving` for one that arrives with the output gradient, of its energy and evenly spread; `gradient` the squared
     norm of the mean gradient, `sgd` the variance of a batch's gradient; `plain` and `deviation` are for dense
-    projections of the input and of its deviations from the channels' means. For normalisation layers `energy` is that
-    of the input, and `travel` and `reaches` are set instead. `layouts` is by name, of `LAYOUTS`.
+    projections of the input and of its deviations from the channels' means; `replays` is v by bits where the input is
+    replayed, through a rectifier, from codes of what a normalisation layer read, by that layer's name.
+
+    For normalisation layers `energy` is that of the input, and `travel` and `reaches` are set instead. `layouts` is by
+    name, of `LAYOUTS`.
     """
 
     weight: tuple[int, ...]
@@ -102,6 +105,7 @@ class LayerStatistics:
     deviation: Spread | None = None
     travel: float | None = None
     reaches: tuple[tuple[str, float], ...] = ()
+    replays: tuple[tuple[str, Pairs], ...] = ()
 
     def layout(self, order: tuple[int, ...]) -> Layout:
         """What was measured for a tensor whose dims lie in memory in this order, outermost first."""
@@ -179,10 +183,13 @@ def _size(shape: tuple[int, ...]) -> str:
 def _layer(entry: dict[str, Any]) -> LayerStatistics:
     spreads = {name: Spread(**entry[name]) if entry[name] is not None else None for name in ("plain", "deviation")}
     layouts = {name: _layout(layout) for name, layout in entry["layouts"].items()}
-    reaches = tuple((str(name), float(variance)) for name, variance in entry["reaches"])
-    return LayerStatistics(
-        **{**entry, **spreads, "weight": tuple(entry["weight"]), "layouts": layouts, "reaches": reaches}
-    )
+    known = {
+        "weight": tuple(entry["weight"]),
+        "layouts": layouts,
+        "reaches": tuple((str(name), float(variance)) for name, variance in entry["reaches"]),
+        "replays": tuple((str(name), _pairs(codes)) for name, codes in entry["replays"]),
+    }
+    return LayerStatistics(**{**entry, **spreads, **known})
 
 
 def _layout(entry: dict[str, Any]) -> Layout:

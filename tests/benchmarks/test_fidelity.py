@@ -87,7 +87,8 @@ def test_no_results_is_said(tmp_path):
 def test_runs_are_trained_once(tmp_path):
     """Two steps of exact training and of one budget; the second time there is nothing left to do."""
     results = tmp_path / "results.jsonl"
-    chosen = ("--quick", "--task", "superresolution", "--method", "exact", "--method", "xconv-60%", "--results", results)
+    chosen = ("--quick", "--task", "superresolution", "--method", "exact", "--method", "xconv-60%")
+    chosen = (*chosen, "--results", str(results))
     assert ": 2 runs" in study(*chosen)
     records = [json.loads(text) for text in results.read_text().splitlines()]
     assert [record["method"] for record in records] == ["exact", "xconv-60%"]

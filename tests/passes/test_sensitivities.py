@@ -116,3 +116,23 @@ def test_what_was_not_measured_of_a_layer_is_a_prior():
     for kind in ("fold", "gaussian"):
         held = replace(BLANK, kind=kind)
         assert measured_noise(held, bare) == expected_noise(held, rectified=True)
+
+
+def test_a_replay_is_as_noisy_as_the_codes_that_it_is_made_from(pair, stats):
+    """Of each width that its source may have; by the prior as noisy as the source, else as measured."""
+    for known in (None, stats):
+        posed = posed_of(pair, known, codecs="quantize,recompute,bitmask")
+        rows = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))
+        source = [r.name for r in posed.residuals].index("convolution")
+        replays = {c.bits: c for c in rows["relu"] if c.option.name == "replay"}
+        codes = candidates(posed, "convolution")
+        assert set(replays) == {2, 4, 8}
+        for bits, replay in replays.items():
+            ((item, allowed),) = replay.option.needs
+            widths = {rows["convolution"][place].choice.bits for place in allowed} - {None}
+            assert item == source and widths == {width for width in (2, 4, 8) if width >= bits}
+            if known is None:
+                assert replay.choice.noise == codes[bits].choice.noise
+            else:
+                assert replay.choice.noise == dict(dict(known.layers["3"].replays)["1"])[bits]
+        assert replays[2].option.noise > 10 * replays[4].option.noise > 100 * replays[8].option.noise > 0

@@ -11,7 +11,7 @@ as the many slices that run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -95,5 +95,5 @@ def _runs(phases: tuple[str, ...], columns: int) -> list[range]:
 
 
 def _chosen(row: tuple[Candidate, ...], choice: Choice) -> int:
-    """Which candidate a choice of a plan is; the noise of a replay is settled only in the plan."""
-    return next(i for i, candidate in enumerate(row) if replace(candidate.choice, noise=choice.noise) == choice)
+    """Which candidate a choice of a plan is."""
+    return next(i for i, candidate in enumerate(row) if candidate.choice == choice)
