@@ -66,6 +66,7 @@ METHODS: dict[str, Method] = {
         *(_preset(name) for name in ("actnn:L1", "actnn:L2", "actnn:L3", "xconv", "fixed:4")),
         Method("bf16-exact", options=None, reference="bf16-exact", bf16=True, slow=4),
         Method("bf16-xconv-60%", share=60, reference="bf16-exact", bf16=True, slow=4),
+        Method("bf16-xconv-lowest", share=LOWEST, reference="bf16-exact", bf16=True, slow=5),
     )
 }
 
