@@ -46,7 +46,7 @@ def converted():
     torch._dynamo.reset()
     model, x = Branches(), torch.randn(8, 3, 32, 32)
     result, report = xconv_fx.plan_and_convert(
-        model, x, mem_budget="75%", codecs="probe,quantize,bitmask", prefer="speed"
+        model, x, mem_budget="80%", codecs="probe,quantize,bitmask", prefer="speed"
     )
     torch._dynamo.reset()
     return model, result, report, x
