@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 def build(width=8):
-    torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
@@ -67,7 +66,11 @@ def test_shapes_are_filled_with_random_numbers_and_told_so(capsys):
     assert main(["calibrate-model", *arguments, "--batches", "1", "--output", "random.json"]) == OK
     assert "inputs were random numbers" in capsys.readouterr().out
     assert main(["calibrate-model", "net.py:build", "--input", "net.py:inputs", "--output", "-"]) == OK
-    assert Statistics.from_json(capsys.readouterr().out).batches == 2
+    found = capsys.readouterr().out
+    assert Statistics.from_json(found).batches == 2
+    again = ["calibrate-model", "net.py:build", "--input", "net.py:inputs", "--output", "-", "--seed"]
+    assert main([*again, "0"]) == OK and capsys.readouterr().out == found
+    assert main([*again, "1"]) == OK and capsys.readouterr().out != found
 
 
 MISTAKES = [
@@ -75,6 +78,7 @@ MISTAKES = [
     ([*DATA, "--input", "4x3x16x16", "--output", "s.json"], ["both --data and --input"]),
     ([*DATA], ["--output", "xconv calibrate-model --help"]),
     ([*DATA, "--output", "s.json", "--batches", "none"], ["--batches 'none'", "--batches 2"]),
+    ([*DATA, "--output", "s.json", "--seed", "-1"], ["--seed '-1'", "--seed 0"]),
     (
         [*DATA, "--output", "missing/s.json"],
         ["--output 'missing/s.json': there is no directory 'missing'", "--output stats.json"],

@@ -42,6 +42,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add = calibrate.add_argument
     add("--data", metavar="CALLABLE", help="yields batches, pairs of inputs and targets: FILE.py:callable")
     add("--batches", metavar="N", default="2", help="batches to measure, at most (default: %(default)s)")
+    add("--seed", metavar="N", default="0", help="of the model's parameters, and of what is drawn (default: %(default)s)")
     add("--output", metavar="FILE", required=True, help="where the statistics are written, - for standard output")
     return calibrate
 
@@ -49,15 +50,20 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", arguments.batches):
         raise UsageError(f"--batches {arguments.batches!r} is not a number from 1", "--batches 2")
+    if not re.fullmatch(r"\d{1,9}", arguments.seed):
+        raise UsageError(f"--seed {arguments.seed!r} is not a number from 0", "--seed 0")
     if (arguments.data is None) != bool(arguments.inputs):
         given = "neither --data nor --input" if arguments.data is None else "both --data and --input"
         raise UsageError(f"{given} given", DATA_HINT)
     folder = Path(arguments.output).parent
     if not folder.is_dir():
         raise UsageError(f"--output {arguments.output!r}: there is no directory {str(folder)!r}", "--output stats.json")
+    import torch
+
     from xconv_fx.user_data import measured_on_data, measured_on_inputs
 
     step = replace(workload(arguments), allocate=True)
+    torch.manual_seed(int(arguments.seed))
     with status("building the model"):
         if arguments.data is not None:
             found = measured_on_data(step, arguments.data, int(arguments.batches))
