@@ -42,7 +42,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add = calibrate.add_argument
     add("--data", metavar="CALLABLE", help="yields batches, pairs of inputs and targets: FILE.py:callable")
     add("--batches", metavar="N", default="2", help="batches to measure, at most (default: %(default)s)")
-    add("--seed", metavar="N", default="0", help="of the model's parameters, and of what is drawn (default: %(default)s)")
+    add("--seed", metavar="N", default="0", help="of parameters and all else that is drawn (default: %(default)s)")
     add("--output", metavar="FILE", required=True, help="where the statistics are written, - for standard output")
     return calibrate
 
