@@ -7,6 +7,8 @@ import pytest
 from xconv_fx.check import config
 from xconv_fx.check.config import Tolerance
 from xconv_fx.errors import UsageError
+from xconv_fx.options import Options
+from xconv_fx.statistics import Statistics
 
 CHECK = '[check.net]\ntarget = "net.py:build"\ninputs = ["4x3x16x16"]\n'
 
@@ -27,6 +29,13 @@ def test_a_file_of_its_own(tmp_path):
         "sum",
     )
     assert check.options == {"mem_budget": "60%", "gpu": "t4", "optimizer": "adam"}
+
+
+def test_statistics_lie_beside_the_file(tmp_path):
+    (tmp_path / "stats.json").write_text(Statistics({}, 3).to_json())
+    (check,) = read(tmp_path, CHECK + 'stats = "stats.json"\n').checks
+    assert Options.parse(check.options).stats == Statistics({}, 3)
+    assert check.written["stats"] == "stats.json"
 
 
 def test_a_table_of_pyproject(tmp_path):
@@ -61,6 +70,7 @@ MISTAKES = [
     (CHECK + 'buget = "60%"\n', ["check.net has an unknown key 'buget'", "did you mean 'budget'"]),
     (CHECK + 'budget = "lots"\n', ["check.net: budget = 'lots'", "'8GB'"]),
     (CHECK + 'codecs = "exakt"\n', ["check.net: codecs = 'exakt'", "did you mean 'exact'"]),
+    (CHECK + 'stats = "none.json"\n', ["check.net: stats = ", "none.json': cannot be read", "calibrate-model"]),
     (CHECK + 'gpu = "h1000"\n', ["check.net: gpu = 'h1000'", "did you mean 'h100'"]),
     (CHECK + 'device = "cpu"\ngpu = "t4"\n', ["check.net: gpu = 't4'", "a GPU is not a CPU"]),
     (CHECK + "loss = 3\n", ["check.net: loss = 3", 'loss = "mean"']),

@@ -45,6 +45,7 @@ PLANNER = {
     "max_noise": "max_noise",
     "max_slowdown": "max_slowdown",
     "reserve": "reserve",
+    "stats": "stats",
 }
 # Those that say what is planned for.
 SCENARIO = ("device", "gpu", "amp", "channels_last", "optimizer")
@@ -167,6 +168,8 @@ def _check(path: Path, name: str, table: Any) -> Check:
         key, hint = ("loss", 'loss = "mean"') if isinstance(allocate, bool) else ("allocate", "allocate = true")
         raise UsageError(f"{where}: {key} = {table[key]!r}", hint)
     options = {PLANNER[key]: value for key, value in table.items() if key in PLANNER}
+    if isinstance(options.get("stats"), str):
+        options["stats"] = str(path.parent / options["stats"])
     scenario = {key: value for key, value in table.items() if key in SCENARIO}
     try:
         Options.parse(options)
