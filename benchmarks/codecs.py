@@ -92,7 +92,7 @@ def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
         if fields["codec"] == "probe"
         else None
     )
-    return Held(size=shape.size, dtype=dtype, order=shape.order, salt=1, probes=probes, **fields)
+    return Held(size=shape.size, dtype=dtype, order=shape.order, probes=probes, **fields)
 
 
 def side(held: Held, seed: Tensor) -> Tensor:

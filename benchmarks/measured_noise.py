@@ -82,7 +82,7 @@ def caught(net: Net, images: Tensor, classes: Tensor) -> Iterator[Caught]:
 
 def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, Held]]:
     """What the layer's input is held as, with names."""
-    blank: dict[str, Any] = {"size": tuple(x.shape), "dtype": x.dtype, "order": order, "salt": 1}
+    blank: dict[str, Any] = {"size": tuple(x.shape), "dtype": x.dtype, "order": order}
     for bits in BITS:
         yield f"quantize, {bits} bits", Held("quantize", **blank, bits=bits)
     length = math.prod(x.shape[1:])

@@ -202,7 +202,7 @@ def sample(layer: Layer, estimate: Callable[[], Tensor], draws: int) -> Sample:
 
 
 def blank(x: Tensor, name: str) -> Held:
-    return Held(name, tuple(x.shape), x.dtype, sample_order(x), salt=1)
+    return Held(name, tuple(x.shape), x.dtype, sample_order(x))
 
 
 def bytes_of(held: Held) -> int:

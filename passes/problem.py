@@ -247,8 +247,7 @@ class _Poser:
         return (count or XCONV_PROBES) if residual.convolved else None
 
     def _held(self, residual: Residual) -> dict[str, Any]:
-        salt = self.index[residual.name] + 1
-        return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order, "salt": salt}
+        return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
 
     def _bitmask(self, residual: Residual) -> Candidate:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)

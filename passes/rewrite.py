@@ -27,7 +27,8 @@ from .residuals import Residual, physical_order
 
 aten = torch.ops.aten
 
-APPROXIMATE = ("quantize", "fixed", "probe")
+SKETCHES = ("quantize", "probe")
+APPROXIMATE = (*SKETCHES, "fixed")
 
 
 def rewrite(
@@ -40,7 +41,7 @@ def rewrite(
 ) -> None:
     """Apply the choices to the pair in place.
 
-    `stream` names a fixed sequence of seeds (`torch.ops.xconv.seed`); None draws from torch's generator each step.
+    `stream` names a fixed sequence of seeds (`torch.ops.xconv.seeds`); None draws from torch's generator each step.
     `norms` are the normalisations of what is held as "fixed".
     """
     how = {choice.residual: choice for choice in choices if choice.codec != "keep"}
@@ -54,10 +55,15 @@ def rewrite(
         module.recompile()
 
 
-def held_for(residual: Residual, choice: Choice, salt: int) -> Held:
+def _element(seeds: Tensor, number: int) -> Tensor:
+    """One of the seeds, in a dim of its own."""
+    return seeds if len(seeds) == 1 else seeds[number : number + 1]
+
+
+def held_for(residual: Residual, choice: Choice) -> Held:
     """The codec's parameters that a choice stands for."""
     return Held(
-        choice.codec, residual.shape, residual.value.dtype, residual.order, salt,
+        choice.codec, residual.shape, residual.value.dtype, residual.order,
         bits=choice.bits, probes=choice.probes, kind=choice.kind or "fold", means=choice.means,
     )  # fmt: skip
 
@@ -82,7 +88,7 @@ class _Writer:
         self.saved = pair.saved()
         # The partitioner copies nodes under the joint graph's names: what both halves compute has one name in both.
         self.computed = {node.name: node for node in self.forward.nodes if node.op == "call_function"}
-        self.salts = {name: number for number, name in enumerate(residuals, start=1)}
+        self.sketches = self.numbered_sketches()
         self.seeds: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
         self.packed: dict[fx.Node, tuple[fx.Node, Held]] = {}
         self.lifted: dict[Any, fx.Node] = {}
@@ -101,7 +107,7 @@ class _Writer:
             for reader in readers:
                 reader.replace_input_with(residual.backward, self.replay(chain, residual, reader, approximate))
         elif residual.backward.users:
-            self.hold(residual, held_for(residual, choice, self.salts[residual.name]))
+            self.hold(residual, held_for(residual, choice))
         self.pair.uncross(residual.forward, residual.backward)
 
     def is_approximate(self, name: str) -> bool:
@@ -124,47 +130,62 @@ class _Writer:
             for reader in list(residual.backward.users):
                 self.decode([words], held, [], residual.backward, reader)
             return
-        seeds = [] if codec.lossless else [self.seed(residual.value.device)]
-        payload = self.encode(residual.forward, held, [forward for forward, _ in seeds])
+        seeds = [] if codec.lossless else [self.drawn(residual.value.device)]
+        number = self.sketches.get(residual.name, 0)
+        payload = self.encode(residual.forward, held, [forward for forward, _ in seeds], number)
         for reader in list(residual.backward.users):
-            self.decode(payload, held, [backward for _, backward in seeds], residual.backward, reader)
+            self.decode(payload, held, [backward for _, backward in seeds], residual.backward, reader, number)
 
-    def encode(self, node: fx.Node, held: Held, seed: list[fx.Node]) -> list[fx.Node]:
-        """The payload's placeholders in the backward."""
+    def encode(self, node: fx.Node, held: Held, seeds: list[fx.Node], number: int = 0) -> list[fx.Node]:
+        """The payload's placeholders in the backward; `number` is the place of its seed among all."""
         codec = registry.codec(held.codec)
 
-        def encode(x: Tensor, *seed: Tensor) -> tuple[Tensor, ...]:
-            return codec.encode(torch.ops.xconv.stored(x), seed[0], held) if seed else codec.encode(x, x, held)
+        def encode(x: Tensor, *seeds: Tensor) -> tuple[Tensor, ...]:
+            if not seeds:
+                return codec.encode(x, x, held)
+            return codec.encode(torch.ops.xconv.stored(x), _element(seeds[0], number), held)
 
-        with self.forward.inserting_before(max([node, *seed]).next):
-            payload = inline(self.forward, encode, [node, *seed], origin_meta(node))
+        with self.forward.inserting_before(max([node, *seeds]).next):
+            payload = inline(self.forward, encode, [node, *seeds], origin_meta(node))
         return [self.pair.cross(part, f"{node.name}_{held.codec}") for part in payload]
 
-    def decode(self, payload: list[fx.Node], held: Held, seed: list[fx.Node], old: fx.Node, reader: fx.Node) -> None:
-        """Give `reader` a decoded value in the place of `old`."""
+    def decode(
+        self, payload: list[fx.Node], held: Held, side: list[fx.Node], old: fx.Node, reader: fx.Node, number: int = 0
+    ) -> None:
+        """Give `reader` a decoded value in the place of `old`. `side` are all seeds, or for "fixed" its table."""
         codec = registry.codec(held.codec)
 
         def decode(*values: Tensor) -> Tensor:
-            return codec.decode(values[: len(payload)], values[-1], held)
+            last = _element(values[-1], number) if held.codec in SKETCHES else values[-1]
+            return codec.decode(values[: len(payload)], last, held)
 
         with self.backward.inserting_before(reader):
-            (value,) = inline(self.backward, decode, [*payload, *seed], origin_meta(old))
+            (value,) = inline(self.backward, decode, [*payload, *side], origin_meta(old))
         reader.replace_input_with(old, value)
 
-    def seed(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
-        """The step's seed on a device: the forward's node and the backward's placeholder, made once."""
+    def numbered_sketches(self) -> dict[str, int]:
+        """The residuals whose codec draws, in the order of the forward: each has a seed of its own.
+
+        They are drawn at once, but as layers that run one after the other would draw them (`xconv_fx.nn`).
+        """
+        place = {node: number for number, node in enumerate(self.forward.nodes)}
+        names = [name for name, choice in self.how.items() if choice.codec in SKETCHES and name in self.residuals]
+        return {name: i for i, name in enumerate(sorted(names, key=lambda name: place[self.residuals[name].forward]))}
+
+    def drawn(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        """The step's seeds on a device: the forward's node and the backward's placeholder, made once."""
         if device not in self.seeds:
-            stream = self.stream
+            stream, count = self.stream, len(self.sketches)
 
             def draw() -> Tensor:
                 if stream is not None:
-                    return torch.ops.xconv.seed(stream, device)
-                return torch.ops.prims.inductor_seeds.default(1, device)
+                    return torch.ops.xconv.seeds(stream, count, device)
+                return torch.ops.prims.inductor_seeds.default(count, device)
 
             first = next(node for node in self.forward.nodes if node.op != "placeholder")
             with self.forward.inserting_before(first):
                 (node,) = inline(self.forward, draw, [])
-            self.seeds[device] = (node, self.pair.cross(node, "xconv_seed"))
+            self.seeds[device] = (node, self.pair.cross(node, "xconv_seeds"))
         return self.seeds[device]
 
     # Fixed point: codes that carry a sign, and the table of scales that both halves read.
@@ -173,7 +194,7 @@ class _Writer:
         """The backward's placeholders for codes and table of a normalised residual, made once, and what they are."""
         if name not in self.scaled:
             residual, norm = self.residuals[name], self.fixed[name]
-            held = held_for(residual, self.how[name], self.salts[name])
+            held = held_for(residual, self.how[name])
             assert held.bits is not None
             table = self.append(functools.partial(norm.scales, held.bits), norm.mean, norm.rstd, *norm.coefficients)
             read = [residual.forward, table]
@@ -222,7 +243,7 @@ class _Writer:
             assert value is not None
             if len(order) != value.dim():  # Between it and the residual lies a change of shape.
                 order = physical_order(value, channels_last=False)
-            held = Held("bitmask", tuple(int(n) for n in value.shape), torch.bool, order, 0)
+            held = Held("bitmask", tuple(int(n) for n in value.shape), torch.bool, order)
             (words,) = self.encode(boolean, held, [])
             self.packed[boolean] = (words, held)
         return self.packed[boolean]

@@ -80,7 +80,7 @@ def test_errors_of_a_normalised_input_reach_the_layer_before():
     middle = conv(x).detach().requires_grad_()
     out = norm(middle)
     dy = torch.autograd.grad(LOSS(model[2:](out), y), out)[0]
-    held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), 1, bits=4)
+    held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=4)
     mean, rstd = middle.detach().mean((0, 2, 3)), (middle.detach().var((0, 2, 3), correction=0) + norm.eps).rsqrt()
 
     def gradient(value: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def test_the_noise_of_an_input_that_is_replayed_from_codes():
 
     exact = gradient(middle)
     for bits, predicted in dict(known.replays)["1"]:
-        held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), 1, bits=bits)
+        held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=bits)
         losses = []
         for seed in torch.randint(2**62, (24, 1)):
             estimate = codec("quantize").decode(codec("quantize").encode(middle, seed, held), seed, held)

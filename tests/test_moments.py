@@ -83,7 +83,7 @@ HELD = [
 def test_predicted_variance_is_that_of_draws(layer, way):
     module, x, dy, known = layer
     way = dict(way)
-    held = Held(way.pop("codec"), tuple(x.shape), x.dtype, way.pop("order"), 1)
+    held = Held(way.pop("codec"), tuple(x.shape), x.dtype, way.pop("order"))
     if terms := way.pop("terms", None):
         held = replace(held, probes=fitting_probes(x.shape, held.order, math.prod(x.shape[1:]) // terms))
     held = replace(held, **way)

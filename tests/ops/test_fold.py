@@ -20,7 +20,7 @@ IMAGE = ((4, 32, 16, 16), (0, 2, 3, 1))
 
 def held_as(size, order, fold=4, dtype=torch.float32, **options):
     return Held(
-        "probe", size, dtype, order, 5, probes=fitting_probes(size, order, -(-math.prod(size[1:]) // fold)), **options
+        "probe", size, dtype, order, probes=fitting_probes(size, order, -(-math.prod(size[1:]) // fold)), **options
     )
 
 
@@ -43,9 +43,9 @@ def test_sums_are_as_defined():
     for sample, position in itertools.product(range(2), range(60)):
         term, probe = divmod(position, probes)
         draw = torch.tensor([sample * probes + probe + term // 8 * 2 * probes], dtype=torch.int32)
-        bit = hash.random_bits(draw, seed, 3, STREAM).item() >> (term % 8) & 1
+        bit = hash.random_bits(draw, seed, STREAM).item() >> (term % 8) & 1
         expected[sample, probe] += (-1) ** bit * flat[sample, position]
-    assert torch.allclose(torch.ops.xconv.fold(x, seed, 3, probes, order), expected)
+    assert torch.allclose(torch.ops.xconv.fold(x, seed, probes, order), expected)
 
 
 @pytest.mark.parametrize(("size", "order", "dtype"), CASES, ids=str)
@@ -104,7 +104,7 @@ def test_means_leave_only_the_deviation_to_be_folded():
 
 def test_signs_of_samples_and_terms_are_uncorrelated():
     x = torch.ones(64, 64 * 32)
-    sums = torch.ops.xconv.fold(x, torch.tensor([2]), 0, 64, (0, 1))
+    sums = torch.ops.xconv.fold(x, torch.tensor([2]), 64, (0, 1))
     # Each sum adds 32 signs: variance 32 if the terms are independent.
     assert sums.var().item() == pytest.approx(32, rel=0.1)
     assert abs(sums.mean()) < 5 * (32 / sums.numel()) ** 0.5
@@ -113,7 +113,7 @@ def test_signs_of_samples_and_terms_are_uncorrelated():
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthogonal"])
 def test_dense_projections_go_through_the_same_row(kind):
     size, order = (2, 3, 4, 4), (0, 2, 3, 1)
-    held = Held("probe", size, torch.float32, order, 5, probes=12, kind=kind)
+    held = Held("probe", size, torch.float32, order, probes=12, kind=kind)
     x = normal(size, order)
     payload = PROBE.encode(x, torch.tensor([1]), held)
     assert sum(part.nbytes for part in payload) == PROBE.payload_bytes(held)
@@ -124,19 +124,19 @@ def test_dense_projections_go_through_the_same_row(kind):
 @pytest.mark.parametrize(("size", "order", "dtype"), CASES[:2], ids=str)
 def test_operators_pass_opcheck(size, order, dtype):
     x, seed = normal(size, order, dtype), torch.tensor([5])
-    sums = torch.ops.xconv.fold(x, seed, 3, 20, order)
-    torch.library.opcheck(torch.ops.xconv.fold.default, (x, seed, 3, 20, order))
-    torch.library.opcheck(torch.ops.xconv.unfold.default, (sums, seed, 3, size, order, dtype))
+    sums = torch.ops.xconv.fold(x, seed, 20, order)
+    torch.library.opcheck(torch.ops.xconv.fold.default, (x, seed, 20, order))
+    torch.library.opcheck(torch.ops.xconv.unfold.default, (sums, seed, size, order, dtype))
 
 
 def test_wrong_arguments_are_named():
     size, order = (2, 3, 4), (0, 1, 2)
     with pytest.raises(ValueError, match="probes=None"):
-        PROBE.payload_bytes(Held("probe", size, torch.float32, order, 0))
+        PROBE.payload_bytes(Held("probe", size, torch.float32, order))
     with pytest.raises(ValueError, match=r"kind='sparse'.*fold, gaussian"):
-        PROBE.payload_bytes(Held("probe", size, torch.float32, order, 0, probes=2, kind="sparse"))
+        PROBE.payload_bytes(Held("probe", size, torch.float32, order, probes=2, kind="sparse"))
     with pytest.raises(ValueError, match="means=True"):
-        held = Held("probe", (2, 6), torch.float32, (0, 1), 0, probes=2, means=True)
+        held = Held("probe", (2, 6), torch.float32, (0, 1), probes=2, means=True)
         PROBE.encode(torch.ones(2, 6), torch.tensor([1]), held)
 
 

@@ -8,7 +8,7 @@ import torch
 from xconv_fx.ops import seed as seeds
 
 CPU = torch.device("cpu")
-draw = torch.ops.xconv.seed
+draw = torch.ops.xconv.seeds
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def streams(monkeypatch):
 
 
 def take(stream, count=5):
-    return [draw(stream, CPU).item() for _ in range(count)]
+    return [draw(stream, 1, CPU).item() for _ in range(count)]
 
 
 def test_a_stream_repeats_from_its_start():
@@ -37,7 +37,7 @@ def test_streams_do_not_disturb_each_other_nor_torchs_generator():
     torch.manual_seed(0)
     alone = torch.rand(3)
     torch.manual_seed(0)
-    one, *_ = interleaved = [(draw(1, CPU).item(), draw(2, CPU).item(), draw(3, CPU).item()) for _ in range(4)]
+    one, *_ = interleaved = [tuple(draw(stream, 1, CPU).item() for stream in (1, 2, 3)) for _ in range(4)]
     assert torch.equal(torch.rand(3), alone)
     assert all(a == b for a, b, _ in interleaved)
     assert one[0] != one[2]
@@ -51,15 +51,15 @@ def test_seeds_use_all_bits():
 
 def test_a_stream_that_never_started_is_an_error():
     with pytest.raises(ValueError, match="stream 9 was not started"):
-        draw(9, CPU)
+        draw(9, 1, CPU)
 
 
 def test_what_is_drawn():
     seeds.start(1, 0)
-    drawn = draw(1, CPU)
-    assert (drawn.dtype, drawn.shape, drawn.device) == (torch.int64, (1,), CPU)
+    drawn = draw(1, 4, CPU)
+    assert (drawn.dtype, drawn.shape, drawn.device) == (torch.int64, (4,), CPU)
     # Draws differ from call to call, so of opcheck's tests only those that compare no values apply.
-    torch.library.opcheck(draw.default, (1, CPU), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(draw.default, (1, 4, CPU), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_compiler_may_not_merge_draws():
@@ -67,11 +67,11 @@ def test_a_compiler_may_not_merge_draws():
 
 
 def test_draws_from_torchs_generator():
-    """In the way in which Inductor draws the seed of a compiled step: over all int64 but the greatest."""
+    """In the way in which Inductor draws the seeds of a compiled step: over all int64 but the greatest."""
     x = torch.zeros(3)
     torch.manual_seed(7)
     drawn = [torch.ops.xconv.draw_seed(x) for _ in range(2)]
     torch.manual_seed(7)
-    assert drawn == [torch.randint(-(2**63), 2**63 - 1, (1,)) for _ in range(2)] and drawn[0] != drawn[1]
+    assert torch.equal(torch.cat(drawn), torch.randint(-(2**63), 2**63 - 1, (2,))) and drawn[0] != drawn[1]
     torch.library.opcheck(torch.ops.xconv.draw_seed.default, (x,), test_utils=("test_schema", "test_faketensor"))
     assert torch.Tag.nondeterministic_seeded in torch.ops.xconv.draw_seed.default.tags

@@ -71,7 +71,7 @@ return convolution_1, getitem_1, getitem, inductor_seeds, pack_mask, primals_3_m
             """\
 input relu_quantize_1
 input relu_quantize
-input xconv_seed
+input xconv_seeds
 input le_scalar_bitmask
 input primals_3_matrix
 input primals_1
@@ -125,7 +125,7 @@ return convolution_1, mean, fold, inductor_seeds, pack_mask, primals_3_matrix, p
             """\
 input relu_probe_1
 input relu_probe
-input xconv_seed
+input xconv_seeds
 input le_scalar_bitmask
 input primals_3_matrix
 input primals_1
@@ -133,7 +133,7 @@ input primals_4
 input tangents_1
 view = aten.view(primals_3_matrix)
 clone = aten.clone(tangents_1)
-unfold = xconv.unfold(relu_probe, xconv_seed)
+unfold = xconv.unfold(relu_probe, xconv_seeds)
 add = aten.add(unfold, relu_probe_1)
 convert_element_type = prims.convert_element_type(add)
 convolution_backward_default = aten.convolution_backward(clone, convert_element_type, primals_4)

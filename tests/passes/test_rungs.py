@@ -12,7 +12,7 @@ from xconv_fx.ops import Held, codec
 from xconv_fx.passes.expected_noise import DEVIATION, expected_noise
 from xconv_fx.passes.rungs import RUNGS, SUM_BITS, offered
 
-IMAGES = Held("probe", (4, 16, 32, 32), torch.float32, (0, 2, 3, 1), salt=1)
+IMAGES = Held("probe", (4, 16, 32, 32), torch.float32, (0, 2, 3, 1))
 TINY = replace(IMAGES, size=(4, 32, 7, 7))
 ROWS = replace(IMAGES, size=(4, 4096), order=(0, 1))
 

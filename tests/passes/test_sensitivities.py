@@ -98,7 +98,7 @@ def test_statistics_of_other_layers_are_refused(pair, stats):
         posed_of(pair, others)
 
 
-BLANK = Held("probe", (2, 8, 16, 16), torch.float32, (0, 2, 3, 1), 1, probes=128)
+BLANK = Held("probe", (2, 8, 16, 16), torch.float32, (0, 2, 3, 1), probes=128)
 
 
 def test_factors_between_measured_numbers_of_terms_are_interpolated(stats):

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .conv import weight_gradient
-from .hash import TENSORS, derive_keys, keyed_hash, random_signs, salts, split_seed, uniform
+from .hash import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
 from .layout import accumulator, inverse
 
 BLOCK = 2**18
@@ -55,12 +55,12 @@ KINDS = tuple(_ENTRIES)
 class Probes:
     """The matrix Z of one residual: `count` columns, one row per feature, drawn block by block and never whole."""
 
-    def __init__(self, seed: Tensor, salt: int, kind: str, count: int, features: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: Tensor, kind: str, count: int, features: int, dtype: torch.dtype) -> None:
         check(kind, count, features)
         self.kind, self.count, self.features, self.dtype, self.device = kind, count, features, dtype, seed.device
         self._seed = split_seed(seed.reshape(()))
         # Every column has streams of its own, so that an index is a feature and never overflows an int32.
-        streams = [[salts(salt, 2 * column + draw) for column in range(count)] for draw in range(2)]
+        streams = [[constants(2 * column + draw) for column in range(count)] for draw in range(2)]
         self._constants = torch.tensor(streams, dtype=torch.int32, device=self.device).movedim(2, 1)
         self._mixing = self._orthogonaliser() if kind == "orthogonal" else None
 
@@ -138,13 +138,12 @@ def rows_per_block(count: int) -> int:
 
 
 @torch.library.custom_op("xconv::dense_encode", mutates_args=())
-def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> Tensor:
+def dense_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     """S = X Z of `x` (N, C, ...), read in logical order whatever its memory format.
 
     Args:
         x: any floating dtype, at least two dims.
         seed: int64 with one element.
-        salt: a constant that differs per residual.
         probes: r, the number of columns of Z.
         kind: one of `KINDS`.
 
@@ -156,7 +155,7 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
     """
     with torch.autocast(x.device.type, enabled=False):
         dtype = accumulator(x.dtype)
-        z = Probes(seed, salt, kind, probes, _features(x.shape), dtype)
+        z = Probes(seed, kind, probes, _features(x.shape), dtype)
         pixels = _planes(x)
         sums = torch.zeros(x.shape[0], sums_held(kind, probes, x.shape), dtype=dtype, device=x.device)
         if kind == "independent":
@@ -168,17 +167,17 @@ def dense_encode(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> 
 
 
 @dense_encode.register_fake
-def _(x: Tensor, seed: Tensor, salt: int, probes: int, kind: str) -> Tensor:
+def _(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     check(kind, probes, _features(x.shape))
     return x.new_empty((x.shape[0], sums_held(kind, probes, x.shape)), dtype=accumulator(x.dtype))
 
 
 @torch.library.custom_op("xconv::dense_decode", mutates_args=())
-def dense_decode(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
+def dense_decode(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
     """X^ = S Z^T / r, of shape `size` (N, C, ...) and `dtype`, contiguous, from `sums` (N, r) of `dense_encode`."""
     with torch.autocast(sums.device.type, enabled=False):
         features, count = _features(size), _count(sums, kind, size)
-        z = Probes(seed, salt, kind, count, features, sums.dtype)
+        z = Probes(seed, kind, count, features, sums.dtype)
         out = torch.empty(size[0], features, dtype=dtype, device=sums.device)
         scaled = sums / count
         if kind == "independent":
@@ -192,7 +191,7 @@ def dense_decode(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], kin
 
 
 @dense_decode.register_fake
-def _(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
+def _(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
     return sums.new_empty(size, dtype=dtype)
 
 
@@ -201,7 +200,6 @@ def dense_weight_gradient(
     grad_out: Tensor,
     sums: Tensor,
     seed: Tensor,
-    salt: int,
     kind: str,
     input_size: Sequence[int],
     weight_size: Sequence[int],
@@ -223,7 +221,7 @@ def dense_weight_gradient(
     shared = kind != "independent" and sums.shape[1] < sums.shape[0]
     form = gradient_by_probe if shared else gradient_by_sample
     with torch.autocast(sums.device.type, enabled=False):
-        return form(grad_out, sums, seed, salt, kind, input_size, weight_size, geometry)
+        return form(grad_out, sums, seed, kind, input_size, weight_size, geometry)
 
 
 @dense_weight_gradient.register_fake
@@ -231,7 +229,6 @@ def _(
     grad_out: Tensor,
     sums: Tensor,
     seed: Tensor,
-    salt: int,
     kind: str,
     input_size: Sequence[int],
     weight_size: Sequence[int],
@@ -249,14 +246,13 @@ def gradient_by_sample(
     grad_out: Tensor,
     sums: Tensor,
     seed: Tensor,
-    salt: int,
     kind: str,
     input_size: Sequence[int],
     weight_size: Sequence[int],
     geometry: tuple,
 ) -> Tensor:
     """conv_weight(S Z^T / r, dY): one exact weight gradient and a decoded input. For r >= N."""
-    x = dense_decode(sums, seed, salt, input_size, kind, grad_out.dtype)
+    x = dense_decode(sums, seed, input_size, kind, grad_out.dtype)
     return weight_gradient(grad_out, x, weight_size, *geometry).contiguous()
 
 
@@ -264,7 +260,6 @@ def gradient_by_probe(
     grad_out: Tensor,
     sums: Tensor,
     seed: Tensor,
-    salt: int,
     kind: str,
     input_size: Sequence[int],
     weight_size: Sequence[int],
@@ -276,7 +271,7 @@ def gradient_by_probe(
     price of a transient copy of `grad_out`: S is sqrt(D) times larger than X, too large for float16.
     """
     count = sums.shape[1]
-    z = Probes(seed, salt, kind, count, _features(input_size), sums.dtype)
+    z = Probes(seed, kind, count, _features(input_size), sums.dtype)
     # Flattened in physical order, so that a channels-last gradient is a view too.
     order = [0, *sorted(range(1, grad_out.dim()), key=grad_out.stride, reverse=True)]
     physical = grad_out.to(sums.dtype).permute(order)

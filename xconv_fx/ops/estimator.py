@@ -49,9 +49,6 @@ from .seed import draw_seed
 aten = torch.ops.aten
 ops = torch.ops.xconv
 
-# That of the first residual of a compiled graph: where it is the only one, the same seed gives the same numbers here.
-_SALT = 1
-
 Recipe = tuple[int, str, int, bool]
 
 
@@ -69,8 +66,8 @@ def _recipe(x: Tensor, probes: int, kind: str, bits: int, means: bool | None) ->
 def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> Held:
     size, order = tuple(x.shape), sample_order(x)
     if probes == 0:
-        return Held("quantize", size, x.dtype, order, _SALT, bits=bits)
-    return Held("probe", size, x.dtype, order, _SALT, bits=bits, probes=probes, kind=kind, means=means)
+        return Held("quantize", size, x.dtype, order, bits=bits)
+    return Held("probe", size, x.dtype, order, bits=bits, probes=probes, kind=kind, means=means)
 
 
 def _encode(x: Tensor, weight: Tensor, seed: Tensor | None, recipe: Recipe) -> tuple[list[Tensor], Tensor | None]:
@@ -217,7 +214,7 @@ def _convolution_estimate(
     held: Held = ctx.held
     if held.kind in DENSE_KINDS and len(payload) == 1:
         # Plain sums of dense probes: with fewer probes than samples there is a form that decodes nothing.
-        sketch = (payload[0], seed, held.salt, held.kind, held.size)
+        sketch = (payload[0], seed, held.kind, held.size)
         return ops.dense_weight_gradient(grad_out, *sketch, ctx.weight_size, *ctx.geometry)
     x = _decode(payload, seed, held, grad_out)
     return weight_gradient(grad_out, x, ctx.weight_size, *ctx.geometry, like=weight)

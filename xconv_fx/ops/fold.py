@@ -38,14 +38,14 @@ PLAIN_BITS = 32
 @torch.library.custom_op(
     "xconv::fold",
     mutates_args=(),
-    schema="(Tensor x, Tensor seed, int salt, int probes, int[] order) -> Tensor",
+    schema="(Tensor x, Tensor seed, int probes, int[] order) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
-def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) -> Tensor:
+def fold(x: Tensor, seed: Tensor, probes: int, order: Sequence[int]) -> Tensor:
     """Signed sums of the elements of every sample.
 
     Args:
-        x: floating point, samples first. `seed`: int64, one element. `salt`: tells residuals apart.
+        x: floating point, samples first. `seed`: int64, one element.
         probes: sums a sample, 1 .. elements a sample; `layout.fitting_probes` names fast ones.
         order: dimensions from the outermost in memory to the innermost; must begin with 0.
 
@@ -55,7 +55,7 @@ def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) 
     plan = _plan(x, probes, order)
     flat = layout.to_physical(x, order).reshape(plan.samples, plan.length)
     sums = flat.new_zeros(plan.samples, probes, dtype=layout.accumulator(x.dtype))
-    for samples, elements, signs in _signs(plan, seed, salt, sums.dtype):
+    for samples, elements, signs in _signs(plan, seed, sums.dtype):
         part = flat[samples, elements].to(sums.dtype)
         missing = signs[0].numel() - part.shape[1]
         terms = torch.nn.functional.pad(part, (0, missing)) if missing else part
@@ -64,7 +64,7 @@ def fold(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) 
 
 
 @fold.register_fake
-def _(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) -> Tensor:
+def _(x: Tensor, seed: Tensor, probes: int, order: Sequence[int]) -> Tensor:
     plan = _plan(x, probes, order)
     return x.new_empty(plan.samples, probes, dtype=layout.accumulator(x.dtype))
 
@@ -72,23 +72,21 @@ def _(x: Tensor, seed: Tensor, salt: int, probes: int, order: Sequence[int]) -> 
 @torch.library.custom_op(
     "xconv::unfold",
     mutates_args=(),
-    schema="(Tensor sums, Tensor seed, int salt, int[] size, int[] order, ScalarType dtype) -> Tensor",
+    schema="(Tensor sums, Tensor seed, int[] size, int[] order, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
-def unfold(
-    sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def unfold(sums: Tensor, seed: Tensor, size: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The unbiased estimate of the tensor of shape `size` that `fold` summed, with strides dense in `order`."""
     plan = layout.folding(size, order, int(sums.shape[1]))
     flat = sums.new_empty(plan.samples, plan.length, dtype=dtype)
-    for samples, elements, signs in _signs(plan, seed, salt, sums.dtype):
+    for samples, elements, signs in _signs(plan, seed, sums.dtype):
         part = flat[samples, elements]
         part.copy_((sums[samples].unsqueeze(1) * signs).flatten(1)[:, : part.shape[1]])
     return layout.to_logical(flat.view(plan.physical), order)
 
 
 @unfold.register_fake
-def _(sums: Tensor, seed: Tensor, salt: int, size: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _(sums: Tensor, seed: Tensor, size: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
     layout.folding(size, order, int(sums.shape[1]))
     return sums.new_empty_strided(tuple(size), layout.dense_strides(size, order), dtype=dtype)
 
@@ -99,7 +97,7 @@ def _plan(x: Tensor, probes: int, order: Sequence[int]) -> layout.Folding:
     return layout.folding(x.shape, order, probes)
 
 
-def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+def _signs(plan: layout.Folding, seed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
     """The signs of all elements, some at a time: which samples, which of their elements, and (samples, terms, probes).
 
     Term g of a sum takes bit g % 8 of hash number g // 8 of that sum. The last terms may have more signs than elements.
@@ -111,7 +109,7 @@ def _signs(plan: layout.Folding, seed: Tensor, salt: int, dtype: torch.dtype) ->
         samples, batches = slice(sample, min(sample + step, plan.samples)), min(batch + runs, plan.batches)
         columns = _count(samples.start * plan.probes, samples.stop * plan.probes, seed)
         hashes = _count(batch, batches, seed) * (plan.samples * plan.probes)
-        bits = random_bits(columns.view(-1, 1, plan.probes) + hashes.view(1, -1, 1), seed, salt, STREAM)
+        bits = random_bits(columns.view(-1, 1, plan.probes) + hashes.view(1, -1, 1), seed, STREAM)
         signs = torch.stack([random_signs(bits, bit, dtype) for bit in range(unrolled)], 2)
         first, last = batch * layout.UNROLLED_TERMS, min(batches * layout.UNROLLED_TERMS, plan.terms)
         chosen = signs.view(signs.shape[0], -1, plan.probes)[:, : last - first]
@@ -163,12 +161,12 @@ def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
         mean = torch.ops.aten.mean.dim(x, _pixel_dims(held), True, dtype=wide)
         x, means = torch.ops.aten.sub.Tensor(x, mean), (mean,)
     if held.kind == "fold":
-        sums = torch.ops.xconv.fold.default(x, seed, held.salt, probes, list(held.order))
+        sums = torch.ops.xconv.fold.default(x, seed, probes, list(held.order))
     else:
-        sums = dense.dense_encode(x, seed, held.salt, probes, held.kind)
+        sums = dense.dense_encode(x, seed, probes, held.kind)
     if not _stores_codes(held):
         return (sums, *means)
-    return (*torch.ops.xconv.quantize.default(sums, seed, held.salt, bits_of(held), [0, 1]), *means)
+    return (*torch.ops.xconv.quantize.default(sums, seed, bits_of(held), [0, 1]), *means)
 
 
 def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
@@ -180,9 +178,9 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
         sums = torch.ops.xconv.dequantize.default(*stored, size, [0, 1], bits_of(held), wide)
     inner = wide if held.means else held.dtype
     if held.kind == "fold":
-        x = torch.ops.xconv.unfold.default(sums, seed, held.salt, list(held.size), list(held.order), inner)
+        x = torch.ops.xconv.unfold.default(sums, seed, list(held.size), list(held.order), inner)
     else:
-        x = dense.dense_decode(sums, seed, held.salt, list(held.size), held.kind, inner)
+        x = dense.dense_decode(sums, seed, list(held.size), held.kind, inner)
     if held.means:
         return torch.ops.prims.convert_element_type.default(torch.ops.aten.add.Tensor(x, payload[-1]), held.dtype)
     return x

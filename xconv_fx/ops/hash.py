@@ -29,6 +29,8 @@ INDEX_LIMIT = 2**31
 _WORD = 0xFFFFFFFF
 _HALF_WORD = 0xFFFF
 _GOLDEN = 0x9E3779B9
+# The hash of any one number: streams do not start at zero, which the mixer maps to itself.
+_ORIGIN = 0x23064794
 _FIRST_FACTOR = 0x7FEB352D
 _SECOND_FACTOR = 0x846CA68B
 _UNIT = 2.0**-24
@@ -71,22 +73,22 @@ def check_addressable(size: Sequence[int]) -> int:
     return count
 
 
-def salts(salt: int, stream: int) -> tuple[int, int]:
-    """Two int32 constants that tell residuals (`salt`) and the draws within one residual (`stream`) apart."""
-    first = _mix_int(_mix_int(_mix_int(salt + _GOLDEN) + (salt >> 32)) + stream * _GOLDEN)
+def constants(stream: int) -> tuple[int, int]:
+    """Two int32 constants that tell the draws under one seed apart."""
+    first = _mix_int(_ORIGIN + stream * _GOLDEN)
     return signed(first), signed(_mix_int(first + _GOLDEN))
 
 
-def derive_keys(low: Any, high: Any, constants: tuple[Any, Any], over: Arithmetic) -> tuple[Any, Any]:
-    """The two int32 keys of a stream from the halves of the seed (int64 in 0 .. 2**32 - 1) and its two `salts`.
+def derive_keys(low: Any, high: Any, apart: tuple[Any, Any], over: Arithmetic) -> tuple[Any, Any]:
+    """The two int32 keys of a stream from the halves of the seed (int64 in 0 .. 2**32 - 1) and its two `constants`.
 
     Each key depends on both halves: streams that share the first key and differ in the second are correlated, because
     only one multiplication follows the second key.
     """
     word = over.constant(_WORD, torch.int64)
     first, second = (
-        _mix((half ^ over.constant(salt, torch.int64)) & word, over)
-        for half, salt in zip((low, high), constants, strict=True)
+        _mix((half ^ over.constant(constant, torch.int64)) & word, over)
+        for half, constant in zip((low, high), apart, strict=True)
     )
     keys = (_mix(first ^ second, over), _mix((first + second) & word, over))
     return over.narrow(_signed(keys[0], over)), over.narrow(_signed(keys[1], over))
@@ -123,32 +125,31 @@ def split_seed(seed: Any, over: Arithmetic = TENSORS) -> tuple[Any, Any]:
     return seed & word, over.shift(seed, 32, torch.int64) & word
 
 
-def random_bits(index: Tensor, seed: Tensor, salt: int, stream: int = 0) -> Tensor:
+def random_bits(index: Tensor, seed: Tensor, stream: int = 0) -> Tensor:
     """32 random bits for every element of `index`.
 
     Args:
         index: int32, any shape; which draw. Equal indices give equal bits.
-        seed: int64 with one element, drawn anew each step.
-        salt: a constant that differs per residual.
+        seed: int64 with one element, drawn anew for each residual in each step.
         stream: a constant that differs per use within a residual.
 
     Returns:
         int32 of the shape of `index`.
     """
-    return keyed_hash(index, _keys(seed, salt, stream), TENSORS)
+    return keyed_hash(index, _keys(seed, stream), TENSORS)
 
 
-def random_halves(index: Tensor, count: int, seed: Tensor, salt: int, stream: int = 0) -> tuple[Tensor, Tensor]:
+def random_halves(index: Tensor, count: int, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
     """Two independent draws for every element of `index`: integers below 2**count, `count` in 1..16.
 
     The other arguments are those of `random_bits`, from whose lower and upper halves the draws are taken.
     """
-    return keyed_halves(index, _keys(seed, salt, stream), count, TENSORS)
+    return keyed_halves(index, _keys(seed, stream), count, TENSORS)
 
 
-def _keys(seed: Tensor, salt: int, stream: int) -> tuple[Any, Any]:
+def _keys(seed: Tensor, stream: int) -> tuple[Any, Any]:
     low, high = split_seed(seed.reshape(()))
-    return derive_keys(low, high, salts(salt, stream), TENSORS)
+    return derive_keys(low, high, constants(stream), TENSORS)
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -53,13 +53,13 @@ VALUES = hash.Arithmetic(
 )
 
 
-def keys(seed: ir.TensorBox, salt: int, stream: int) -> ir.TensorBox:
+def keys(seed: ir.TensorBox, stream: int) -> ir.TensorBox:
     """The two keys of a stream, in a buffer: deriving them takes more operations than hashing an element."""
     load, rank = seed.make_loader(), len(seed.get_size())
 
     def body(index: Index) -> Value:
         halves = hash.split_seed(load([sympy.S.Zero] * rank), VALUES)
-        first, second = hash.derive_keys(*halves, hash.salts(salt, stream), VALUES)
+        first, second = hash.derive_keys(*halves, hash.constants(stream), VALUES)
         is_first = ops.eq(ops.index_expr(index[0], torch.int32), ops.constant(0, torch.int32))
         return ops.where(is_first, first, second)
 

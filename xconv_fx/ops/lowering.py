@@ -122,7 +122,7 @@ def _ranges_by_row(ranges: ir.TensorBox, plan: layout.Packing) -> Callable[[Inde
 
 
 def _lower_quantize(
-    x: ir.TensorBox, seed: ir.TensorBox, salt: int, bits: int, order: Sequence[int]
+    x: ir.TensorBox, seed: ir.TensorBox, bits: int, order: Sequence[int]
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     x.realize()
     plan = layout.packing(x.get_size(), order, bits)
@@ -132,7 +132,7 @@ def _lower_quantize(
         ranges = ir.TensorBox(ir.ConcatKernel.create(sides, 0))
     wide = layout.accumulator(x.get_dtype())
     load, range_of = loops.loader(x, order, wide), _ranges_by_row(ranges, plan)
-    keys = loops.keys(seed, salt, quantize.STREAM)
+    keys = loops.keys(seed, quantize.STREAM)
 
     fraction, top = quantize.fixed_point(bits)
     # C++ loops over 16-bit floats handle vectors in pairs, and PyTorch converts a pair to int32 through the stack.
@@ -194,10 +194,10 @@ def _signed(value: Value, bits: Value, bit: Value) -> Value:
     return ops.where(negative, ops.neg(value), value)
 
 
-def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, salt: int, probes: int, order: Sequence[int]) -> ir.TensorBox:
+def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, probes: int, order: Sequence[int]) -> ir.TensorBox:
     x = loops.readable(x)
     plan, wide = layout.folding(x.get_size(), order, probes), layout.accumulator(x.get_dtype())
-    keys = loops.keys(seed, salt, fold.STREAM)
+    keys = loops.keys(seed, fold.STREAM)
     leading = plan.physical[1 : plan.split]
     load = loops.loader(x, order, wide)
     rows = math.prod(leading)
@@ -223,7 +223,6 @@ def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, salt: int, probes: int, ord
 def _lower_unfold(
     sums: ir.TensorBox,
     seed: ir.TensorBox,
-    salt: int,
     size: Sequence[int],
     order: Sequence[int],
     dtype: torch.dtype,
@@ -233,7 +232,7 @@ def _lower_unfold(
     if plan.terms >= layout.UNROLLED_TERMS:
         # Every sum is read as often as it has terms: decoding it each time costs more than this small a buffer.
         sums.realize()
-    keys = loops.keys(seed, salt, fold.STREAM)
+    keys = loops.keys(seed, fold.STREAM)
     load, leading = sums.make_loader(), plan.physical[1 : plan.split]
 
     def body(index: Index) -> Value:

@@ -40,14 +40,14 @@ _QUADRATURE = 48
 @torch.library.custom_op(
     "xconv::quantize",
     mutates_args=(),
-    schema="(Tensor x, Tensor seed, int salt, int bits, int[] order) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor seed, int bits, int[] order) -> (Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
-def quantize(x: Tensor, seed: Tensor, salt: int, bits: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Codes and ranges of a floating-point `x`.
 
     Args:
-        x: any shape. `seed`: int64, one element. `salt`: tells residuals apart.
+        x: any shape. `seed`: int64, one element.
         bits: of each code; one of `layout.CODE_BITS`.
         order: dimensions from the outermost in memory to the innermost.
 
@@ -66,7 +66,7 @@ def quantize(x: Tensor, seed: Tensor, salt: int, bits: int, order: Sequence[int]
     # NaN compares false: overflown groups get a code within bounds.
     position = position.masked_fill_(~(position > 0), 0).to(torch.int32)
     codes = layout.to_rows(position.view(plan.physical), plan).contiguous()
-    for rows, draws in _draws(plan, seed, salt, fraction):
+    for rows, draws in _draws(plan, seed, fraction):
         codes[rows] += draws
     # The scale is rounded: the greatest value may end up just above its code.
     codes = codes.bitwise_right_shift_(fraction).clamp_(max=(1 << bits) - 1)
@@ -74,7 +74,7 @@ def quantize(x: Tensor, seed: Tensor, salt: int, bits: int, order: Sequence[int]
 
 
 @quantize.register_fake
-def _(x: Tensor, seed: Tensor, salt: int, bits: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:
     plan = _plan(x, bits, order)
     return x.new_empty(plan.words, dtype=torch.int32), x.new_empty(2, *layout.group_counts(plan.physical))
 
@@ -117,7 +117,7 @@ def step_of(bits: int) -> float:
     return 1 / ((1 << bits) - 1)
 
 
-def _draws(plan: layout.Packing, seed: Tensor, salt: int, count: int) -> Iterator[tuple[slice, Tensor]]:
+def _draws(plan: layout.Packing, seed: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
     """Random integers below 2**count for all padded rows, some rows at a time: the rows and (rows, *inner) draws.
 
     Rows 2i and 2i + 1 take the halves of 32 random bits.
@@ -127,7 +127,7 @@ def _draws(plan: layout.Packing, seed: Tensor, salt: int, count: int) -> Iterato
     for first in range(0, pairs, step):
         last = min(first + step, pairs)
         index = torch.arange(first * width, last * width, dtype=torch.int32, device=seed.device)
-        halves = random_halves(index.view(last - first, *plan.inner), count, seed, salt, STREAM)
+        halves = random_halves(index.view(last - first, *plan.inner), count, seed, STREAM)
         yield slice(2 * first, 2 * last), torch.stack(halves, 1).flatten(0, 1)
 
 
@@ -231,7 +231,7 @@ def bits_of(held: Held) -> int:
 
 
 def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.xconv.quantize.default(x, seed, held.salt, bits_of(held), list(held.order)))
+    return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
 
 
 def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:

@@ -19,16 +19,15 @@ USES = ("mask", "weight_grad", "norm", "other")
 class Held:
     """How one residual is held: all that encoding and decoding need to know before the program runs.
 
-    `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `salt` differs
-    per residual, so that residuals share a seed and no random bits. `bits`, `probes` (sums a sample), `kind` (which
-    random projections) and `means` (channel means held exactly) are read by the codecs that have them.
+    `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
+    `probes` (sums a sample), `kind` (which random projections) and `means` (channel means held exactly) are read by the
+    codecs that have them.
     """
 
     codec: str
     size: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
-    salt: int
     bits: int | None = None
     probes: int | None = None
     kind: str = "fold"

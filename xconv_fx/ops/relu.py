@@ -26,7 +26,7 @@ ops = torch.ops.xconv
 
 
 def _held(x: Tensor) -> Held:
-    return Held("bitmask", tuple(x.shape), torch.bool, order_of(x.shape, x.stride()), 0)
+    return Held("bitmask", tuple(x.shape), torch.bool, order_of(x.shape, x.stride()))
 
 
 def _relu(x: Tensor) -> Tensor:
