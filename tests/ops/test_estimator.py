@@ -93,6 +93,24 @@ def test_every_probe_gives_the_exact_gradient(layer, kind):
         assert (mine - other).norm() <= (1e-12 if kind == "fold" else 1e-8) * other.norm()
 
 
+@pytest.mark.parametrize("kind", ["fold", "orthogonal"])
+@pytest.mark.parametrize("layer", ["stride 2", "groups", "linear"])
+def test_under_bfloat16_every_probe_adds_less_than_rounding(layer, kind):
+    """What the sketch adds is below what bfloat16 itself costs at r = D, and far above it at half of that."""
+    x, weight, bias, geometry, grad_out = draw(LAYERS[layer], torch.bfloat16)
+    wide = [value.detach().double().requires_grad_() for value in (x, weight, bias)]
+    (true,) = torch.autograd.grad(exact(*wide, geometry), wide[1], grad_out.double())
+    (rounded,) = torch.autograd.grad(exact(x, weight, bias, geometry), weight, grad_out)
+    rounding = (rounded.double() - true).norm()
+    values = math.prod(x.shape[1:])
+    added = []
+    for probes in (values, values // 2):
+        out = apply(x, weight, bias, geometry, probes, kind, seed=seed(3))
+        (estimate,) = torch.autograd.grad(out, weight, grad_out)
+        added.append((estimate.double() - rounded.double()).norm())
+    assert added[0] <= rounding < 0.1 * added[1]
+
+
 def check_unbiased(layer, recipe, draws=150, probes=None):
     """Mean of `draws` weight gradients against the exact one; input and bias gradients against theirs.
 
