@@ -1,6 +1,6 @@
 """The pipeline: every pass over a joint graph, in order.
 
-    joint graph -> deduplicate -> separate -> split_backward -> gather_pooling
+    joint graph -> deduplicate -> separate -> split_backward -> gather_pooling -> shapes_only
                 -> partition -> forward, backward -> hoist -> place -> late_layout -> analyse -> pose -> plan
                 -> rewrite -> volume_kernels
 
@@ -38,6 +38,7 @@ from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
 from .separable import is_random, why_not_separable
+from .shapes_only import shapes_only as forget_values
 from .split_backward import split_backward as split_joint
 from .volume_kernels import volume_kernels as choose_volume_kernels
 
@@ -107,6 +108,10 @@ def gather_pooling(job: Job) -> None:
     gather_pool_backward(job.joint)
 
 
+def shapes_only(job: Job) -> None:
+    forget_values(job.joint)
+
+
 def partition(job: Job) -> None:
     job.pair = partition_joint(job.joint, job.joint_inputs, job.saved, **job.arguments)
 
@@ -161,6 +166,7 @@ BUDGETED: tuple[Pass, ...] = (
     separate,
     split_backward,
     gather_pooling,
+    shapes_only,
     partition,
     hoist,
     place,

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tracing import run_joint, run_pair, trace
 
 from xconv_fx.passes import pipeline
+from xconv_fx.passes.graph import is_primal, is_view, nbytes, output_node
 from xconv_fx.passes.planning import describe
 
 LARGEST_Z = 4.5
@@ -114,6 +115,52 @@ def test_levels_of_actnn(trained):
             assert choice.codec == expected and choice.bits == (4 if expected == "quantize" else None), choice
     assert {"norm", "weight_grad"} <= {use for choice in first.plan.choices for use in choice.uses}
     assert second.plan.saved_after < first.plan.saved_after
+
+
+def every_kind(dims: int, features: int) -> nn.Module:
+    """All kinds of layers for which ActNN has its own, `features` values a channel where it flattens."""
+    conv, norm, deconv = (getattr(nn, f"{kind}{dims}d") for kind in ("Conv", "BatchNorm", "ConvTranspose"))
+    largest, mean = (getattr(nn, f"{kind}Pool{dims}d") for kind in ("Max", "Avg"))
+    mode = ("linear", "bilinear", "trilinear")[dims - 1]
+    return nn.Sequential(
+        conv(3, 8, 3, padding=1), norm(8), nn.ReLU(), largest(2),
+        deconv(8, 8, 2, stride=2), norm(8), nn.ReLU(), nn.Dropout(0.3), mean(2),
+        conv(8, 8, 3, padding=1), nn.SyncBatchNorm(8), nn.ReLU(), nn.Upsample(scale_factor=2, mode=mode),
+        conv(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * features, 8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def aliases_primal(node: fx.Node) -> bool:
+    """Whether a value is a parameter or an input seen in another shape, which takes no memory of its own."""
+    while is_view(node) or node.target is torch.ops.aten.permute.default:
+        (node,) = node.all_input_nodes
+    return is_primal(node)
+
+
+@pytest.mark.parametrize("image", [(256,), (32, 32), (8, 8, 8)], ids=lambda image: f"{len(image)}d")
+def test_every_kind_of_layer_is_held_in_few_bits(image):
+    """At level 2: codes of 4 bits, bits of masks, int8 for each pooled value, and nothing else of any size."""
+    torch.manual_seed(0)
+    traced = trace(every_kind(len(image), math.prod(image)), torch.randn(8, 3, *image))
+    job = traced.job(codecs="actnn:L2")
+    assert {(choice.codec, choice.bits) for choice in job.plan.choices} == {("quantize", 4), ("bitmask", None)}
+    # Ranges of two 16-bit numbers for each group of 256.
+    assert job.plan.saved_after <= job.plan.saved_before / 32 * (4 + 1 + 1) + 1024
+    outputs = output_node(job.pair.forward.graph).args[0][job.pair.results :]
+    crossing = {node for node in outputs if isinstance(node.meta.get("val"), Tensor) and not aliases_primal(node)}
+    pooled = 8 * 8 * math.prod(image) // 2 ** len(image)
+    assert sum(map(nbytes, crossing)) <= job.plan.saved_after + pooled + 8192
+
+
+def test_gradients_of_every_kind_of_layer_are_close():
+    torch.manual_seed(0)
+    model = every_kind(2, 16 * 16)
+    model[7].eval()  # Exact and approximate steps would drop other values.
+    traced = trace(model, torch.randn(8, 3, 16, 16))
+    job, upstream = traced.job(codecs="actnn:L2"), traced.tangents()
+    for one, exact in zip(gradients(job, traced, upstream), exact_gradients(job, traced, upstream), strict=True):
+        if isinstance(one, Tensor) and one.dim() > 1:
+            assert 0 < (one - exact).norm() < 0.3 * exact.norm()
 
 
 def test_two_bits_on_average_are_shared_out(trained):
