@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph import tensor_of
+from .graph import arguments, tensor_of
 
 aten = torch.ops.aten
 
@@ -33,9 +33,9 @@ def shapes_only(gm: fx.GraphModule) -> None:
 
 
 def _forget(graph: fx.Graph, node: fx.Node) -> None:
-    held = node.args[1]
+    held = arguments(node)[1]
     value = tensor_of(held)
-    if not isinstance(held, fx.Node) or value is None:
+    if value is None:
         return
     size = list(value.shape)
     with graph.inserting_before(node):
