@@ -147,16 +147,38 @@ def verdict(row: Row, exact: Row | None) -> str:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """A heading and a table for each task."""
+    """What the columns mean, all scores in one table, and a heading and a table for each task."""
     parts = [
         (f"The columns{(__doc__ or '').partition('The columns')[2]}").strip().replace("\n\n    ", "\n\n```\n    ", 1)
     ]
     parts[0] = parts[0].replace("\n\nMethods in", "\n```\n\nMethods in", 1)
-    for task in STUDIES:
-        rows = rows_of(records, task)
-        if rows:
-            parts.append(_section(task, rows))
+    tables = {task: rows for task in STUDIES if (rows := rows_of(records, task))}
+    parts.append(_summary(tables))
+    parts += [_section(task, rows) for task, rows in tables.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(tables: dict[str, dict[str, Row]]) -> str:
+    """Mean scores and, in brackets, shares of exact training's peak; bold where an approximation hurts."""
+    methods = [method for method in METHODS if any(method in rows for rows in tables.values())]
+    heading = ("task, score", *methods)
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading))]
+    for task, rows in tables.items():
+        cells = [_brief(rows[method], rows) if method in rows else "" for method in methods]
+        lines.append(f"| {task}, {STUDIES[task].score} | {' | '.join(cells)} |")
+    about = (_summary.__doc__ or "").strip()
+    return "\n".join(("### All tasks", "", about, "", *lines))
+
+
+def _brief(row: Row, rows: dict[str, Row]) -> str:
+    exact = rows.get(METHODS[row.method].reference)
+    if not row.runs or exact is None or not exact.runs:
+        return "refused" if row.problem else ""
+    if row is exact:
+        return f"{row.score:.4g}" + ("" if row.spread is None else f" ± {row.spread:.2g}")
+    peak, reference = row.mean(lambda run: run.peak), exact.mean(lambda run: run.peak)
+    text = f"{row.score:.4g}" + (f" ({peak / reference:.2f})" if peak and reference else "")
+    return f"**{text}**" if "hurts" in verdict(row, exact) else text
 
 
 def _section(task: str, rows: dict[str, Row]) -> str:

@@ -49,7 +49,6 @@ SUM_BITS = (1, 2, 4)
 # Elements of the part of a batch on which codecs are run; draws of small tensors' codes and sums, and how many rounded
 # values make more draws unnecessary.
 PART, DRAWS, DRAWS_OF_SUMS, ENOUGH = 2**17, 16, 4, 2**14
-_SALT = 1
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel
 
 
 def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> Held:
-    return Held(name, tuple(x.shape), x.dtype, tuple(order), _SALT, **parameters)
+    return Held(name, tuple(x.shape), x.dtype, tuple(order), **parameters)
 
 
 def _seeds(values: int, most: int) -> list[Tensor]:

@@ -66,8 +66,8 @@ def test_kernels_compute_what_the_reference_does(size, order, dtype, bits, fold)
 
     def every_operator(x, seed):
         words = ops.pack_mask(x > 0, order)
-        codes, ranges = ops.quantize(x, seed, 3, bits, order)
-        sums = ops.fold(x, seed, 5, probes, order)
+        codes, ranges = ops.quantize(x, seed, bits, order)
+        sums = ops.fold(x, seed, probes, order)
         return (
             words,
             ops.unpack_mask(words, size, order),
@@ -75,7 +75,7 @@ def test_kernels_compute_what_the_reference_does(size, order, dtype, bits, fold)
             ranges,
             ops.dequantize(codes, ranges, size, order, bits, dtype),
             sums,
-            ops.unfold(sums, seed, 5, size, order, dtype),
+            ops.unfold(sums, seed, size, order, dtype),
         )
 
     x = tensor(size, order, dtype)
@@ -95,7 +95,7 @@ def test_inputs_in_another_layout_are_read_in_the_order_asked_for():
     x = torch.randn(2, 64, 4, 8)
 
     def encode(x, seed):
-        return ops.pack_mask(x > 0, CHANNELS_LAST), *ops.quantize(x, seed, 1, 4, CHANNELS_LAST)
+        return ops.pack_mask(x > 0, CHANNELS_LAST), *ops.quantize(x, seed, 4, CHANNELS_LAST)
 
     outputs, _ = compiled(encode, x, SEED)
     for output, expected in zip(outputs, encode(x, SEED), strict=True):
@@ -118,7 +118,7 @@ def test_masked_gradient_is_one_vectorised_kernel_without_a_boolean():
 
 def test_a_decoded_tensor_is_inlined_into_its_reader():
     x = tensor(IMAGE, CHANNELS_LAST)
-    codes, ranges = ops.quantize(x, SEED, 1, 4, CHANNELS_LAST)
+    codes, ranges = ops.quantize(x, SEED, 4, CHANNELS_LAST)
 
     def normalised(codes, ranges, gradient, mean):
         return (ops.dequantize(codes, ranges, IMAGE, CHANNELS_LAST, 4, torch.float32) - mean) * gradient
@@ -138,9 +138,9 @@ def test_encoders_read_the_activation_and_allocate_payloads_only():
     def forward(x, weight, seed):
         y = torch.relu(torch.nn.functional.conv2d(x, weight, padding=1))
         words = ops.pack_mask(y <= 0, CHANNELS_LAST)
-        codes, ranges = ops.quantize(y, seed, 1, 4, CHANNELS_LAST)
+        codes, ranges = ops.quantize(y, seed, 4, CHANNELS_LAST)
         mean = y.mean((2, 3), keepdim=True)
-        sums = ops.fold(y - mean, seed, 2, probes, CHANNELS_LAST)
+        sums = ops.fold(y - mean, seed, probes, CHANNELS_LAST)
         return torch.nn.functional.conv2d(y, weight, padding=1), words, codes, ranges, mean, sums
 
     x = tensor((2, 16, 16, 16), CHANNELS_LAST)
@@ -151,8 +151,8 @@ def test_encoders_read_the_activation_and_allocate_payloads_only():
     assert torch.equal(ops.unpack_mask(outputs[1], y.shape, CHANNELS_LAST), y <= 0)
     decoded = ops.dequantize(outputs[2], outputs[3], y.shape, CHANNELS_LAST, 4, torch.float32)
     assert (decoded - y).abs().max() <= (outputs[3][1] - outputs[3][0]).max() / 15 + 1e-4
-    unfolded = ops.unfold(outputs[5], SEED, 2, y.shape, CHANNELS_LAST, torch.float32)
-    expected = ops.fold(y - outputs[4], SEED, 2, probes, CHANNELS_LAST)
+    unfolded = ops.unfold(outputs[5], SEED, y.shape, CHANNELS_LAST, torch.float32)
+    expected = ops.fold(y - outputs[4], SEED, probes, CHANNELS_LAST)
     torch.testing.assert_close(outputs[5], expected, rtol=1e-3, atol=1e-3)
     assert unfolded.shape == y.shape
     assert all(size < y.numel() for size, _ in allocations(code))

@@ -7,7 +7,7 @@ consist of traceable operators only. Adding a codec means writing one file that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Held:
     size: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
+    _: KW_ONLY
     bits: int | None = None
     probes: int | None = None
     kind: str = "fold"
