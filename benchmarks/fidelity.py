@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = (
     "xconv_fx", "passes", "cost_model", "requirements", "constraints.txt", "examples/_data.py",
     "examples/brain_unet3d.py", "examples/mnist_resnet.py", "benchmarks/nets.py", "benchmarks/fidelity_tasks.py",
-    "benchmarks/fidelity_training.py",
+    "benchmarks/fidelity_training.py", "benchmarks/lowest.py",
 )  # fmt: skip
 
 

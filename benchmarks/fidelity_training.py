@@ -20,17 +20,15 @@ from typing import Any, cast
 
 import torch
 from fidelity_tasks import STUDIES
+from lowest import at_lowest_budget
 from torch import Tensor, nn
 
-from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import training_peak
 from xconv_fx.plan import Totals
 from xconv_fx.report import read_json
 
 # The first steps warm caches and allocator up; their times say nothing about the rest.
 UNTIMED_STEPS = 3
-# A lowest budget that the audit finds too low comes back higher; more than a few rounds would mean it never settles.
-LOWEST_ROUNDS = 6
 LOWEST = 0
 
 
@@ -184,28 +182,21 @@ class Trainer:
         """The network as the method runs it, after its first step."""
         if self.run_step is not None:
             return self.run_step
-        if self.method.share != LOWEST:
-            if self.method.share is not None and self.reference_peak is not None:
-                self.budget = self.reference_peak * self.method.share // 100
-            self.run_step = self._first_step()
+        if self.method.share == LOWEST:
+            self.budget, self.run_step = at_lowest_budget(self._first_step)
             return self.run_step
-        self.budget = 1
-        for _ in range(LOWEST_ROUNDS):
-            try:
-                self.run_step = self._first_step()
-            except BudgetInfeasibleError as error:
-                torch.compiler.reset()
-                self.budget = error.smallest
-            else:
-                return self.run_step
-        raise RuntimeError(f"the smallest feasible budget was infeasible {LOWEST_ROUNDS} times")
+        if self.method.share is not None and self.reference_peak is not None:
+            self.budget = self.reference_peak * self.method.share // 100
+        self.run_step = self._first_step(self.budget)
+        return self.run_step
 
-    def _first_step(self) -> nn.Module:
+    def _first_step(self, budget: int | None) -> nn.Module:
+        torch.compiler.reset()
         backend: dict[str, Any] = {}
         if self.method.options is not None:
             options = {**dict(self.method.options), "report": str(self.report)}
-            if self.budget is not None:
-                options["mem_budget"] = self.budget
+            if budget is not None:
+                options["mem_budget"] = budget
             backend = {"backend": "xconv", "options": options}
         run = InPrecision(cast(nn.Module, torch.compile(self.model, **backend)), self.method.bf16)
         inputs, target = self._batch(torch.Generator().manual_seed(0))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lowest import at_lowest_budget
 from nets import NETS, Net
 from rich.console import Console
 from rich.table import Table
@@ -165,15 +166,13 @@ def gradient_error(found: dict[str, Tensor], true: dict[str, Tensor]) -> Gradien
 def lowest_exact(net: Net, dtype: torch.dtype) -> tuple[int, Subject]:
     """The smallest budget that lossless codecs meet, and the network compiled under it.
 
-    Found by asking for the impossible: the error names the smallest feasible budget.
+    Raises `RuntimeError` when there is none.
     """
-    budget = 1
-    for _ in range(LOWEST_ROUNDS):
-        try:
-            return budget, Subject(net, {"mem_budget": budget, "codecs": "exact"}, dtype=dtype)
-        except BudgetInfeasibleError as error:
-            budget = error.smallest
-    raise RuntimeError(f"{net.name}: the smallest feasible budget was still infeasible after {LOWEST_ROUNDS} rounds")
+
+    def attempt(budget: int) -> Subject:
+        return Subject(net, {"mem_budget": budget, "codecs": "exact"}, dtype=dtype)
+
+    return at_lowest_budget(attempt, LOWEST_ROUNDS)
 
 
 def run(name: str) -> Report:

@@ -25,13 +25,12 @@ from typing import cast
 
 import numpy as np
 import torch
+from lowest import at_lowest_budget
 from nets import MAIN_JOB
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 from torch import Tensor, nn
-
-from xconv_fx.errors import BudgetInfeasibleError
 
 DIRECTIONS = 4
 DOUBT = 0.05
@@ -64,17 +63,14 @@ def gradients(model: nn.Module, run: nn.Module, inputs: Tensor, loss: object) ->
 def lowest(model: nn.Module, inputs: Tensor, probes: int | None) -> nn.Module:
     """The model compiled at the smallest budget that the backend accepts."""
     more = {} if probes is None else {"probes": probes}
-    budget: int | str = "1KB"
-    for _ in range(6):
+
+    def attempt(budget: int) -> nn.Module:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="xconv", options={"mem_budget": budget, **more})
-        try:
-            compiled(inputs)
-        except BudgetInfeasibleError as error:
-            budget = error.smallest
-        else:
-            return cast(nn.Module, compiled)
-    raise RuntimeError(f"no feasible budget found up to {budget} bytes")
+        compiled(inputs)
+        return cast(nn.Module, compiled)
+
+    return at_lowest_budget(attempt)[1]
 
 
 def judge(name: str, draws: int, probes: int | None) -> Verdict:
