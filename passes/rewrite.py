@@ -56,7 +56,7 @@ def rewrite(
 
 
 def _element(seeds: Tensor, number: int) -> Tensor:
-    """One of the seeds, in a dim of its own."""
+    """One of the seeds, in a dim of its own. Taken where it is read: at the start of a graph, it raised the peak."""
     return seeds if len(seeds) == 1 else seeds[number : number + 1]
 
 
@@ -168,9 +168,8 @@ class _Writer:
 
         They are drawn at once, but as layers that run one after the other would draw them (`xconv_fx.nn`).
         """
-        place = {node: number for number, node in enumerate(self.forward.nodes)}
-        names = [name for name, choice in self.how.items() if choice.codec in SKETCHES and name in self.residuals]
-        return {name: i for i, name in enumerate(sorted(names, key=lambda name: place[self.residuals[name].forward]))}
+        drawing = [r for name, r in self.residuals.items() if name in self.how and self.how[name].codec in SKETCHES]
+        return {residual.name: i for i, residual in enumerate(sorted(drawing, key=lambda r: r.forward))}
 
     def drawn(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """The step's seeds on a device: the forward's node and the backward's placeholder, made once."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph import arguments, tensor_of
+from .graph import arguments, inline, origin_meta, tensor_of
 
 aten = torch.ops.aten
 
@@ -37,12 +37,10 @@ def _forget(graph: fx.Graph, node: fx.Node) -> None:
     value = tensor_of(held)
     if value is None:
         return
-    size = list(value.shape)
+
+    def sized() -> torch.Tensor:
+        return torch.zeros([1] * value.dim(), dtype=value.dtype, device=value.device).expand(value.shape)
+
     with graph.inserting_before(node):
-        zero = graph.call_function(
-            aten.full.default, ([1] * len(size), 0), {"dtype": value.dtype, "device": value.device}
-        )
-        shape = graph.call_function(aten.expand.default, (zero, size))
-    zero.meta["val"] = value.new_zeros([1] * len(size))
-    shape.meta["val"] = zero.meta["val"].expand(size)
+        (shape,) = inline(graph, sized, [], origin_meta(node))
     node.replace_input_with(held, shape)

@@ -25,6 +25,10 @@ class Assignment(Protocol):
     """What each layer is to hold. A layer may have several names, if it is used in several places."""
 
     @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans that it follows."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was asked for and cannot be had."""
 
@@ -44,6 +48,7 @@ class ByPattern:
 
     probes: Probes
     base: Sketch
+    plans: tuple[Plan, ...] = ()
     notes: tuple[str, ...] = ()
 
     def check(self, layers: Collection[str]) -> None:

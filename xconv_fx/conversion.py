@@ -98,7 +98,7 @@ def _convert(model: nn.Module, assignment: Assignment, inplace: bool) -> tuple[n
         model = _sharing_copy(model)
         layers = _layers(model)
     rows = tuple(row for layer, names in layers.items() for row in _convert_layer(layer, names, assignment))
-    return model, Conversion(rows, assignment.notes, getattr(assignment, "plans", ()))
+    return model, Conversion(rows, assignment.notes, assignment.plans)
 
 
 def _layers(model: nn.Module) -> dict[nn.Module, list[str]]:

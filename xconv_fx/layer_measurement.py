@@ -20,13 +20,23 @@ from xconv_fx.codec_set import BITS
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Fold, LayerStatistics, Layout, Pairs, Spread
 
-from .moments import PART, Bilinear, codes, deviation, folds, orders, rounding_errors, sample_noise, spread
+from .moments import (
+    BATCH_NORM,
+    INSTANCE_NORM,
+    PART,
+    Bilinear,
+    codes,
+    deviation,
+    folds,
+    orders,
+    rounding_errors,
+    sample_noise,
+    spread,
+)
 
 # Errors that are sent backward from a normalisation layer: of codes of so many bits, so many times.
 TRAVEL_BITS, TRAVEL_DRAWS = 2, 4
 Backward = Callable[[Tensor], Mapping[str, Tensor]]
-
-BATCH_NORM, INSTANCE_NORM = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 
 @dataclass

@@ -41,7 +41,8 @@ from xconv_fx.statistics import Fold, Pairs, Spread
 
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+BATCH_NORM, INSTANCE_NORM = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+NORMALISATIONS = (BATCH_NORM, INSTANCE_NORM, nn.GroupNorm, nn.LayerNorm)
 
 # Terms of a sum at which folding is measured, and widths to which sums are rounded: of wider codes little is seen.
 TERMS = (2, 4, 8, 16, 32, 64, 128)
@@ -143,10 +144,9 @@ def codes(x: Tensor, reach: Tensor, order: Sequence[int]) -> Pairs:
 
 def rounding_errors(x: Tensor, bits: int, draws: int) -> Iterator[Tensor]:
     """Errors of x (N, ...) in codes of so many bits, in the compiler's usual layout."""
-    row, held = codec("quantize"), _blank("quantize", x, [*orders(x).values()][-1], bits=bits)
+    held = _blank("quantize", x, [*orders(x).values()][-1], bits=bits)
     for _ in range(draws):
-        seed = torch.randint(2**62, (1,))
-        yield row.decode(row.encode(x, seed, held), seed, held) - x
+        yield _error(x, held, torch.randint(2**62, (1,)))
 
 
 def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel: int, energy: float) -> Iterator[Fold]:
@@ -184,9 +184,13 @@ def _seeds(values: int, most: int) -> list[Tensor]:
 
 def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -> float:
     """Mean over draws of the weighted squared error of codes."""
+    return sum(float((_error(x, held, seed).square() * weights).sum()) for seed in seeds) / len(seeds)
+
+
+def _error(x: Tensor, held: Held, seed: Tensor) -> Tensor:
+    """What is off in x after a round trip through its codec."""
     row = codec(held.codec)
-    errors = (row.decode(row.encode(x, seed, held), seed, held) - x for seed in seeds)
-    return sum(float((error.square() * weights).sum()) for error in errors) / len(seeds)
+    return row.decode(row.encode(x, seed, held), seed, held) - x
 
 
 def _rounding_of_sums(x: Tensor, weights: Tensor, held: Held) -> dict[int, float]:

@@ -72,7 +72,7 @@ class Sketching(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether the layer is now the one that it replaces: in evaluation mode, or without anything to save."""
-        return not self.training or (self.probes is None and self.bits == PLAIN_BITS)
+        return not self.training or self.sketch.plain
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's result with this weight and bias, holding a sketch of `input` for the backward."""

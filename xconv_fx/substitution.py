@@ -67,7 +67,7 @@ def substitute(
         rows += [_replace(site, graph, assignment.why_whole([site.layer]) or RELU_HOLDS) for site in relus]
     graph.lint()
     graph_module.recompile()
-    return graph_module, Conversion(tuple(rows), assignment.notes, getattr(assignment, "plans", ()))
+    return graph_module, Conversion(tuple(rows), assignment.notes, assignment.plans)
 
 
 def _sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
