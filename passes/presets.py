@@ -14,9 +14,11 @@ XConv (arXiv 2106.06998): `xconv` holds r Gaussian projections of every convolut
 `xconv:independent` and `xconv:rademacher` other ones), masks as bits, and everything else as it is. r is the option
 `probes`, else `codec_set.XCONV_PROBES`.
 
-Known gaps: ActNN also gives samples bits of their own, by the size of their gradients. Our codes have one width a
-tensor, which the generated kernels are written for: bits differ between layers, not between samples. Sensitivities are
-the planner's, not measured while training.
+Known gaps: ActNN also gives samples bits of their own, by the ranges of their values and, as an option, by the size of
+their gradients in the last epoch. Our codes have one width a tensor, which the generated kernels are written for: bits
+differ between layers, not between samples. benchmarks/sample_bits.py estimates what that costs: nothing by ranges,
+much by gradients where they differ as much as in classification. Sensitivities are the planner's, not measured while
+training.
 """
 
 from __future__ import annotations
