@@ -64,9 +64,10 @@ METHODS: dict[str, Method] = {
         *(_preset(name) for name in ("actnn:L1", "actnn:L2", "actnn:L3", "xconv")),
         # No preset: what it takes is what its codes can save.
         Method("fixed:4", options=(("codecs", "fixed:4"),), share=LOWEST),
-        Method("bf16-exact", options=None, reference="bf16-exact", bf16=True, slow=4),
-        Method("bf16-xconv-60%", share=60, reference="bf16-exact", bf16=True, slow=4),
-        Method("bf16-xconv-lowest", share=LOWEST, reference="bf16-exact", bf16=True, slow=5),
+        Method("bf16-exact", options=None, reference="bf16-exact", bf16=True),
+        Method("bf16-xconv-60%", share=60, reference="bf16-exact", bf16=True),
+        Method("bf16-xconv-40%", share=40, reference="bf16-exact", bf16=True),
+        Method("bf16-xconv-lowest", share=LOWEST, reference="bf16-exact", bf16=True, slow=2),
     )
 }
 
