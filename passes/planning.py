@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from xconv_fx import calibration
@@ -15,7 +16,7 @@ from xconv_fx.portable import effort
 from xconv_fx.slices import Slicing
 
 from .presets import apply_preset, average_bits
-from .problem import Posed
+from .problem import Candidate, Posed
 from .residuals import uncompressible
 from .sliced import slice_step
 
@@ -86,7 +87,12 @@ def describe(
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
         calibrated=calibration.spec(posed.device).calibrated,
-        notes=(*uncompressible({residual.name: residual for residual in posed.residuals}), *notes, *_assumed(posed)),
+        notes=(
+            *uncompressible({residual.name: residual for residual in posed.residuals}),
+            *notes,
+            *_by_sample(chosen),
+            *_assumed(posed),
+        ),
         measured=posed.noises.stats is not None,
         layers=posed.noises.by_layer(candidate.added for candidate in chosen),
     )
@@ -101,6 +107,12 @@ def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
         and options.probes.count_for(residual.reader) is not None
         and all(candidate.choice.codec != "probe" for candidate in row)
     )
+
+
+def _by_sample(chosen: Sequence[Candidate]) -> tuple[str, ...]:
+    """A note of what has codes of another width for each sample."""
+    shared = sum(candidate.choice.by_sample for candidate in chosen)
+    return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
 
 
 def _assumed(posed: Posed) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from xconv_fx.codec_set import XCONV_PROBES
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.timing import seconds
-from xconv_fx.ops import registry
+from xconv_fx.ops import registry, samples
 from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.fold import fitted
 from xconv_fx.ops.registry import Held
@@ -230,7 +230,7 @@ class _Poser:
         ):
             return row
         if "quantize" in allowed:
-            row += [self._coded(residual, Held("quantize", **self._held(residual), bits=bits)) for bits in allowed.bits]
+            row += [self._coded(residual, self._codes(residual, bits)) for bits in allowed.bits]
         if "probe" in allowed and residual.uses <= {"weight_grad", "mask"}:
             blank = Held("probe", **self._held(residual))
             offered = rungs.offered(blank, allowed.kinds, lambda held: self.noises.coded(residual, held).total)
@@ -248,6 +248,11 @@ class _Poser:
 
     def _held(self, residual: Residual) -> dict[str, Any]:
         return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
+
+    def _codes(self, residual: Residual, bits: int) -> Held:
+        held = self._held(residual)
+        by_sample = self.options.shares_samples and samples.shareable(residual.shape, residual.order, bits)
+        return Held("quantize", **held, bits=bits, by_sample=by_sample)
 
     def _bitmask(self, residual: Residual) -> Candidate:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
@@ -267,7 +272,7 @@ class _Poser:
         )
         choice = replace(
             candidate.choice, bits=held.bits, probes=held.probes, kind=held.kind if held.codec == "probe" else None,
-            means=held.means,
+            means=held.means, by_sample=held.by_sample,
         )  # fmt: skip
         return replace(candidate, choice=choice)
 
@@ -309,7 +314,7 @@ class _Poser:
         masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}.values()
         if {"recompute", "quantize", "bitmask"} <= allowed.names:
             for bits in (b for b in allowed.bits if b > 1):  # One bit is too coarse.
-                codes = [(source, Held("quantize", **self._held(source), bits=bits)) for source in sources]
+                codes = [(source, self._codes(source, bits)) for source in sources]
                 added = self.noises.replayed(residual, codes)
                 row.append(self._replay(residual, chain, "replay", bits, added, len(masks)))
         norms = [self.norms[source.name] for source in sources if source.name in self.norms]

@@ -65,6 +65,7 @@ def held_for(residual: Residual, choice: Choice) -> Held:
     return Held(
         choice.codec, residual.shape, residual.value.dtype, residual.order,
         bits=choice.bits, probes=choice.probes, kind=choice.kind or "fold", means=choice.means,
+        by_sample=choice.by_sample,
     )  # fmt: skip
 
 

@@ -190,6 +190,26 @@ class TestProbes:
             Probes.parse({"encodr.conv": 8}).check(layers)
 
 
+class TestSampleBits:
+    @pytest.mark.parametrize(
+        ("given", "shared"),
+        [({}, False), ({"sample_bits": True}, True), ({"codecs": "actnn:L3"}, True), ({"codecs": "actnn:L2"}, False),
+         ({"codecs": "actnn:L3", "sample_bits": False}, False), ({"codecs": "quantize:4", "sample_bits": True}, True)],
+    )  # fmt: skip
+    def test_shared_by_choice_or_as_in_actnn(self, given, shared):
+        assert Options.parse(given).shares_samples is shared
+
+    @pytest.mark.parametrize("codecs", ["exact", "exact,quantize:8", "xconv"])
+    def test_without_codes_that_can_share(self, codecs):
+        with pytest.raises(OptionError, match="needs codes of 2 or 4 bits") as caught:
+            Options.parse({"sample_bits": True, "codecs": codecs})
+        assert caught.value.option == "sample_bits"
+
+    def test_mistakes(self):
+        with pytest.raises(OptionError, match="write True, False, or None"):
+            Options.parse({"sample_bits": 2})
+
+
 class TestSeed:
     @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, None])
     def test_accepted(self, seed):

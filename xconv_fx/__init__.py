@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from xconv_fx.conversion import plan_and_convert as plan_and_convert
     from xconv_fx.gradient_noise import gradient_check as gradient_check
     from xconv_fx.model_calibration import calibrate as calibrate
+    from xconv_fx.sample_gradients import SampleGradients as SampleGradients
     from xconv_fx.statistics import Statistics as Statistics
     from xconv_fx.substitution import substitute as substitute
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 # Public names to the modules that define them. A module of the same name would hide the function once it is imported.
 _HOMES = {
+    "SampleGradients": "sample_gradients",
     "Statistics": "statistics",
     "calibrate": "model_calibration",
     "convert": "conversion",
@@ -31,6 +33,7 @@ _HOMES = {
 _MODULES = ("nn",)
 
 __all__ = [
+    "SampleGradients",
     "Statistics",
     "__version__",
     "calibrate",

@@ -18,6 +18,7 @@ from .errors import surfaced_by_dynamo
 from .ops import lowering
 from .options import Options
 from .plan import Plan
+from .sample_gradients import watched
 from .session import Session
 from .stack_room import with_stack_room
 from .strategy import Strategy
@@ -43,7 +44,8 @@ def xconv(
         chosen = replace(chosen, mem_budget=None)  # Nothing is held for a backward: plain Inductor.
     lowering.install()
     hooks.specialise(example_inputs)
-    return Strategy(Traced(gm, example_inputs, chosen, Session.of(chosen))).compile()
+    compiled = Strategy(Traced(gm, example_inputs, chosen, Session.of(chosen))).compile()
+    return watched(compiled) if chosen.shares_samples else compiled
 
 
 def plan_graph(

@@ -106,7 +106,8 @@ class Options:
     `mem_budget` limits the physical peak of a training step (None: no limit, only what costs nothing is saved);
     `codecs` and `probes` restrict the planner, and so does `slices` (None: as many as it likes; 1: the whole batch at
     once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions; `stats` are
-    the model's own, by which noise is predicted (None: by priors). `reserve` is bytes of the budget left for memory
+    the model's own, by which noise is predicted (None: by priors); `sample_bits` shares the bits of codes out among the
+    samples of a batch (None: only under a preset that does). `reserve` is bytes of the budget left for memory
     outside the compiled step; `seed` fixes the sequence of random draws (None: one drawn from torch's generator every
     step); `report` is where the plan is written as JSON; `inductor` and `mode` are passed to Inductor.
     """
@@ -119,6 +120,7 @@ class Options:
     max_noise: float | None = None
     max_slowdown: float | None = None
     stats: Statistics | None = None
+    sample_bits: bool | None = None
     reserve: int = 0
     seed: int | None = None
     report: Path | None = None
@@ -141,6 +143,7 @@ class Options:
             raise OptionError("mode", given["mode"], f"torch.compile was called with mode={mode!r}; give only one")
         parsed = Options(**{name: PARSERS[name](value) for name, value in given.items()})
         parsed._check_preset()
+        parsed._check_sample_bits()
         return parsed
 
     def _check_preset(self) -> None:
@@ -150,6 +153,16 @@ class Options:
             raise OptionError("slices", self.slices, f"codecs={preset!r} runs the batch at once; write 1 or None")
         if preset in ACTNN and self.probes != Probes():
             raise OptionError("probes", self.probes.count, f"codecs={preset!r} holds codes; write codecs='xconv'")
+
+    def _check_sample_bits(self) -> None:
+        """Bits are shared out where there are codes of a width between the least and the greatest."""
+        if self.sample_bits and ("quantize" not in self.codecs or not {2, 4}.intersection(self.codecs.bits)):
+            raise OptionError("sample_bits", True, "it needs codes of 2 or 4 bits; write codecs='quantize:2' or 'all'")
+
+    @property
+    def shares_samples(self) -> bool:
+        """Whether codes of 2 and 4 bits have a width for each sample: by choice, or as in ActNN's third level."""
+        return self.codecs.preset == "actnn:L3" if self.sample_bits is None else self.sample_bits
 
     @property
     def plain(self) -> bool:
@@ -232,6 +245,12 @@ def _parse_stats(value: Any) -> Statistics | None:
     return parse(value)
 
 
+def _parse_sample_bits(value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise OptionError("sample_bits", value, "write True, False, or None for what the codecs do by themselves")
+    return value
+
+
 def _parse_seed(value: Any) -> int | None:
     if value is None:
         return None
@@ -302,6 +321,7 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "max_noise": _limit("max_noise"),
         "max_slowdown": _limit("max_slowdown"),
         "stats": _parse_stats,
+        "sample_bits": _parse_sample_bits,
         "reserve": _parse_reserve,
         "seed": _parse_seed,
         "report": _parse_report,

@@ -26,8 +26,9 @@ class Choice:
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held
-    exactly; `bits` the width of codes or of a probe's values. `noise` is the predicted variance that the choice adds,
-    relative to the energy of the residual (0 for lossless codecs); `time` the predicted extra seconds a step.
+    exactly; `bits` the width of codes or of a probe's values, with `by_sample` the mean over the samples of a batch.
+    `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for lossless
+    codecs); `time` the predicted extra seconds a step.
     """
 
     residual: str
@@ -43,6 +44,7 @@ class Choice:
     bits: int | None = None
     kind: str | None = None
     means: bool = False
+    by_sample: bool = False
     noise: float = 0.0
     time: float = 0.0
     readers: tuple[str, ...] = ()

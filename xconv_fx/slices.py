@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
 from . import hooks
+from .sample_gradients import samples_of_slice
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Slicing:
     def samples(self) -> int:
         """Samples in a slice."""
         return self.batch.size // self.count
+
+    def names(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, the samples of slice `index` are those that run."""
+        return samples_of_slice(index * self.samples, self.samples)
 
     def episodes(self, results: int, tangents: int, loss_copies: int) -> tuple[Episode, ...]:
         """The moments of a sliced step at which memory may peak.
@@ -203,7 +208,7 @@ class _SlicedStep(torch.autograd.Function):
             arguments = step.arguments(ctx.leaves, index)
             if not held:
                 arguments = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-            with torch.enable_grad():
+            with torch.enable_grad(), slicing.names(index):
                 part = step.function(*arguments)
             results = results or [_whole(value, slicing.count) for value in part]
             _write(results, part, index * slicing.samples)
@@ -273,7 +278,7 @@ def _taken(leaf: Any) -> Tensor | None:
 def _forward_again(ctx: Any, step: Sliced, index: int) -> tuple[list[Any], list[Any]]:
     """Slice `index` once more, from the random state that its first forward had; its arguments and gradient edges."""
     arguments = step.arguments(ctx.leaves, index)
-    with _with_random_state(ctx.states.get(index)), torch.enable_grad():
+    with _with_random_state(ctx.states.get(index)), torch.enable_grad(), step.slicing.names(index):
         part = step.function(*arguments)
     return arguments, _edges(part)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tracing import run_joint, run_pair, trace
 
+import xconv_fx
 from xconv_fx.passes import pipeline
 from xconv_fx.passes.graph import is_primal, is_view, nbytes, output_node
 from xconv_fx.passes.planning import describe
@@ -160,7 +161,9 @@ def test_gradients_of_every_kind_of_layer_are_close():
     job, upstream = traced.job(codecs="actnn:L2"), traced.tangents()
     for one, exact in zip(gradients(job, traced, upstream), exact_gradients(job, traced, upstream), strict=True):
         if isinstance(one, Tensor) and one.dim() > 1:
-            assert 0 < (one - exact).norm() < 0.3 * exact.norm()
+            assert (one - exact).norm() < 0.3 * exact.norm()
+            # The last linear layers' inputs are too small to be coded.
+            assert one.dim() == 2 or not torch.equal(one, exact)
 
 
 def test_two_bits_on_average_are_shared_out(trained):
@@ -174,6 +177,29 @@ def test_two_bits_on_average_are_shared_out(trained):
     assert mixed.plan.saved_after <= even.plan.saved_after
     torch.manual_seed(0)
     assert relative_variance(mixed, traced, upstream) < 0.85 * relative_variance(even, traced, upstream)
+
+
+def test_samples_with_larger_gradients_get_more_bits(trained):
+    """As much is held as with equal widths; what rounding adds is less when gradients differ and are known."""
+    traced, (logits,) = trained
+    # A network that has learnt most samples: a few still have gradients.
+    upstream = [logits * torch.where(torch.arange(len(logits)) % 8 == 0, 1.0, 0.01)[:, None]]
+    seen = xconv_fx.SampleGradients(len(logits))
+    seen.squares[:] = upstream[0].square().sum(1)
+    shared, even = (traced.job(codecs="actnn:L3", sample_bits=by_sample) for by_sample in (None, False))
+    assert taken(shared) == taken(even)
+    assert shared.plan.saved_after <= 1.01 * even.plan.saved_after
+    coded = [choice.codec == "quantize" for choice in shared.plan.choices]
+    # Codes of one bit or of eight leave nothing to share.
+    assert [choice.by_sample for choice in shared.plan.choices] == [
+        is_coded and choice.bits in (2, 4) for is_coded, choice in zip(coded, shared.plan.choices, strict=True)
+    ]
+    assert any("shared out among the samples" in note for note in shared.plan.notes)
+    torch.manual_seed(0)
+    with seen.batch(range(len(logits))):
+        known = relative_variance(shared, traced, upstream)
+    unknown, equal = (relative_variance(job, traced, upstream) for job in (shared, even))
+    assert known < 0.6 * unknown and known < 0.6 * equal
 
 
 def test_a_residual_net_holds_a_twelfth_of_eager():

@@ -7,10 +7,10 @@ graph calls the eager reference.
 
 from . import pool, seed, stored, volume  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
+from .codes import QUANTIZE
 from .fixed import FIXED
 from .fold import PROBE
 from .layout import fitting_probes, order_of
-from .quantize import QUANTIZE
 from .registry import Codec, Held, codec, names, register
 
 __all__ = [

@@ -37,6 +37,8 @@ UNROLLED_TERMS = 8
 # Random numbers that an eager codec makes at a time.
 BLOCK = 2**19
 
+# Rows from so many elements on are worth vector instructions.
+LANES = 16
 _SHORTEST_ROW = 64
 _ALLOWED_PADDING = (1 / 8, 1 / 2)
 _FOLD_SLACK = 0.9
@@ -192,12 +194,15 @@ def unpack(words: Tensor, plan: Packing, dtype: torch.dtype = torch.int32) -> Te
 
 
 @functools.lru_cache(maxsize=4096)
-def group_extents(physical: tuple[int, ...]) -> tuple[int, ...]:
+def group_extents(physical: tuple[int, ...], apart: bool = False) -> tuple[int, ...]:
     """Extents of the boxes that share a quantisation range, one per physical dimension, about `GROUP` elements each.
 
     A box is a contiguous run: whole inner dimensions, a part of one dimension, 1 in those further out. Parts divide
-    their dimension exactly where it has a fitting divisor, and are of equal length up to rounding otherwise.
+    their dimension exactly where it has a fitting divisor, and are of equal length up to rounding otherwise. With
+    `apart`, none spans two samples (the outermost dimension).
     """
+    if apart:
+        return (1, *group_extents(physical[1:]))
     extents = [1] * len(physical)
     room = GROUP
     for dim in reversed(range(len(physical))):
@@ -218,9 +223,9 @@ def _part(extent: int, target: int) -> int:
     return -(-extent // max(1, round(extent / target)))
 
 
-def group_counts(physical: tuple[int, ...]) -> tuple[int, ...]:
+def group_counts(physical: tuple[int, ...], apart: bool = False) -> tuple[int, ...]:
     """How many groups there are along each physical dimension."""
-    return tuple(-(-extent // part) for extent, part in zip(physical, group_extents(physical), strict=True))
+    return tuple(-(-extent // part) for extent, part in zip(physical, group_extents(physical, apart), strict=True))
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ def random_bits(keys: ir.TensorBox, row: sympy.Expr, inner: Index, extents: Sequ
 
 
 def random_halves(
-    keys: ir.TensorBox, count: int, row: sympy.Expr, inner: Index, extents: Sequence[int]
+    keys: ir.TensorBox, count: int, row: sympy.Expr | Value, inner: Index, extents: Sequence[int]
 ) -> tuple[Value, Value]:
-    """`hash.random_halves` of one element of a dense array of rows, in a loop body."""
+    """`hash.random_halves` of one element of a dense array of rows, in a loop body; of a computed `row` as well."""
     return hash.keyed_halves(_numbered(row, inner, extents), _pair(keys), count, VALUES)
 
 
@@ -85,13 +85,16 @@ def _pair(keys: ir.TensorBox) -> tuple[Value, Value]:
     return load([sympy.S.Zero]), load([sympy.S.One])
 
 
-def _numbered(row: sympy.Expr, inner: Index, extents: Sequence[int]) -> Value:
+def _numbered(row: sympy.Expr | Value, inner: Index, extents: Sequence[int]) -> Value:
     """The position of an element in a dense array of rows.
 
     Numbering the lanes of a vector takes C++ as long as a hash; a body that reads several rows should do it once. The
     union with 0 costs nothing and keeps Inductor from adding up the two expressions, which would number every row.
     """
-    first = ops.index_expr(row * math.prod(extents), torch.int32)
+    if isinstance(row, sympy.Expr):
+        first = ops.index_expr(row * math.prod(extents), torch.int32)
+    else:
+        first = ops.mul(row, ops.constant(math.prod(extents), torch.int32))
     if not inner:
         return first
     lanes = ops.bitwise_or(ops.index_expr(linear(inner, extents), torch.int32), ops.constant(0, torch.int32))
@@ -199,3 +202,39 @@ def summed(
         )
     total.realize()
     return total
+
+
+def ranges(x: ir.TensorBox, order: Sequence[int], parts: Sequence[int]) -> ir.TensorBox:
+    """The least and the greatest value of each group of the extents `parts`: a buffer (2, *groups)."""
+    sides = [_extreme(x, order, parts, kind) for kind in ("min", "max")]
+    # The two reductions write into halves of one buffer, whose strides must be those the fake rule promises.
+    with config.patch(comprehensive_padding=False):
+        return ir.TensorBox(ir.ConcatKernel.create(sides, 0))
+
+
+def _extreme(x: ir.TensorBox, order: Sequence[int], parts: Sequence[int], kind: Any) -> ir.TensorBox:
+    load, physical = loader(x, order, x.get_dtype()), layout.physical_size(x.get_size(), order)
+    counts = [-(-extent // part) for extent, part in zip(physical, parts, strict=True)]
+    cut = [dim for dim, part in enumerate(parts) if part > 1]
+
+    def body(index: Index, within: Index) -> Value:
+        at = list(index[1:])
+        for dim, offset in zip(cut, within, strict=True):
+            # The last group may be short: its last element is read again, which changes no extreme.
+            at[dim] = at[dim] * parts[dim] + offset
+            if physical[dim] % parts[dim]:
+                at[dim] = sympy.Min(at[dim], physical[dim] - 1)
+        return load(at)
+
+    dtype = x.get_dtype()
+    result = ir.Reduction.create(
+        device=x.get_device_or_error(),
+        dst_dtype=dtype,
+        src_dtype=dtype,
+        inner_fn=body,
+        ranges=[1, *counts],
+        reduction_ranges=[parts[dim] for dim in cut],
+        reduction_type=kind,
+    )
+    result.realize()
+    return result

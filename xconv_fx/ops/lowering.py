@@ -26,12 +26,22 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from . import fixed_lowering, fold, layout, loops, pool, quantize, stored, words  # noqa: F401 (pool defines its operator)
+from . import (
+    fixed_lowering,
+    fold,
+    layout,
+    loops,
+    pool,  # noqa: F401 (defines its operator)
+    quantize,
+    samples_lowering,
+    stored,  # noqa: F401 (defines its operator)
+    words,
+)
 from .loops import Index, Value
 
 CHECKED_VERSION = "2.13.0"
@@ -69,34 +79,6 @@ def _lower_unpack_mask(packed_mask: ir.TensorBox, size: Sequence[int], order: Se
 # Quantisation
 
 
-def _extreme(x: ir.TensorBox, order: Sequence[int], kind: Any) -> ir.TensorBox:
-    load, physical = loops.loader(x, order, x.get_dtype()), layout.physical_size(x.get_size(), order)
-    parts, counts = layout.group_extents(physical), layout.group_counts(physical)
-    cut = [dim for dim, part in enumerate(parts) if part > 1]
-
-    def body(index: Index, within: Index) -> Value:
-        at = list(index[1:])
-        for dim, offset in zip(cut, within, strict=True):
-            # The last group may be short: its last element is read again, which changes no extreme.
-            at[dim] = at[dim] * parts[dim] + offset
-            if physical[dim] % parts[dim]:
-                at[dim] = sympy.Min(at[dim], physical[dim] - 1)
-        return load(at)
-
-    dtype = x.get_dtype()
-    result = ir.Reduction.create(
-        device=x.get_device_or_error(),
-        dst_dtype=dtype,
-        src_dtype=dtype,
-        inner_fn=body,
-        ranges=[1, *counts],
-        reduction_ranges=[parts[dim] for dim in cut],
-        reduction_type=kind,
-    )
-    result.realize()
-    return result
-
-
 def _low_and_spread(load: Callable[[Index], Value], group: Index, wide: torch.dtype) -> tuple[Value, Value]:
     low, high = (ops.to_dtype(load([sympy.Integer(side), *group]), wide) for side in (0, 1))
     return low, ops.sub(high, low)
@@ -126,10 +108,7 @@ def _lower_quantize(
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     x.realize()
     plan = layout.packing(x.get_size(), order, bits)
-    sides = [_extreme(x, order, kind) for kind in ("min", "max")]
-    # The two reductions write into halves of one buffer, whose strides must be those the fake rule promises.
-    with config.patch(comprehensive_padding=False):
-        ranges = ir.TensorBox(ir.ConcatKernel.create(sides, 0))
+    ranges = loops.ranges(x, order, layout.group_extents(plan.physical))
     wide = layout.accumulator(x.get_dtype())
     load, range_of = loops.loader(x, order, wide), _ranges_by_row(ranges, plan)
     keys = loops.keys(seed, quantize.STREAM)
@@ -318,6 +297,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.unpack_mask.default: _lower_unpack_mask,
     torch.ops.xconv.quantize.default: _lower_quantize,
     torch.ops.xconv.dequantize.default: _lower_dequantize,
+    **samples_lowering.LOWERINGS,
     **fixed_lowering.LOWERINGS,
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,

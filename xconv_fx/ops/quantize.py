@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import layout
 from .hash import random_halves
-from .registry import Codec, Held, register
+from .registry import Held
 
 STREAM = 1
 
@@ -57,20 +57,9 @@ def quantize(x: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> tuple[
     """
     plan = _plan(x, bits, order)
     physical = layout.to_physical(x, order)
-    ranges = torch.stack(_extremes(physical))
-    wide = layout.accumulator(x.dtype)
-    values, low, high = _beside_ranges(physical, ranges, plan.physical, wide)
-    fraction, top = fixed_point(bits)
-    scale = (low.new_tensor(top) / (high - low)).clamp(max=torch.finfo(wide).max)
-    position = (values.to(wide) - low).mul_(scale)
-    # NaN compares false: overflown groups get a code within bounds.
-    position = position.masked_fill_(~(position > 0), 0).to(torch.int32)
-    codes = layout.to_rows(position.view(plan.physical), plan).contiguous()
-    for rows, draws in _draws(plan, seed, fraction):
-        codes[rows] += draws
-    # The scale is rounded: the greatest value may end up just above its code.
-    codes = codes.bitwise_right_shift_(fraction).clamp_(max=(1 << bits) - 1)
-    return layout.pack(codes, plan), ranges
+    ranges = extremes(physical, layout.group_extents(plan.physical))
+    codes = positions(physical, ranges, layout.group_extents(plan.physical), bits)
+    return layout.pack(cut_off(layout.to_rows(codes, plan).contiguous(), plan, bits, seed), plan), ranges
 
 
 @quantize.register_fake
@@ -91,9 +80,8 @@ def dequantize(
     """The tensor of shape `size` and type `dtype` that `quantize` encoded, with strides dense in `order`."""
     plan = layout.packing(size, order, bits)
     wide = layout.accumulator(dtype)
-    values, low, high = _beside_ranges(layout.unpack(codes, plan, wide), ranges, plan.physical, wide)
-    decoded = values.mul_((high - low) * step_of(bits)).add_(low)
-    return layout.to_logical(decoded.view(plan.physical).to(dtype), order)
+    decoded = levels(layout.unpack(codes, plan, wide), ranges, layout.group_extents(plan.physical), bits)
+    return layout.to_logical(decoded.to(dtype), order)
 
 
 @dequantize.register_fake
@@ -117,16 +105,48 @@ def step_of(bits: int) -> float:
     return 1 / ((1 << bits) - 1)
 
 
-def _draws(plan: layout.Packing, seed: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+def positions(physical: Tensor, ranges: Tensor, parts: tuple[int, ...], bits: int) -> Tensor:
+    """Where the values lie between the levels of their group, in fixed point: int32 of the shape of `physical`.
+
+    `ranges` are the groups' extremes and `parts` the groups' extents.
+    """
+    wide = layout.accumulator(physical.dtype)
+    values, low, high = _beside_ranges(physical, ranges, parts, wide)
+    scale = (low.new_tensor(fixed_point(bits)[1]) / (high - low)).clamp(max=torch.finfo(wide).max)
+    position = (values.to(wide) - low).mul_(scale)
+    # NaN compares false: overflown groups get a code within bounds.
+    return position.masked_fill_(~(position > 0), 0).to(torch.int32).view(physical.shape)
+
+
+def cut_off(rows: Tensor, plan: layout.Packing, bits: int, seed: Tensor, first: int = 0) -> Tensor:
+    """Codes from the positions of padded rows, in place: up or down at random.
+
+    `first` is the number of the first row among all rows of a tensor, for the random numbers; it is even.
+    """
+    fraction, _ = fixed_point(bits)
+    for some, draws in _draws(plan, seed, fraction, first // 2):
+        rows[some] += draws
+    # The scale is rounded: the greatest value may end up just above its code.
+    return rows.bitwise_right_shift_(fraction).clamp_(max=(1 << bits) - 1)
+
+
+def levels(codes: Tensor, ranges: Tensor, parts: tuple[int, ...], bits: int) -> Tensor:
+    """The values that `codes`, a float tensor, stand for. Overwrites `codes`, which is physical and contiguous."""
+    values, low, high = _beside_ranges(codes, ranges, parts, codes.dtype)
+    return values.mul_((high - low) * step_of(bits)).add_(low).view(codes.shape)
+
+
+def _draws(plan: layout.Packing, seed: Tensor, count: int, before: int) -> Iterator[tuple[slice, Tensor]]:
     """Random integers below 2**count for all padded rows, some rows at a time: the rows and (rows, *inner) draws.
 
-    Rows 2i and 2i + 1 take the halves of 32 random bits.
+    Rows 2i and 2i + 1 take the halves of 32 random bits; `before` pairs of rows come before these.
     """
     pairs, width = plan.padded_rows // 2, math.prod(plan.inner)
     step = max(1, layout.BLOCK // width)
     for first in range(0, pairs, step):
         last = min(first + step, pairs)
-        index = torch.arange(first * width, last * width, dtype=torch.int32, device=seed.device)
+        start, end = ((before + pair) * width for pair in (first, last))
+        index = torch.arange(start, end, dtype=torch.int32, device=seed.device)
         halves = random_halves(index.view(last - first, *plan.inner), count, seed, STREAM)
         yield slice(2 * first, 2 * last), torch.stack(halves, 1).flatten(0, 1)
 
@@ -138,27 +158,28 @@ def _plan(x: Tensor, bits: int, order: Sequence[int]) -> layout.Packing:
     return layout.packing(tuple(x.shape), order, bits)
 
 
-def _extremes(physical: Tensor) -> tuple[Tensor, Tensor]:
+def extremes(physical: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """The least and the greatest value of each group of the extents `parts`: (2, *groups)."""
     low = high = physical
-    shape = tuple(physical.shape)
-    for dim, (part, count) in enumerate(zip(layout.group_extents(shape), layout.group_counts(shape), strict=True)):
+    for dim, (extent, part) in enumerate(zip(physical.shape, parts, strict=True)):
         if part == 1:
             continue
-        if shape[dim] % part:
+        count = -(-extent // part)
+        if extent % part:
             # The last group of a dimension may be short: repeating its last element changes neither extreme.
-            picks = torch.arange(part * count, device=physical.device).clamp(max=shape[dim] - 1)
+            picks = torch.arange(part * count, device=physical.device).clamp(max=extent - 1)
             low, high = (side.index_select(dim, picks) for side in (low, high))
         low, high = (side.unflatten(dim, (count, part)) for side in (low, high))
         low, high = low.amin(dim + 1), high.amax(dim + 1)
-    return low, high
+    return torch.stack((low, high))
 
 
 def _beside_ranges(
-    values: Tensor, ranges: Tensor, physical: tuple[int, ...], wide: torch.dtype
+    values: Tensor, ranges: Tensor, parts: tuple[int, ...], wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A view of the `values`, and the least and the greatest of each one's group, in shapes that broadcast."""
     low, high = ranges.to(wide)
-    parts = layout.group_extents(physical)
+    physical = tuple(values.shape)
     if all(extent % part == 0 for extent, part in zip(physical, parts, strict=True)):
         for dim in reversed(range(len(physical))):
             values = values.unflatten(dim, (-1, parts[dim]))
@@ -228,36 +249,3 @@ def bits_of(held: Held) -> int:
         raise ValueError(f"bits=None: codec {held.codec!r} needs one of {', '.join(map(str, layout.CODE_BITS))}")
     layout.check_bits(held.bits)
     return held.bits
-
-
-def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
-
-
-def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
-    codes, ranges = payload
-    order = list(held.order)
-    return torch.ops.xconv.dequantize.default(codes, ranges, list(held.size), order, bits_of(held), held.dtype)
-
-
-def _payload_bytes(held: Held) -> int:
-    return code_bytes(held.size, held.order, bits_of(held), held.dtype)
-
-
-def _traffic(held: Held) -> int:
-    # Two passes over x, one for the ranges and one for the codes, and one to write it back.
-    return 3 * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
-
-
-QUANTIZE = register(
-    Codec(
-        name="quantize",
-        lossless=False,
-        legal_uses=frozenset({"weight_grad", "norm", "other"}),
-        encode=_encode,
-        decode=_decode,
-        payload_bytes=_payload_bytes,
-        noise=lambda held: group_noise(held.size, held.order, bits_of(held)),
-        traffic=_traffic,
-    )
-)

@@ -20,8 +20,8 @@ class Held:
     """How one residual is held: all that encoding and decoding need to know before the program runs.
 
     `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
-    `probes` (sums a sample), `kind` (which random projections) and `means` (channel means held exactly) are read by the
-    codecs that have them.
+    `by_sample` (the average over samples whose widths differ), `probes` (sums a sample), `kind` (which random
+    projections) and `means` (channel means held exactly) are read by the codecs that have them.
     """
 
     codec: str
@@ -30,6 +30,7 @@ class Held:
     order: tuple[int, ...]
     _: KW_ONLY
     bits: int | None = None
+    by_sample: bool = False
     probes: int | None = None
     kind: str = "fold"
     means: bool = False
