@@ -23,7 +23,6 @@ from xconv_fx.errors import UnsupportedTorchError
 from .graphs import cheap_graphs as cheap_graphs
 from .indexing import cheap_strides as cheap_strides
 from .interception import dispatch_modes as dispatch_modes
-from .interception import transforms_active as transforms_active
 from .kernels import Deferred as Deferred
 from .releases import early_releases as early_releases
 

@@ -9,7 +9,7 @@ and the same seed gives the same gradients in both. A sketch is shared
 * until one of its layers reads the input again, or any sketching layer runs its backward: with that a new forward has
   begun, whose draws are to be new;
 * on one CUDA stream, and within one trace: nothing that is traced enters eager code, or the other way round. In the
-  code of compilers, layers share what they would share in eager code. Transforms of `torch.func` share nothing.
+  code of compilers, layers share what they would share in eager code.
 
 Nothing is kept alive. Inputs and payloads are referred to weakly, so that a payload lives as long as the autograd
 graphs that read it; the seed, of eight bytes, lives with the input. A payload that is gone while its sketch is still
@@ -81,7 +81,7 @@ def shared(source: Tensor, weight: Tensor, seed: Tensor, held: Held, encode: Enc
 
     They are those of an earlier layer, or `encode(seed)` and `seed`.
     """
-    if source.is_inference() or hooks.transforms_active():  # The first have no version.
+    if source.is_inference():  # It has no version.
         return list(encode(seed)), seed
     sketch = _Sketch(source._version, held, _surroundings(source), seed, readers={id(weight)})
     earlier = _sketches.get(source)
