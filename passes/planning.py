@@ -33,7 +33,7 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
     `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
     `BudgetInfeasibleError`.
     """
-    options.probes.check({r.reader for r in posed.residuals if r.reader})
+    options.probes.check({layer for residual in posed.residuals for layer in residual.readers})
     if slicing is not None:
         found, peaks = plan(slice_step(posed, slicing), options)
         return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
@@ -104,7 +104,7 @@ def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
         f"{residual.reader}: its input {residual.name} is not held as probes: the backward reads it elsewhere as well"
         for residual, row in zip(posed.residuals, posed.candidates, strict=True)
         if residual.reader
-        and options.probes.count_for(residual.reader) is not None
+        and options.probes.count_among(residual.readers) is not None
         and all(candidate.choice.codec != "probe" for candidate in row)
     )
 

@@ -241,7 +241,7 @@ class _Poser:
         """How many probes must be held of a residual: what the user says, or the preset `xconv` of convolutions."""
         if "weight_grad" not in residual.uses:
             return None
-        count = self.options.probes.count_for(residual.reader)
+        count = self.options.probes.count_among(residual.readers)
         if not self.options.codecs.preset.startswith("xconv"):
             return count
         return (count or XCONV_PROBES) if residual.convolved else None

@@ -17,6 +17,7 @@ is the rounding variance over their number, and is neglected (stated here, bound
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,8 @@ class Residual:
 
     `masks` are the backward's comparisons of it, `order` its dims from the outermost in memory; `readers` are the
     layers whose weight gradients read it, `norms` the normalisation layers whose backward does, as far as they have
-    names; `convolved` says whether the weight gradient of a convolution does.
+    names; `reads` say when the readers ran, by autograd's numbers of the forward's operations; `convolved` says whether
+    the weight gradient of a convolution does.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Residual:
     order: tuple[int, ...]
     readers: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    reads: tuple[int, ...] = ()
     convolved: bool = False
 
     @property
@@ -115,7 +118,7 @@ def find_residuals(pair: Pair) -> dict[str, Residual]:
         reach = _reach(backward, tangents)
         uses = _uses(backward, reach, tangents)
         order = physical_order(value, channels_last)
-        layers = _readers(reach, tangents), _norms(reach, tangents)
+        layers = _readers(reach, tangents), _norms(reach, tangents), _reads(reach, tangents)
         convolved = any(_reads_as_input(reader, value) for reader, value in reach.readers)
         found[name] = Residual(name, forward, backward, uses, reach.masks, order, *layers, convolved)
     return found
@@ -185,9 +188,17 @@ def _reads_as_input(reader: fx.Node, value: fx.Node) -> bool:
     return backward and reader.args[1] is value and reader.args[0] is not value
 
 
+def _weight_gradients(reach: _Reach, tangents: set[fx.Node]) -> Iterator[fx.Node]:
+    return (reader for reader, value in reach.readers if _is_weight_gradient(reader, value, tangents))
+
+
 def _readers(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
-    layers = (layer_of(reader) for reader, value in reach.readers if _is_weight_gradient(reader, value, tangents))
-    return tuple(dict.fromkeys(filter(None, layers)))
+    return tuple(dict.fromkeys(filter(None, map(layer_of, _weight_gradients(reach, tangents)))))
+
+
+def _reads(reach: _Reach, tangents: set[fx.Node]) -> tuple[int, ...]:
+    numbers = (node.meta.get("seq_nr") for node in _weight_gradients(reach, tangents))
+    return tuple(sorted({number for number in numbers if number is not None}))
 
 
 def _norms(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class _Writer:
         self.saved = pair.saved()
         # The partitioner copies nodes under the joint graph's names: what both halves compute has one name in both.
         self.computed = {node.name: node for node in self.forward.nodes if node.op == "call_function"}
-        self.sketches = self.numbered_sketches()
+        self.sketches, self.draws = self.numbered_sketches()
         self.seeds: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
         self.packed: dict[fx.Node, tuple[fx.Node, Held]] = {}
         self.lifted: dict[Any, fx.Node] = {}
@@ -164,18 +164,22 @@ class _Writer:
             (value,) = inline(self.backward, decode, [*payload, *side], origin_meta(old))
         reader.replace_input_with(old, value)
 
-    def numbered_sketches(self) -> dict[str, int]:
-        """The residuals whose codec draws, in the order of the forward: each has a seed of its own.
+    def numbered_sketches(self) -> tuple[dict[str, int], int]:
+        """Which of the step's seeds each residual takes whose codec draws, and how many seeds there are.
 
-        They are drawn at once, but as layers that run one after the other would draw them (`xconv_fx.nn`).
+        They are drawn at once, but as layers that run one after the other would draw them (`xconv_fx.nn`): one for each
+        layer that reads such a residual, of which the first is taken. What no layer reads comes after.
         """
         drawing = [r for name, r in self.residuals.items() if name in self.how and self.how[name].codec in SKETCHES]
-        return {residual.name: i for i, residual in enumerate(sorted(drawing, key=lambda r: r.forward))}
+        drawing.sort(key=lambda residual: residual.forward)
+        draws = sorted(((number, r.name) for r in drawing for number in r.reads), key=lambda draw: draw[0])
+        names = [name for _, name in draws] + [r.name for r in drawing if not r.reads]
+        return {name: names.index(name) for name in names}, len(names)
 
     def drawn(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """The step's seeds on a device: the forward's node and the backward's placeholder, made once."""
         if device not in self.seeds:
-            stream, count = self.stream, len(self.sketches)
+            stream, count = self.stream, self.draws
 
             def draw() -> Tensor:
                 if stream is not None:

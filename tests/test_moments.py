@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from xconv_fx.layer_measurement import Measurement, measure_weighted
+from xconv_fx.layer_measurement import Measurement, measure_normalisation, measure_weighted
 from xconv_fx.moments import Bilinear, deviation, sample_noise
 from xconv_fx.ops import Held, codec, fitting_probes
 from xconv_fx.passes.expected_noise import measured_noise
@@ -122,3 +123,24 @@ def test_deviations_are_from_the_means_of_channels():
     without = deviation(x)
     assert without is not None and float(without.mean((2, 3)).abs().max()) < 1e-6
     assert deviation(torch.randn(2, 3)) is None
+
+
+class OneDevice(TorchDispatchMode):
+    """Lets no operation mix tensors of two devices, as a GPU does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()}
+        assert len(devices) < 2, f"{function} of {devices}"
+        return function(*args, **(kwargs or {}))
+
+
+def test_everything_is_on_the_device_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: 1.0)
+    x, dy = (torch.empty(4, 8, 8, 8, device="meta") for _ in range(2))
+    conv, norm = nn.Conv2d(8, 8, 3, padding=1, device="meta"), nn.BatchNorm2d(8, device="meta")
+    weighted, normalised = Measurement((8, 8, 3, 3)), Measurement((8,))
+    with OneDevice():
+        measure_weighted(weighted, conv, x, dy, True, [("norm", norm, x)])
+        measure_normalisation(normalised, norm, x, dy, lambda change: {"conv": change})
+    assert weighted.runs and normalised.runs

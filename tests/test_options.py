@@ -176,6 +176,13 @@ class TestProbes:
         assert probes.count_for("L['x'].conv") == 3
         assert probes.count_for("dec.1") is None
 
+    def test_layers_that_read_one_tensor(self):
+        probes = Probes.parse({"conv": 8, "shortcut": 12})
+        assert [probes.count_among(names) for names in (["conv", "shortcut"], ["conv", "other"], ["other"], [])] == [
+            12, 8, None, None,
+        ]  # fmt: skip
+        assert Probes.parse(4).count_among([]) == 4
+
     @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", {"a": 0}, {"a": "8"}, {"a": True}, {3: 4}, {"": 4}, [8]])
     def test_mistakes(self, value):
         with pytest.raises(OptionError, match="write a positive int for every layer") as caught:

@@ -138,7 +138,7 @@ def codes(x: Tensor, reach: Tensor, order: Sequence[int]) -> Pairs:
     """(bits, v): the noise of rounding x (N, ...) to codes, whose elements have the weights D, relative to E."""
     energy = float((x.square() * reach).sum())
     blank = _blank("quantize", x, order)
-    seeds = _seeds(x.numel(), DRAWS)
+    seeds = _seeds(x, DRAWS)
     return tuple((bits, _rounding(x, reach, replace(blank, bits=bits), seeds) / energy) for bits in BITS)
 
 
@@ -146,7 +146,7 @@ def rounding_errors(x: Tensor, bits: int, draws: int) -> Iterator[Tensor]:
     """Errors of x (N, ...) in codes of so many bits, in the compiler's usual layout."""
     held = _blank("quantize", x, [*orders(x).values()][-1], bits=bits)
     for _ in range(draws):
-        yield _error(x, held, torch.randint(2**62, (1,)))
+        yield _error(x, held, _seed(x))
 
 
 def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel: int, energy: float) -> Iterator[Fold]:
@@ -177,9 +177,14 @@ def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> Hel
     return Held(name, tuple(x.shape), x.dtype, tuple(order), **parameters)
 
 
-def _seeds(values: int, most: int) -> list[Tensor]:
-    """Seeds to average the errors of so many rounded values over."""
-    return [torch.randint(2**62, (1,)) for _ in range(min(most, -(-ENOUGH // values)))]
+def _seed(x: Tensor) -> Tensor:
+    """A seed for what is drawn for x, on its device."""
+    return torch.randint(2**62, (1,), device=x.device)
+
+
+def _seeds(x: Tensor, most: int) -> list[Tensor]:
+    """Seeds to average the errors of rounded values x over."""
+    return [_seed(x) for _ in range(min(most, -(-ENOUGH // x.numel())))]
 
 
 def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -> float:
@@ -195,7 +200,7 @@ def _error(x: Tensor, held: Held, seed: Tensor) -> Tensor:
 
 def _rounding_of_sums(x: Tensor, weights: Tensor, held: Held) -> dict[int, float]:
     """What rounding sums adds, by bits; `weights` are the D of each sum's terms, added up."""
-    seeds = _seeds(weights.numel(), DRAWS_OF_SUMS)
+    seeds = _seeds(weights, DRAWS_OF_SUMS)
     noise = dict.fromkeys(SUM_BITS, 0.0)
     for seed in seeds:
         (sums,) = codec("probe").encode(x, seed, held)

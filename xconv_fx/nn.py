@@ -16,6 +16,10 @@ take four more keyword arguments, those of `sketch.Sketch`; they are attributes 
 With neither `probes` nor `bits` below 32, and in evaluation mode, a layer is the one that it replaces. Seeds come from
 torch's generator, one a forward, so that `torch.manual_seed` and `torch.utils.checkpoint` repeat them.
 
+Layers with equal settings that read the same tensor in one forward hold one sketch of it, as a residual block's first
+convolution and its shortcut: one payload, and the draws of the first of them. So it is in eager code, in `torch.fx`
+graphs and under any compiler; `ops/shared.py` says what counts as the same.
+
 Memory is saved only where nothing else holds the input. PyTorch's own ReLU, pooling, dropout and normalisation layers
 hold what they return or read; `BitReLU` is for the first of them.
 

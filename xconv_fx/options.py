@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -83,6 +83,11 @@ class Probes:
         if exact is not None:
             return exact
         return next((count for pattern, count in self.patterns if fnmatchcase(layer, pattern)), self.count)
+
+    def count_among(self, layers: Iterable[str]) -> int | None:
+        """Of layers that read one tensor, which holds one number of probes: the largest that one of them must use."""
+        counts = (self.count_for(layer) for layer in layers)
+        return max((count for count in counts if count is not None), default=self.count)
 
     def check(self, layers: Collection[str]) -> None:
         """Raise `OptionError` when a name or pattern matches none of `layers`: a typo must not pass as a no-op."""

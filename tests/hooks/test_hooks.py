@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import types
 
 import pytest
@@ -64,6 +66,11 @@ def test_a_partitioner_stands_for_its_key():
     assert partitioner.uuid() == "key"
     # Inductor pickles its configuration into cache keys; the function inside cannot be pickled.
     assert pickle.loads(pickle.dumps(partitioner)) == "key"
+
+
+def test_eager_layers_do_without_inductor():
+    code = "import sys, xconv_fx.nn, xconv_fx.hooks; assert not {'torch._inductor', 'sympy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_modules_are_loaded_when_they_are_wanted(monkeypatch):

@@ -68,10 +68,10 @@ def test_a_compiler_may_not_merge_draws():
 
 def test_draws_from_torchs_generator():
     """In the way in which Inductor draws the seeds of a compiled step: over all int64 but the greatest."""
-    x = torch.zeros(3)
+    x, weight = torch.zeros(3), torch.zeros(2, 3)
     torch.manual_seed(7)
-    drawn = [torch.ops.xconv.draw_seed(x) for _ in range(2)]
+    drawn = [torch.ops.xconv.draw_seed(x, weight) for _ in range(2)]
     torch.manual_seed(7)
     assert torch.equal(torch.cat(drawn), torch.randint(-(2**63), 2**63 - 1, (2,))) and drawn[0] != drawn[1]
-    torch.library.opcheck(torch.ops.xconv.draw_seed.default, (x,), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.xconv.draw_seed.default, (x, weight), test_utils=("test_schema", "test_faketensor"))
     assert torch.Tag.nondeterministic_seeded in torch.ops.xconv.draw_seed.default.tags

@@ -133,3 +133,19 @@ def test_a_layer_that_cannot_use_the_probes_is_named():
     (note,) = (note for note in plan.notes if "not held as probes" in note)
     assert note.startswith("2: its input sigmoid is not held as probes")
     assert any(choice.codec == "probe" for choice in plan.choices)
+
+
+def test_each_of_the_layers_that_read_a_tensor_may_be_named():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.wide, self.shortcut = conv(3, 8), conv(8, 8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.wide(x) + self.shortcut(x)
+
+    traced = trace(Block(), torch.randn(2, 3, 16, 16))
+    for probes, count in (({"wide": 16}, 16), ({"shortcut": 8}, 8), ({"wide": 16, "shortcut": 8}, 16)):
+        (choice,) = (choice for choice in planned(traced, probes=probes, mem_budget="1GB").choices if choice.readers)
+        assert (choice.codec, choice.probes, set(choice.readers)) == ("probe", count, {"wide", "shortcut"})

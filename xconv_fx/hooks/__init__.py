@@ -17,16 +17,25 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from xconv_fx.errors import UnsupportedTorchError
 
 from .graphs import cheap_graphs as cheap_graphs
 from .indexing import cheap_strides as cheap_strides
+from .interception import dispatch_modes as dispatch_modes
 from .kernels import Deferred as Deferred
 from .releases import early_releases as early_releases
 
 CHECKED = ("2.13.0",)
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class imports Inductor, which eager layers do without.
+    if name == "Partitioner":
+        from .partitioner import Partitioner
+
+        return Partitioner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def require_checked_torch() -> None:
@@ -101,23 +110,6 @@ def source_hash() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-class Partitioner(CustomPartitionerFn):
-    """`function(gm, joint_inputs, **arguments)` as Inductor's partitioner; `key` stands for it in cache keys."""
-
-    def __init__(self, function: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], key: str) -> None:
-        self.function, self.key = function, key
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
-        return self.function(gm, joint_inputs, **arguments)
-
-    def uuid(self) -> str:
-        return self.key
-
-    def __reduce__(self) -> Any:
-        # Inductor pickles its whole configuration into the cache key.
-        return (str, (self.key,))
 
 
 @contextlib.contextmanager

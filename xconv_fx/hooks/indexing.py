@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import sympy
-
 
 @contextlib.contextmanager
 def cheap_strides(enabled: bool = True) -> Iterator[None]:
@@ -41,6 +39,8 @@ def cheap_strides(enabled: bool = True) -> Iterator[None]:
 @functools.lru_cache(maxsize=1 << 14)
 def _stride(index: Any, var: Any) -> Any:
     """What the index grows by when `var` grows by one: a number, or an expression that varies."""
+    import sympy
+
     if not index.has(var):
         return sympy.S.Zero
     return sympy.expand(index.xreplace({var: var + 1}) - index)
@@ -53,6 +53,7 @@ def _in_vector(index: Any, var: Any, length: int) -> Any:
     Quotients by a multiple of the length are constants there, and remainders of a multiple of it grow as `var` does;
     free symbols stand for both.
     """
+    import sympy
     from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
     free: dict[Any, Any] = {}

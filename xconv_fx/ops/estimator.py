@@ -10,7 +10,7 @@ Each layer is two ops. The public one is a composite: it draws the seed, encodes
 `xconv::sketched_convolution` or `xconv::sketched_linear`. That inner op takes the payload as an input and owns the
 autograd formula, which saves payload, seed and weight and never the input. A tracer that looks through composites
 (AOTAutograd) sees the codec ops; one that does not (`torch.fx.symbolic_trace`) sees one node a layer. For a frozen
-weight no payload is held, for a frozen input no weight.
+weight no payload is held, for a frozen input no weight. Layers that read one tensor hold one sketch (`shared.py`).
 
 The four arguments that say what is held:
 
@@ -23,8 +23,9 @@ The four arguments that say what is held:
 * `means`: hold the mean over dims 2 and up, if there are any, exactly and sketch only the deviation from it. None: as
   the compiler does, beside folds of fewer sums than values.
 
-A seed is drawn in every forward of a trainable weight, also without gradients: the first run of a checkpointed segment
-has none, and what else is random in the segment must not notice the difference.
+A seed is drawn in every forward of a trainable weight, also without gradients, and for a layer that takes the sketch
+of another: the first run of a checkpointed segment has no gradients, and what else is random in the segment must not
+notice the difference. The inner op gets what was `drawn`, so that no compiler drops a draw.
 
 Known gaps: not twice differentiable (the second backward raises), no `vmap` rule. Subtracting means costs a transient
 copy of the input in the forward, decoding one in the backward.
@@ -32,6 +33,7 @@ copy of the input in the forward, decoding one in the backward.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +47,7 @@ from .fold import PLAIN_BITS, fitted
 from .layout import order_of
 from .registry import Held, codec
 from .seed import draw_seed
+from .shared import begin_backward, shared
 
 aten = torch.ops.aten
 ops = torch.ops.xconv
@@ -70,17 +73,29 @@ def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> Held:
     return Held("probe", size, x.dtype, order, bits=bits, probes=probes, kind=kind, means=means)
 
 
-def _encode(x: Tensor, weight: Tensor, seed: Tensor | None, recipe: Recipe) -> tuple[list[Tensor], Tensor | None]:
-    """Payload and seed to hold for the backward of a layer; none where no weight gradient will be asked for."""
+def _encode(
+    x: Tensor, source: Tensor, weight: Tensor, seed: Tensor | None, recipe: Recipe
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Payload and seed to hold for the backward of a layer, and the seed that was drawn for it, if any.
+
+    `source` and `weight` are what the layer was called with, `x` what it computes with. Nothing is held where no weight
+    gradient will be asked for.
+    """
     if not weight.requires_grad or x.numel() == 0:
-        return [], None
+        return [], None, None
     x = x.detach()
-    if seed is None:
-        seed = draw_seed(x)
+    drawn = draw_seed(x, weight.detach()) if seed is None else None
     if not torch.is_grad_enabled():
-        return [], None
+        return [], None, drawn
     held = _held(x, *recipe)
-    return list(codec(held.codec).encode(x, seed, held)), seed
+
+    def encode(seed: Tensor) -> Sequence[Tensor]:
+        return codec(held.codec).encode(x, seed, held)
+
+    if drawn is not None:
+        return *shared(source, weight, drawn, held, encode), drawn
+    assert seed is not None
+    return list(encode(seed)), seed, None
 
 
 def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -> Tensor:
@@ -94,7 +109,7 @@ def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -
 
 def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the payload, the seed and, for the input gradient, the weight: all that the backward of a layer reads."""
-    x, weight, _, payload, seed, *settings = inputs
+    x, weight, _, payload, seed, *settings, _ = inputs
     ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, seed, *payload)
     ctx.held, ctx.weight_size, ctx.geometry = _held(x, *settings[-4:]), weight.shape, settings[:-4]
 
@@ -103,6 +118,32 @@ def _cast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of a layer: all but doubles go to the dtype of the region."""
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+
+
+def _layer(
+    inner: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dims: int,
+    geometry: Sequence[Any],
+    asked: Any,
+    seed: Any,
+) -> Tensor:
+    """What a public op returns: by its `inner` op, for an `x` that without samples has so many `dims`."""
+    source, parameter, device = x, weight, x.device.type
+    off: Any = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device):
+        x, weight, bias = _cast(device, x, weight, bias)  # type: ignore[assignment]
+        off = torch.autocast(device, enabled=False)
+    with off:
+        alone = x.dim() == dims
+        if alone:
+            x = x.unsqueeze(0)
+        recipe = _recipe(x, *asked)
+        payload, seed, drawn = _encode(x, source, parameter, seed, recipe)
+        out = inner(x, weight, bias, payload, seed, *geometry, *recipe, drawn)
+        return out.squeeze(0) if alone else out
 
 
 class _Once(torch.autograd.Function):
@@ -157,16 +198,7 @@ def _convolution(
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     asked = (probes, kind, bits, means)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        cast = _cast(device, x, weight, bias)
-        with torch.autocast(device, enabled=False):
-            return ops.convolution(*cast, *geometry, *asked, seed)
-    if x.dim() == weight.dim() - 1:
-        return ops.convolution(x.unsqueeze(0), weight, bias, *geometry, *asked, seed).squeeze(0)
-    recipe = _recipe(x, *asked)
-    payload, seed = _encode(x, weight, seed, recipe)
-    return ops.sketched_convolution(x, weight, bias, payload, seed, *geometry, *recipe)
+    return _layer(ops.sketched_convolution, x, weight, bias, weight.dim() - 1, geometry, asked, seed)
 
 
 @torch.library.custom_op("xconv::sketched_convolution", mutates_args=())
@@ -186,6 +218,7 @@ def _sketched_convolution(
     kind: str,
     bits: int,
     means: bool,
+    drawn: Tensor | None = None,
 ) -> Tensor:
     return aten.convolution.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
@@ -196,6 +229,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, payload: Any, seed: Any, *
 
 
 def _convolution_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    begin_backward()
     weight, seed, *payload = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     with torch.no_grad():
@@ -241,17 +275,7 @@ def _linear(
     Dim 0 of `x` counts the samples: a sample of (B, T, F) has T F values, and its `means` are one a token. `seed` as
     in `convolution`.
     """
-    asked = (probes, kind, bits, means)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        cast = _cast(device, x, weight, bias)
-        with torch.autocast(device, enabled=False):
-            return ops.linear(*cast, *asked, seed)
-    if x.dim() == 1:
-        return ops.linear(x.unsqueeze(0), weight, bias, *asked, seed).squeeze(0)
-    recipe = _recipe(x, *asked)
-    payload, seed = _encode(x, weight, seed, recipe)
-    return ops.sketched_linear(x, weight, bias, payload, seed, *recipe)
+    return _layer(ops.sketched_linear, x, weight, bias, 1, (), (probes, kind, bits, means), seed)
 
 
 @torch.library.custom_op("xconv::sketched_linear", mutates_args=())
@@ -265,6 +289,7 @@ def _sketched_linear(
     kind: str,
     bits: int,
     means: bool,
+    drawn: Tensor | None = None,
 ) -> Tensor:
     return aten.linear.default(x, weight, bias)
 
@@ -275,6 +300,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 
 
 def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    begin_backward()
     weight, seed, *payload = ctx.saved_tensors
     count, features = math.prod(ctx.held.size[:-1]), ctx.held.size[-1]
     grad_x = grad_weight = grad_bias = None

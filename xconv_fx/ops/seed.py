@@ -39,14 +39,15 @@ def _(stream: int, count: int, device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op("xconv::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed(like: Tensor) -> Tensor:
+def draw_seed(like: Tensor, reader: Tensor | None = None) -> Tensor:
     """A seed from the default generator of the device of `like`: int64, one element.
 
-    `like` ties the draw to its place: without it, compilers could merge two draws, or change their order.
+    `like`, which a layer reads, ties the draw to its place, and `reader`, the layer's weight, tells it from the draws
+    of other layers that read the same: without them, compilers could merge two draws, or change their order.
     """
     return torch.randint(*_RANGE, (1,), dtype=torch.int64, device=like.device)
 
 
 @draw_seed.register_fake
-def _(like: Tensor) -> Tensor:
+def _(like: Tensor, reader: Tensor | None = None) -> Tensor:
     return like.new_empty((1,), dtype=torch.int64)
