@@ -139,7 +139,8 @@ def analyse(job: Job) -> None:
 
 def pose(job: Job) -> None:
     assert job.pair is not None
-    job.posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections))
+    apart = not job.mixing
+    job.posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections, apart))
 
 
 def plan(job: Job) -> None:

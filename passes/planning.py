@@ -111,7 +111,7 @@ def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
 
 def _by_sample(chosen: Sequence[Candidate]) -> tuple[str, ...]:
     """A note of what has codes of another width for each sample."""
-    shared = sum(candidate.choice.by_sample for candidate in chosen)
+    shared = sum(bool(candidate.choice.by_sample) for candidate in chosen)
     return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
 
 

@@ -121,13 +121,14 @@ def pose(
     options: Options,
     outside: int = 0,
     corrections: Mapping[str, int] | None = None,
+    apart: bool = False,
 ) -> Posed:
     """The planning problem of the pair.
 
     `outside` is what is alive throughout besides this graph's tensors, `corrections` what audits found the model to be
-    short of in each phase; both in bytes.
+    short of in each phase; both in bytes. `apart` says that samples are known to be computed apart.
     """
-    return _Poser(pair, residuals, options, outside, corrections or {}).pose()
+    return _Poser(pair, residuals, options, outside, corrections or {}, apart).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -143,8 +144,9 @@ class _Poser:
         options: Options,
         outside: int,
         corrections: Mapping[str, int],
+        apart: bool,
     ) -> None:
-        self.pair, self.options, self.corrections = pair, options, corrections
+        self.pair, self.options, self.corrections, self.apart = pair, options, corrections, apart
         total = sum(residual.bytes for residual in residuals.values())
         self.large = {name: r for name, r in residuals.items() if not small(r, total)}
         self.index = {name: i for i, name in enumerate(self.large)}
@@ -251,8 +253,9 @@ class _Poser:
 
     def _codes(self, residual: Residual, bits: int) -> Held:
         held = self._held(residual)
-        by_sample = self.options.shares_samples and samples.shareable(residual.shape, residual.order, bits)
-        return Held("quantize", **held, bits=bits, by_sample=by_sample)
+        if not self.options.shares_samples or not samples.shareable(residual.shape, residual.order, bits):
+            return Held("quantize", **held, bits=bits)
+        return Held("quantize", **held, bits=bits, by_sample="apart" if self.apart else "mixed")
 
     def _bitmask(self, residual: Residual) -> Candidate:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)

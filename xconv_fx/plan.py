@@ -26,7 +26,7 @@ class Choice:
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held
-    exactly; `bits` the width of codes or of a probe's values, with `by_sample` the mean over the samples of a batch.
+    exactly; `bits` the width of codes or of a probe's values, with `by_sample` the mean over a batch's samples.
     `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for lossless
     codecs); `time` the predicted extra seconds a step.
     """
@@ -44,7 +44,7 @@ class Choice:
     bits: int | None = None
     kind: str | None = None
     means: bool = False
-    by_sample: bool = False
+    by_sample: str = ""
     noise: float = 0.0
     time: float = 0.0
     readers: tuple[str, ...] = ()

@@ -33,7 +33,7 @@ def values(size, order, dtype=torch.float32):
 
 
 def held_as(size, order, dtype=torch.float32, bits=2):
-    return Held("quantize", size, dtype, order, bits=bits, by_sample=True)
+    return Held("quantize", size, dtype, order, bits=bits, by_sample="apart")
 
 
 def noise(weights, widths):
@@ -59,7 +59,7 @@ def test_every_sample_moves_less_than_a_step_of_its_width(size, order, dtype, bi
 @pytest.mark.parametrize(("size", "order", "dtype", "bits"), CASES, ids=str)
 def test_kernels_compute_what_the_reference_does(size, order, dtype, bits):
     def round_trip(x, seed):
-        codes, ranges, widths = samples.encode(x, seed, bits, order)
+        codes, ranges, widths = samples.encode(x, seed, bits, order, False)
         return codes, ranges, widths, ops.dequantize_samples(codes, ranges, widths, size, order, dtype)
 
     lowering.install()
@@ -87,11 +87,11 @@ def test_operators_are_sound(op):
     size, order, dtype, bits = CASES[0]
     x = values(size, order, dtype)
     ranges = ops.group_ranges(x, order)
-    widths, units = ops.share_bits(ranges, bits)
+    widths, units = ops.share_bits(ranges, bits, False)
     codes = ops.quantize_samples(x, ranges, units, SEED, bits, order)
     arguments = {
         "group_ranges": (x, order),
-        "share_bits": (ranges, bits),
+        "share_bits": (ranges, bits, False),
         "quantize_samples": (x, ranges, units, SEED, bits, order),
         "dequantize_samples": (codes, ranges, widths, size, order, dtype),
     }[op]
@@ -126,18 +126,18 @@ def test_an_overflown_sample_takes_no_bits_that_others_need_more():
 def test_gradients_that_were_noted_decide():
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     ranges, seen = ops.group_ranges(x, (0, 1)), SampleGradients(20)
-    assert ops.share_bits(ranges, 2)[0][0].tolist() == [2] * 8
+    assert ops.share_bits(ranges, 2, False)[0][0].tolist() == [2] * 8
     seen.squares[:] = 1e-6
     seen.squares[[11, 13]] = 1.0
     with seen.batch(range(10, 18)):
-        widths, units = ops.share_bits(ranges, 2)
+        widths, units = ops.share_bits(ranges, 2, False)
     # Of 16 bits each sample has one; the eight others are two steps to four bits, and two small ones.
     assert widths[0, [1, 3]].tolist() == [4, 4] and sorted(widths[0].tolist()) == [1, 1, 1, 1, 2, 2, 4, 4]
     # Every unit belongs to one sample, in order.
     expected = [[sample, width, unit] for sample, width in enumerate(widths[0].tolist()) for unit in range(width)]
     assert units.t().tolist()[: len(expected)] == expected
     with seen.batch(range(4)):  # Names of another batch.
-        assert ops.share_bits(ranges, 2)[0][0].tolist() == [2] * 8
+        assert ops.share_bits(ranges, 2, False)[0][0].tolist() == [2] * 8
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from xconv_fx.passes import pipeline
 from xconv_fx.passes.graph import is_tangent, output_node
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.partition import Pair
+from xconv_fx.slices import Batch
 
 
 class _Captured(Exception):
@@ -49,9 +50,9 @@ class Traced:
         graph.output(graph.graph_copy(self.gm.graph, copies)).meta = dict(output_node(self.gm.graph).meta)
         return fx.GraphModule(self.gm, graph)
 
-    def job(self, disabled: Sequence[str] = (), **options: Any) -> pipeline.Job:
-        """The job after every pass that is not `disabled`."""
-        job = pipeline.Job(self.joint(), self.joint_inputs, dict(self.arguments), Options.parse(options))
+    def job(self, disabled: Sequence[str] = (), batch: Batch | None = None, **options: Any) -> pipeline.Job:
+        """The job after every pass that is not `disabled`; `batch` says which inputs hold samples."""
+        job = pipeline.Job(self.joint(), self.joint_inputs, dict(self.arguments), Options.parse(options), batch=batch)
         return pipeline.run(job, disabled)
 
     def pair(self, **options: Any) -> Pair:

@@ -14,7 +14,7 @@ from .registry import Codec, Held, register
 
 def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
     if held.by_sample:
-        return samples.encode(x, seed, bits_of(held), list(held.order))
+        return samples.encode(x, seed, bits_of(held), list(held.order), held.by_sample == "mixed")
     return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
 
 

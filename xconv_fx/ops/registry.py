@@ -12,6 +12,9 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+# How `bits` are shared out among samples: all have the same, or so many on average, in a network that computes samples
+# apart or one that mixes them, as batch normalisation does.
+BY_SAMPLE = ("", "apart", "mixed")
 USES = ("mask", "weight_grad", "norm", "other")
 
 
@@ -20,8 +23,8 @@ class Held:
     """How one residual is held: all that encoding and decoding need to know before the program runs.
 
     `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
-    `by_sample` (the average over samples whose widths differ), `probes` (sums a sample), `kind` (which random
-    projections) and `means` (channel means held exactly) are read by the codecs that have them.
+    `by_sample` (one of `BY_SAMPLE`), `probes` (sums a sample), `kind` (which random projections) and `means` (channel
+    means held exactly) are read by the codecs that have them.
     """
 
     codec: str
@@ -30,7 +33,7 @@ class Held:
     order: tuple[int, ...]
     _: KW_ONLY
     bits: int | None = None
-    by_sample: bool = False
+    by_sample: str = ""
     probes: int | None = None
     kind: str = "fold"
     means: bool = False

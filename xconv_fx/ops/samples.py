@@ -10,6 +10,10 @@ compiled graph serves every step. A *unit* is the memory of one bit for every el
 has b of them, in which its codes lie packed as in `layout.Packing`. Samples are outermost in memory, and groups do not
 span two of them.
 
+Batch normalisation gives every sample's values a part in the gradients of all. There a sample counts by its own
+gradient and by half of the batch's mean: without that, those of small gradients were coded so coarsely that the
+variance grew (3.5 times in a trained residual network, where it falls to 0.7 with it).
+
 Known gaps: bits that pay for no sample's next width are left over, fewer than four a batch. Gradients are those of the
 network's results, the same for every layer.
 """
@@ -38,6 +42,8 @@ _GAINS = [
 ]
 # Samples that count for nothing are still told apart by the noise of their widths.
 _LEAST_WEIGHT = 1e-150
+# In a network that mixes samples: how much the mean gradient counts for each of them.
+_MIXED = 0.5
 # Elements that a sample's last words may leave unused, relative to all.
 _ALLOWED_PADDING = 1 / 16
 
@@ -82,10 +88,11 @@ def _(x: Tensor, order: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("xconv::share_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def share_bits(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def share_bits(ranges: Tensor, bits: int, mixed: bool) -> tuple[Tensor, Tensor]:
     """The widths of least noise for the samples of `ranges` (2, samples, *groups), `bits` on average.
 
-    Reads the gradients that were noted of the samples (`xconv_fx.SampleGradients`), which makes it impure.
+    Reads the gradients that were noted of the samples (`xconv_fx.SampleGradients`), which makes it impure. `mixed` says
+    that the network mixes samples, so that those without a gradient count as well.
 
     Returns int32 (2, samples), the widths and the number of the first unit of each sample, and (3, samples * bits):
     for every unit its sample, that one's width, and which of its units this is. Units that are left over, whose words
@@ -94,7 +101,9 @@ def share_bits(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = ranges.flatten(2).float()
     weights = (high - low).square().sum(1)
     noted = sample_gradients.weights(len(weights), weights.device)
-    widths = least_noise(weights if noted is None else weights * noted, bits)
+    if noted is not None:
+        weights = weights * (noted + noted.mean() * _MIXED if mixed else noted)
+    widths = least_noise(weights, bits)
     first = widths.cumsum(0) - widths
     unit = torch.arange(len(widths) * bits, device=widths.device)
     sample = torch.searchsorted(first, unit, right=True) - 1
@@ -104,7 +113,7 @@ def share_bits(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @share_bits.register_fake
-def _(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(ranges: Tensor, bits: int, mixed: bool) -> tuple[Tensor, Tensor]:
     samples = ranges.shape[1]
     return ranges.new_empty(2, samples, dtype=torch.int32), ranges.new_empty(3, samples * bits, dtype=torch.int32)
 
@@ -200,10 +209,10 @@ def _(
     return ranges.new_empty_strided(tuple(size), layout.dense_strides(size, order), dtype=dtype)
 
 
-def encode(x: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and widths: what is held of `x`."""
+def encode(x: Tensor, seed: Tensor, bits: int, order: Sequence[int], mixed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, ranges and widths: what is held of `x`. `mixed` as in `share_bits`."""
     ranges = torch.ops.xconv.group_ranges(x, order)
-    widths, units = torch.ops.xconv.share_bits(ranges, bits)
+    widths, units = torch.ops.xconv.share_bits(ranges, bits, mixed)
     return torch.ops.xconv.quantize_samples(x, ranges, units, seed, bits, order), ranges, widths
 
 
