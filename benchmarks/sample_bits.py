@@ -1,132 +1,139 @@
-"""What would codes of another width for each sample of a batch gain, at equal bytes? An estimate, on trained networks.
+"""What do codes of another width for each sample gain, at equal bytes? Measured on networks that read digits.
 
-ActNN (Chen et al., ICML 2021, section 4.2) shares bits out among samples as well as layers, by their sensitivities
-R^2 |dy|^2: R the ranges of a sample's groups of 256 values, dy the gradient of the layer's result. dy is not known when
-codes are made: ActNN's default leaves it out, its option `use_gradient` takes it from the last epoch. For the inputs of
-the convolutions, linear and normalisation layers of a trained network of the fidelity study this prints the variance
-that rounding adds to weight gradients, relative to equal widths (median and extremes over layers), when widths of 1, 2,
-4 and 8 bits are shared out in every batch
+ActNN (Chen et al., ICML 2021, section 4.2) shares bits out among samples as well as layers. The preset `actnn:L3` does
+so in every step: by the ranges of the samples' values, and by their gradients where `xconv_fx.SampleGradients` has
+noted them, here in the last epoch. For the network of examples/mnist_resnet.py, with batch normalisation as it is and
+with group normalisation in its place, trained for some epochs, this prints the variance that codes of 2 bits on average
+add to the gradient of a batch, relative to the gradient's energy, when samples have
 
-    ranges     by R^2 alone
-    gradients  by R^2 |dy|^2 of the same step, as if that were known
+    equal      equal widths (`sample_bits=False`)
+    ranges     widths by ranges
+    gradients  widths by ranges and last epoch's gradients
 
-Variances are the sums of R^2 |dy|^2 / (2^b - 1)^2 by which ActNN chooses, not drawn. Bits are shared out greedily, so
-that a few may be left over: then a ratio can be above 1.
+as means over batches, and the latter two relative to the first (mean and standard error over batches). Group
+normalisation computes samples apart; batch normalisation mixes them, and leaves less to gain. All three hold the same
+number of bits; `bytes` is what is held, relative to equal widths.
 
-    python benchmarks/sample_bits.py classification inpainting
+    python benchmarks/sample_bits.py
+    python benchmarks/sample_bits.py --epochs 6 --batches 16
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
 import statistics
-from collections.abc import Sequence
-from typing import Any
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from fidelity_tasks import STUDIES
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-WIDTHS = (1, 2, 4, 8)
-AVERAGES = (2, 4)
-GROUP = 256
-BATCHES = 8
-LAYERS = (
-    nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.BatchNorm2d, nn.InstanceNorm3d,
-)  # fmt: skip
+import xconv_fx
+from xconv_fx.report import read_json
 
-Sensitivities = list[tuple[Tensor, Tensor]]
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from mnist_resnet import BATCH, Digits, build
+
+GROUPS = 8
 
 
-def noise(width: Tensor | int) -> Any:
-    return 1 / (2.0**width - 1) ** 2
+def in_groups(model: nn.Module) -> nn.Module:
+    """The network with group in the place of batch normalisation."""
+    for name, child in model.named_children():
+        norm = nn.GroupNorm(GROUPS, child.num_features) if isinstance(child, nn.BatchNorm2d) else child
+        setattr(model, name, in_groups(norm))
+    return model
 
 
-def shared_out(weights: Tensor, average: int) -> Tensor:
-    """The widths of least noise, each sample's weighed: bits go where the next ones take most noise away."""
-    costs = [high - low for low, high in itertools.pairwise(WIDTHS)]
-    worth = [(noise(a) - noise(b)) / (b - a) for a, b in itertools.pairwise(WIDTHS)]
-    order = (weights[:, None] * weights.new_tensor(worth)).flatten().argsort(descending=True, stable=True)
-    taken = torch.tensor(costs).repeat(len(weights))[order]
-    given = torch.zeros_like(taken)
-    given[order] = taken * (taken.cumsum(0) <= (average - WIDTHS[0]) * len(weights))
-    return WIDTHS[0] + given.view(len(weights), -1).sum(1)
+@dataclass(frozen=True)
+class Way:
+    """The network under the preset: how it runs, and how many bytes it holds."""
+
+    run: nn.Module
+    held: Callable[[], int]
+
+    @staticmethod
+    def of(model: nn.Module, folder: Path, sample_bits: bool) -> Way:
+        report = folder / f"{sample_bits}.json"
+        options = {"codecs": "actnn:L3", "sample_bits": sample_bits, "report": report}
+        run = torch.compile(model, backend="xconv", options=options)
+        return Way(run, lambda: sum(plan.saved_after for plan in read_json(report)))  # type: ignore[arg-type]
 
 
-def squared_ranges(x: Tensor) -> Tensor:
-    """The sum over a sample's groups: (samples,)."""
-    flat = x.flatten(1)
-    groups = flat.split(GROUP, 1)
-    return torch.stack([(g.amax(1) - g.amin(1)).square() * g.shape[1] for g in groups]).sum(0).double()
+def gradient(run: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    run.zero_grad(set_to_none=True)
+    F.cross_entropy(run(images), labels).backward()
+    return torch.cat([p.grad.flatten() for p in run.parameters() if p.grad is not None])
 
 
-def measure(task: Any, steps: int) -> dict[str, Sensitivities]:
-    """R^2 and |dy|^2 of the samples of some batches, for every layer of a network trained for so many steps."""
-    torch.manual_seed(0)
-    model, generator = task.build(), torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(model.parameters(), lr=task.learning_rate)
-
-    def step() -> None:
-        inputs, target = task.batch(generator)
-        optimiser.zero_grad()
-        task.loss(model(*((inputs,) if isinstance(inputs, Tensor) else inputs)), target).backward()
-        optimiser.step()
-
-    for _ in range(steps):
-        step()
-    found: dict[str, Sensitivities] = {}
-
-    def ran(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ranges = squared_ranges(inputs[0].detach())
-
-        def arrived(dy: Tensor) -> None:
-            found.setdefault(name, []).append((ranges, dy.flatten(1).double().square().sum(1)))
-
-        output.register_hook(arrived)
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, LAYERS):
-            layer.register_forward_hook(functools.partial(ran, name))
-    for _ in range(BATCHES):
-        step()
-    return found
+def train(way: Way, data: Digits, seen: xconv_fx.SampleGradients, epochs: int) -> None:
+    optimiser = torch.optim.Adam(way.run.parameters(), lr=data.learning_rate)
+    for _ in range(epochs):
+        for indices in torch.randperm(len(data.train_images)).split(BATCH)[:-1]:
+            with seen.batch(indices):
+                gradient(way.run, data.train_images[indices], data.train_labels[indices])
+            optimiser.step()
 
 
-def ratio(layer: Sensitivities, average: int, by_gradients: bool) -> float:
-    """The variance of widths shared out in every batch, relative to that of equal widths."""
-    shared = equal = 0.0
-    for ranges, gradients in layer:
-        widths = shared_out(ranges * gradients if by_gradients else ranges, average)
-        shared += float((ranges * gradients * noise(widths)).sum())
-        equal += float((ranges * gradients).sum() * noise(average))
-    return shared / equal
+def variances(
+    ways: dict[str, Way], model: nn.Module, data: Digits, seen: xconv_fx.SampleGradients, draws: int
+) -> dict[str, float]:
+    """Of one batch's gradient, relative to its energy, by how samples share bits."""
+    indices = torch.randperm(len(data.train_images))[:BATCH]
+    batch = data.train_images[indices], data.train_labels[indices]
+    exact, noted = gradient(model, *batch), seen.squares.clone()
+
+    def drawn(run: nn.Module) -> float:
+        return statistics.mean(float((gradient(run, *batch) - exact).square().sum()) for _ in range(draws))
+
+    found = {"equal": drawn(ways["equal"].run), "ranges": drawn(ways["shared"].run)}
+    losses = []
+    for _ in range(draws):
+        with seen.batch(indices):
+            losses.append(float((gradient(ways["shared"].run, *batch) - exact).square().sum()))
+        # What this step noted is not known in training.
+        seen.squares.copy_(noted)
+    found["gradients"] = statistics.mean(losses)
+    return {name: value / float(exact.square().sum()) for name, value in found.items()}
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def relative(found: list[dict[str, float]], name: str) -> str:
+    ratios = [each[name] / each["equal"] for each in found]
+    return f"{statistics.mean(ratios):.2f} ± {statistics.stdev(ratios) / len(ratios) ** 0.5:.2f}"
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("task", nargs="*", default=list(STUDIES), help=f"of {', '.join(STUDIES)}; default: all")
-    chosen = parse.parse_args().task
-    if unknown := set(chosen) - set(STUDIES):
-        parse.error(f"task: {', '.join(sorted(unknown))}: must be of {', '.join(STUDIES)}")
+    parse.add_argument("--epochs", type=int, default=4)
+    parse.add_argument("--batches", type=int, default=8)
+    parse.add_argument("--draws", type=int, default=16)
+    chosen = parse.parse_args()
     torch.set_num_threads(1)
-    table = Table("task", "samples", *(f"{a} bits, {by}" for a in AVERAGES for by in ("ranges", "gradients")))
-    for name in chosen:
-        layers = measure(STUDIES[name].make(), STUDIES[name].steps).values()
-        cells = [
-            spread([ratio(layer, average, by_gradients) for layer in layers])
-            for average in AVERAGES
-            for by_gradients in (False, True)
-        ]
-        table.add_row(name, str(len(next(iter(layers))[0][0])), *cells)
-    Console(width=150).print(table)
+    data, table = (
+        Digits(),
+        Table("normalisation", "accuracy", "bytes", "equal", "ranges", "gradients", "by ranges", "by gradients"),
+    )
+    for norm, change in (("batch", lambda model: model), ("group", in_groups)):
+        torch.manual_seed(0)
+        model, seen = change(build()), xconv_fx.SampleGradients(len(data.train_images))
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {"equal": Way.of(model, Path(folder), False), "shared": Way.of(model, Path(folder), True)}
+            train(ways["shared"], data, seen, chosen.epochs)
+            found = [variances(ways, model, data, seen, chosen.draws) for _ in range(chosen.batches)]
+            share = ways["shared"].held() / ways["equal"].held()
+        means = [f"{statistics.mean(each[name] for each in found):.3g}" for name in ("equal", "ranges", "gradients")]
+        model.eval()
+        accuracy = data.score(model)["accuracy"]
+        table.add_row(
+            norm, f"{accuracy:.3f}", f"{share:.3f}", *means, relative(found, "ranges"), relative(found, "gradients")
+        )
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

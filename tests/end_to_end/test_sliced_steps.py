@@ -171,7 +171,7 @@ def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, m
 
     def both(self: Strategy) -> list[Way]:
         # Which layout takes less memory, and whether the other is looked at, depends on the processor.
-        return [way for way in ways(self) if way.route.relayout][:1] + [Way(contiguous, 0.0, 0.0)]
+        return [*[way for way in ways(self) if way.route.relayout][:1], Way(contiguous, 0.0, 0.0)]
 
     def refused(self: Compilation, attempts: int) -> object:
         tried.append(self.route)

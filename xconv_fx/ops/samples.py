@@ -10,9 +10,11 @@ compiled graph serves every step. A *unit* is the memory of one bit for every el
 has b of them, in which its codes lie packed as in `layout.Packing`. Samples are outermost in memory, and groups do not
 span two of them.
 
-Batch normalisation gives every sample's values a part in the gradients of all. There a sample counts by its own
-gradient and by half of the batch's mean: without that, those of small gradients were coded so coarsely that the
-variance grew (3.5 times in a trained residual network, where it falls to 0.7 with it).
+Besides its own gradient, a part of the batch's mean counts for every sample. What was noted is old: a twentieth is best
+in a network trained on digits, in whose later epochs it leaves a third to a half of the variance (the gradient of the
+step itself, were it known, would leave a twentieth). Batch normalisation gives each sample's values a part in the
+gradients of all: there, it is a half. Without that, samples of small gradients were coded so coarsely that the variance
+grew. benchmarks/sample_bits.py measures both.
 
 Known gaps: bits that pay for no sample's next width are left over, fewer than four a batch. Gradients are those of the
 network's results, the same for every layer.
@@ -42,8 +44,8 @@ _GAINS = [
 ]
 # Samples that count for nothing are still told apart by the noise of their widths.
 _LEAST_WEIGHT = 1e-150
-# In a network that mixes samples: how much the mean gradient counts for each of them.
-_MIXED = 0.5
+# How much the batch's mean gradient counts for each sample: what was noted is old, and some networks mix samples.
+_STALE, _MIXED = 0.05, 0.5
 # Elements that a sample's last words may leave unused, relative to all.
 _ALLOWED_PADDING = 1 / 16
 
@@ -102,7 +104,7 @@ def share_bits(ranges: Tensor, bits: int, mixed: bool) -> tuple[Tensor, Tensor]:
     weights = (high - low).square().sum(1)
     noted = sample_gradients.weights(len(weights), weights.device)
     if noted is not None:
-        weights = weights * (noted + noted.mean() * _MIXED if mixed else noted)
+        weights = weights * (noted + noted.mean() * (_MIXED if mixed else _STALE))
     widths = least_noise(weights, bits)
     first = widths.cumsum(0) - widths
     unit = torch.arange(len(widths) * bits, device=widths.device)

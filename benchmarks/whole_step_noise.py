@@ -1,0 +1,107 @@
+"""Does a plan say how noisy each layer's gradient will be? Predictions of whole plans against draws of compiled steps.
+
+measured_noise.py looks at one layer and one tensor at a time. Here the network of examples/mnist_resnet.py, with batch
+normalisation as it is and with group normalisation in its place, is trained, calibrated on a held-out batch and
+compiled as each published system, as `fixed` and as xconv plans it within a share of its peak. For every convolution
+and linear layer this compares what the plan predicts by these statistics, everything that is held together (codes of
+its own input, and of the inputs of normalisation layers behind it), with what `gradient_check` measures on that batch.
+What is measured is the mean squared error: for stochastic codecs their variance, for `fixed`, which rounds
+deterministically, what it is off by. A star marks what misses the goal of 30% by more than the draws' own uncertainty.
+
+    python benchmarks/whole_step_noise.py
+    python benchmarks/whole_step_noise.py --norm group --draws 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from sample_bits import in_groups
+from torch import Tensor, nn
+
+import xconv_fx
+from xconv_fx.report import read_json
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from mnist_resnet import Digits, build
+
+GOAL = 0.3
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"codecs": name} for name in ("actnn:L1", "actnn:L2", "actnn:L3")},
+    **{f"xconv{kind}": {"codecs": f"xconv{kind}", "probes": 64} for kind in ("", ":orthogonal", ":independent")},
+    "fixed:4": {"codecs": "fixed:4", "mem_budget": "60%", "slices": 1},
+    "all, 45%": {"mem_budget": "45%", "slices": 1},
+}
+
+
+def trained(data: Digits, norm: str, steps: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = build() if norm == "batch" else in_groups(build())
+    optimiser, generator = torch.optim.Adam(model.parameters(), lr=data.learning_rate), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        images, labels = data.batch(generator)
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    return model
+
+
+def compared(
+    model: nn.Module, stats: xconv_fx.Statistics, batch: tuple[Tensor, Tensor], options: dict[str, Any], draws: int
+) -> Iterator[tuple[str, float, float, float]]:
+    """Layer, predicted and measured noise of its gradient over its SGD noise, and the measurement's relative error."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "plans.json"
+        torch.compiler.reset()
+        check = xconv_fx.gradient_check(
+            model, F.cross_entropy, batch, {**options, "stats": stats, "report": report}, draws
+        )
+        predicted = dict(read_json(report)[0].layers)
+    for layer in check.layers:
+        if layer.layer in predicted and stats.layers[layer.layer].sgd > 0:
+            # The square of the mean's error is partly chance.
+            off = max(0.0, layer.bias**2 - layer.chance**2)
+            measured = (layer.variance + off) * layer.norm**2 / stats.layers[layer.layer].sgd
+            yield layer.layer, predicted[layer.layer], measured, (2 / draws) ** 0.5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norm", choices=("batch", "group"), action="append", help="default: both")
+    parser.add_argument("--draws", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=300)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    data = Digits()
+    batch = data.test_images[::16], data.test_labels[::16]
+    total = missed = 0
+    for norm in chosen.norm or ("batch", "group"):
+        model = trained(data, norm, chosen.steps)
+        stats = xconv_fx.calibrate(model, F.cross_entropy, [batch])
+        table = Table("layer", *OPTIONS, title=f"predicted / measured noise of weight gradients, {norm} normalisation")
+        cells: dict[str, dict[str, str]] = {}
+        for name, options in OPTIONS.items():
+            for layer, predicted, measured, error in compared(model, stats, batch, options, chosen.draws):
+                if predicted < 1e-9:  # Held exactly, and nothing travels.
+                    continue
+                miss = abs(predicted - measured) > (GOAL + 2 * error) * measured
+                total, missed = total + 1, missed + miss
+                cells.setdefault(layer, {})[name] = f"{predicted / measured:.2f}{'*' * miss}"
+        for layer, row in cells.items():
+            table.add_row(layer, *(row.get(name, "") for name in OPTIONS))
+        Console(width=130).print(table)
+    Console().print(f"{total} predictions, {missed} beyond {GOAL:.0%}.", highlight=False)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
