@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"codecs": name} for name in ("actnn:L1", "actnn:L2", "actnn:L3")},
     **{f"xconv{kind}": {"codecs": f"xconv{kind}", "probes": 64} for kind in ("", ":orthogonal", ":independent")},
     "fixed:4": {"codecs": "fixed:4", "mem_budget": "60%", "slices": 1},
-    "all, 45%": {"mem_budget": "45%", "slices": 1},
+    "all, 50%": {"mem_budget": "50%", "slices": 1},
 }
 
 

@@ -4,9 +4,9 @@ ActNN (Chen et al., ICML 2021, arXiv 2104.14129), by its levels:
 
 * `actnn:L1`: inputs of convolutions and linear layers in 4 bits, normalisation exact;
 * `actnn:L2`: all that the backward reads linearly in 4 bits, inputs of normalisation layers as well;
-* `actnn:L3`: the same in 8, 4, 2 or 1 bits, 2 on average, shared out over layers by `cost_model/allocation.py`. What
-  can be made again from a normalisation's input may do without bits of its own, which are then spent on that: one copy
-  of 4 bits has less noise than two of 2.
+* `actnn:L3`: the same in 8, 4, 2 or 1 bits, 2 on average, shared out over layers by `cost_model/allocation.py`, and in
+  every step over the samples of a batch by `ops/samples.py`. What can be made again from a normalisation's input may do
+  without bits of its own, which are then spent on that: one copy of 4 bits has less noise than two of 2.
 
 Codes have a range for each group of 256 and are rounded stochastically; masks are bits, offsets of max pooling int8.
 
@@ -14,11 +14,7 @@ XConv (arXiv 2106.06998): `xconv` holds r Gaussian projections of every convolut
 `xconv:independent` and `xconv:rademacher` other ones), masks as bits, and everything else as it is. r is the option
 `probes`, else `codec_set.XCONV_PROBES`.
 
-Known gaps: ActNN also gives samples bits of their own, by the ranges of their values and, as an option, by the size of
-their gradients in the last epoch. Our codes have one width a tensor, which the generated kernels are written for: bits
-differ between layers, not between samples. benchmarks/sample_bits.py estimates what that costs: nothing by ranges,
-much by gradients where they differ as much as in classification. Sensitivities are the planner's, not measured while
-training.
+Known gaps: sensitivities of layers are the planner's, by statistics or priors; ActNN measures them while training.
 """
 
 from __future__ import annotations
