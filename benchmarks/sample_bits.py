@@ -10,18 +10,20 @@ add to the gradient of a batch, relative to the gradient's energy, when samples 
     ranges     widths by ranges
     gradients  widths by ranges and last epoch's gradients
 
-as means over batches, and the latter two relative to the first (mean and standard error over batches). Group
-normalisation computes samples apart; batch normalisation mixes them, and leaves less to gain. All three hold the same
-number of bits; `bytes` is what is held, relative to equal widths.
+over all of the gradient, and the latter two relative to the first: in the whole gradient, and in that of the median
+layer (means and standard errors over batches). Layers of 1 bit have nothing to share out; where one of them is the
+noisiest, the whole does not show what the others gain. Group normalisation computes samples apart; batch normalisation
+mixes them, and leaves less to gain. All three hold the same number of bits; `bytes` is what is held, relative to equal
+widths.
 
     python benchmarks/sample_bits.py
-    python benchmarks/sample_bits.py --epochs 6 --batches 16
+    python benchmarks/sample_bits.py --epochs 4 --batches 16
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -66,10 +68,11 @@ class Way:
         return Way(run, lambda: sum(plan.saved_after for plan in read_json(report)))  # type: ignore[arg-type]
 
 
-def gradient(run: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def gradient(run: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Of the weights of convolutions and linear layers."""
     run.zero_grad(set_to_none=True)
     F.cross_entropy(run(images), labels).backward()
-    return torch.cat([p.grad.flatten() for p in run.parameters() if p.grad is not None])
+    return [p.grad for p in run.parameters() if p.grad is not None and p.dim() > 1]
 
 
 def train(way: Way, data: Digits, seen: xconv_fx.SampleGradients, epochs: int) -> None:
@@ -83,42 +86,48 @@ def train(way: Way, data: Digits, seen: xconv_fx.SampleGradients, epochs: int) -
 
 def variances(
     ways: dict[str, Way], model: nn.Module, data: Digits, seen: xconv_fx.SampleGradients, draws: int
-) -> dict[str, float]:
-    """Of one batch's gradient, relative to its energy, by how samples share bits."""
+) -> dict[str, Tensor]:
+    """Of one batch's gradient, for each layer, by how samples share bits; relative to the energy of all of it."""
     indices = torch.randperm(len(data.train_images))[:BATCH]
     batch = data.train_images[indices], data.train_labels[indices]
     exact, noted = gradient(model, *batch), seen.squares.clone()
+    energy = sum(float(layer.square().sum()) for layer in exact)
 
-    def drawn(run: nn.Module) -> float:
-        return statistics.mean(float((gradient(run, *batch) - exact).square().sum()) for _ in range(draws))
+    def drawn(way: str, known: bool) -> Tensor:
+        losses = []
+        for _ in range(draws):
+            with seen.batch(indices) if known else contextlib.nullcontext():
+                found = gradient(ways[way].run, *batch)
+            # What this step notes is not known in training.
+            seen.squares.copy_(noted)
+            losses.append([float((one - true).square().sum()) / energy for one, true in zip(found, exact, strict=True)])
+        return torch.tensor(losses).mean(0)
 
-    found = {"equal": drawn(ways["equal"].run), "ranges": drawn(ways["shared"].run)}
-    losses = []
-    for _ in range(draws):
-        with seen.batch(indices):
-            losses.append(float((gradient(ways["shared"].run, *batch) - exact).square().sum()))
-        # What this step noted is not known in training.
-        seen.squares.copy_(noted)
-    found["gradients"] = statistics.mean(losses)
-    return {name: value / float(exact.square().sum()) for name, value in found.items()}
+    return {
+        "equal": drawn("equal", False),
+        "ranges": drawn("shared", False),
+        "gradients": drawn("shared", True),
+    }
 
 
-def relative(found: list[dict[str, float]], name: str) -> str:
-    ratios = [each[name] / each["equal"] for each in found]
-    return f"{statistics.mean(ratios):.2f} ± {statistics.stdev(ratios) / len(ratios) ** 0.5:.2f}"
+def relative(found: list[dict[str, Tensor]], name: str) -> list[str]:
+    """What is left of the variance of equal widths: of the whole gradient, and of the median layer's."""
+    whole = torch.stack([each[name].sum() / each["equal"].sum() for each in found])
+    layers = torch.stack([(each[name] / each["equal"])[each["equal"] > 1e-9].median() for each in found])
+    return [f"{value.mean():.2f} ± {value.std() / len(value) ** 0.5:.2f}" for value in (whole, layers)]
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--epochs", type=int, default=4)
+    parse.add_argument("--epochs", type=int, default=8)
     parse.add_argument("--batches", type=int, default=8)
     parse.add_argument("--draws", type=int, default=16)
     chosen = parse.parse_args()
     torch.set_num_threads(1)
-    data, table = (
-        Digits(),
-        Table("normalisation", "accuracy", "bytes", "equal", "ranges", "gradients", "by ranges", "by gradients"),
-    )
+    data = Digits()
+    table = Table("normalisation", "accuracy", "bytes", "equal", "ranges", "gradients", title="variance")
+    for column in ("ranges / equal", "median layer", "gradients / equal", "median layer"):
+        table.add_column(column)
     for norm, change in (("batch", lambda model: model), ("group", in_groups)):
         torch.manual_seed(0)
         model, seen = change(build()), xconv_fx.SampleGradients(len(data.train_images))
@@ -127,13 +136,12 @@ def main() -> None:
             train(ways["shared"], data, seen, chosen.epochs)
             found = [variances(ways, model, data, seen, chosen.draws) for _ in range(chosen.batches)]
             share = ways["shared"].held() / ways["equal"].held()
-        means = [f"{statistics.mean(each[name] for each in found):.3g}" for name in ("equal", "ranges", "gradients")]
+        means = [f"{torch.stack([each[name].sum() for each in found]).mean():.3g}" for name in found[0]]
         model.eval()
         accuracy = data.score(model)["accuracy"]
-        table.add_row(
-            norm, f"{accuracy:.3f}", f"{share:.3f}", *means, relative(found, "ranges"), relative(found, "gradients")
-        )
-    Console(width=120).print(table)
+        ratios = [*relative(found, "ranges"), *relative(found, "gradients")]
+        table.add_row(norm, f"{accuracy:.3f}", f"{share:.3f}", *means, *ratios)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ from .step_time import step_seconds
 aten = torch.ops.aten
 
 # Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
-# entropy the log-probabilities and two gradients.
+# entropy the log-probabilities and two gradients. One may live as long as the loss itself: the memory of
+# `mse_loss`'s scalar is that of the squares it is the mean of. Losses compute in 32 bits or more.
 LOSS_COPIES = 3
+LOSS_ITEMSIZE = 4
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ class Posed:
     """The problem for the solver, and what its items and options stand for.
 
     `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. In bytes: `results` and
-    `tangents`, what the forward returns and the gradients of that; `rest`, what crosses to the backward besides the
-    residuals, whatever is chosen. `seconds` is what the forward and the backward take by the roofline when everything
-    is kept; `noises` how much noise matters.
+    `tangents`, what the forward returns and the gradients of that, as a loss has them; `rest`, what crosses to the
+    backward besides the residuals, whatever is chosen. `seconds` is what the forward and the backward take by the
+    roofline when everything is kept; `noises` how much noise matters.
     """
 
     problem: Problem
@@ -131,6 +133,13 @@ def pose(
     return _Poser(pair, residuals, options, outside, corrections or {}, apart).pose()
 
 
+def bytes_in_loss(node: fx.Node) -> int:
+    """What a result, or its gradient, takes outside of the graph: a caller makes a float32 copy of 16-bit results."""
+    value = tensor_of(node)
+    widened = value is not None and value.is_floating_point() and value.dtype.itemsize < LOSS_ITEMSIZE
+    return LOSS_ITEMSIZE * numel(node) if widened else nbytes(node)
+
+
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
     """Parameters, buffers and inputs among the nodes: alive during the whole step."""
     return sum(nbytes(node) for node in nodes if is_primal(node))
@@ -161,7 +170,7 @@ class _Poser:
         self.outside = outside
         self.results = self._results()
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
-        self.tangents = sum(map(nbytes, tangents))
+        self.tangents = sum(map(bytes_in_loss, tangents))
         # The loss gives them contiguous; AOTAutograd copies those that the graph wants otherwise.
         self.relaid = sum(nbytes(n) for n in tangents if (v := tensor_of(n)) is not None and not v.is_contiguous())
         crossing = pair.residuals().items()
@@ -199,14 +208,15 @@ class _Poser:
     def _results(self) -> int:
         results = arguments(output_node(self.pair.forward.graph))[0][: self.pair.results]
         nodes = dict.fromkeys(node for node in results if isinstance(node, fx.Node))
-        return sum(nbytes(node) for node in nodes if not is_primal(node))
+        return sum(bytes_in_loss(node) for node in nodes if not is_primal(node))
 
     def _base(self) -> list[int]:
         constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + self.copies
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
         held = self.rest + self.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        backward = [more["backward"] + held + self.tangents + self.relaid + b for b in self.backward.profile()]
+        after = more["backward"] + held + self.results + self.tangents + self.relaid
+        backward = [after + b for b in self.backward.profile()]
         return [*forward, more["loss"] + held + LOSS_COPIES * self.tangents, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.

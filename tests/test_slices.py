@@ -138,13 +138,13 @@ def test_episodes_count_what_else_is_alive():
     assert none == (
         Episode("forward", 300 + 40, 0),
         Episode("loss", 300 + 3 * (10 + 30), -1),
-        Episode("backward", 300 + 60 + 50, 0),
-        Episode("forward", 300 + 80 + 50, 0),
+        Episode("backward", 300 + 90 + 50, 0),
+        Episode("forward", 300 + 120 + 50, 0),
     )
     every = Slicing(batch, 4, 4, copies=7).episodes(results=10, tangents=10, loss_copies=3)
     assert every == (
         Episode("forward", 307 + 40, 3),
         Episode("loss", 307 + 3 * (10 + 30), 3),
-        Episode("backward", 307 + 60 + 50, 2),
-        Episode("backward", 307 + 60, 3),
+        Episode("backward", 307 + 90 + 50, 2),
+        Episode("backward", 307 + 90, 3),
     )

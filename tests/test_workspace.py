@@ -56,6 +56,19 @@ def test_weight_gradients_of_native_convolutions(case):
     assert transient(lambda: BACKWARD(*call)) == pytest.approx(foreseen, rel=0.15)
 
 
+@pytest.mark.parametrize("batch", [2, 24])
+@pytest.mark.parametrize(("before", "after", "stride"), [(24, 24, 1), (16, 32, 2)])
+def test_weight_gradients_of_16_bit_images(batch, before, after, stride):
+    """oneDNN's scratch in float32 by threads; ATen's unfolded images on processors for which it has no kernels."""
+    x, weight, geometry = arguments((batch, before, 24, 24), (after, before, 3, 3), torch.bfloat16, stride=stride)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    grad = torch.randn_like(CONVOLUTION(x, weight, None, *geometry))
+    call = (grad, x, weight, None, *geometry, [False, True, False])
+    foreseen = workspace_bytes(BACKWARD, call)
+    assert foreseen > weight.nbytes
+    assert transient(lambda: BACKWARD(*call)) == pytest.approx(foreseen, rel=0.05)
+
+
 def test_library_convolutions_take_little():
     x, weight, geometry = arguments((2, 16, 32, 32), (16, 16, 3, 3))
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))

@@ -61,6 +61,10 @@ class Audit:
         self.saved_bytes = _storage_bytes(self.saved, besides=self.inputs)
         return self.tracker.take()
 
+    def hold(self, extra_bytes: int) -> None:
+        """So many bytes are alive from here on: what a caller makes of the results."""
+        self.tracker.resident += extra_bytes
+
     def loss(self, result_bytes: int) -> Peak:
         """Between forward and backward: what is alive then, and `result_bytes` that a loss outside the graph takes."""
         self.tracker.see((), "the loss", result_bytes)

@@ -22,9 +22,9 @@ from .codec_set import CodecSet
 from .errors import BudgetInfeasibleError, find_ours
 from .log import log, publish
 from .options import Options, Probes
-from .passes.graph import is_tangent, nbytes
+from .passes.graph import is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
-from .passes.problem import LOSS_COPIES
+from .passes.problem import LOSS_COPIES, bytes_in_loss
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
@@ -242,11 +242,16 @@ class Compilation:
         assert self.job is not None and self.job.pair is not None
         placeholders = gm.graph.find_nodes(op="placeholder")
         if is_backward:
+            assert self.job.posed is not None
+            self.audit.hold(self.job.posed.results)  # What a loss may keep.
             return [("backward", self.audit.backward(code, inputs, [is_tangent(node) for node in placeholders]))]
         self.audit = Audit(self.outside)
         tangents = [node for node in self.job.pair.backward.graph.find_nodes(op="placeholder") if is_tangent(node)]
         forward = self.audit.forward(code, inputs, self.job.pair.results)
-        return [("forward", forward), ("loss", self.audit.loss(LOSS_COPIES * sum(map(nbytes, tangents))))]
+        results: Any = output_node(gm.graph).args[0]
+        own = dict.fromkeys(node for node in results[: self.job.pair.results] if isinstance(node, fx.Node))
+        self.audit.hold(sum(bytes_in_loss(node) - nbytes(node) for node in own))
+        return [("forward", forward), ("loss", self.audit.loss(LOSS_COPIES * sum(map(bytes_in_loss, tangents))))]
 
     def report(self, **known: Any) -> Plan | None:
         """Publish the plan of what was compiled, with what is `known` about it besides; None without a backward."""

@@ -93,11 +93,11 @@ class Slicing:
         """The moments of a sliced step at which memory may peak.
 
         `results` and `tangents` are bytes of *one slice's* results and of their gradients; the loss takes
-        `loss_copies` tensors of the gradients' size.
+        `loss_copies` tensors of the gradients' size, and may keep one of the results' size.
         """
         others = self.count - 1
         inputs = self.batch.inputs - self.batch.inputs // self.count + self.copies
-        waiting = inputs + others * (results + tangents) + self.batch.input_gradients
+        waiting = inputs + others * (2 * results + tangents) + self.batch.input_gradients
         moments = [
             Episode("forward", inputs + self.count * results, max(self.held - 1, 0)),
             Episode("loss", inputs + others * (results + loss_copies * tangents), self.held - 1),
@@ -106,7 +106,7 @@ class Slicing:
         if self.held:
             moments.append(Episode("backward", waiting, self.held - 1))
         if self.held < self.count:
-            again = inputs + self.count * (results + tangents) + self.batch.input_gradients + self.batch.gradients
+            again = inputs + self.count * (2 * results + tangents) + self.batch.input_gradients + self.batch.gradients
             moments.append(Episode("forward", again, 0))
         return tuple(moments)
 

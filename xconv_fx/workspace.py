@@ -3,12 +3,13 @@
 On CPU, ATen's convolution has several backends, and torch itself says which one runs:
 
 * the native ones unfold their input (im2col), C k^d x output positions, which can dwarf every activation;
-* oneDNN on channels-last images reorders the weights only, unless a weight gradient has groups: it then pads each group
-  to the processor's vectors, which makes 64 times the weights of a depthwise convolution;
+* oneDNN on channels-last images reorders the weights only, but for weight gradients with groups, where it pads each
+  group to the processor's vectors (64 times the weights of a depthwise convolution), and those of 16-bit images, which
+  every thread transposes and sums up in float32;
 * oneDNN on volumes and on contiguous images copies activations into blocked layouts of its own, in pieces that depend
   on the strides and on the processor's vectors, and needs scratch for the weight gradients of volumes in any layout.
 
-No rule of ours fits the last two, so the call is made once on tensors of the same shapes and the allocator is watched
+No rule of ours fits the last three, so the call is made once on tensors of the same shapes and the allocator is watched
 (`measured`, cached; above `LARGEST` bytes, and in plans for no machine in particular, a rough rule is used instead).
 """
 
@@ -20,6 +21,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .cudnn import cudnn_workspace
@@ -47,8 +49,9 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     if func is aten.convolution.default:
         return _measured_by_depth(args) if _is_measured(func, args) else _convolution(*args[:9])
     if func is aten.convolution_backward.default:
-        if _is_measured(func, args):
-            return measured(func, *_signature(args))
+        few = _few_images(args)
+        if _is_measured(func, few):
+            return measured(func, *_signature(few))
         _, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = args
         work = _convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
         # The weight gradient is produced in the library's blocked layout and copied out of it.
@@ -80,12 +83,23 @@ def _is_measured(func: Any, args: tuple[Any, ...]) -> bool:
     geometry = args[3:9] if func is aten.convolution.default else args[4:10]
     if x.device.type != "cpu" or x.dim() not in (4, 5) or is_portable():
         return False
-    grouped = func is aten.convolution_backward.default and geometry[5] > 1
-    if x.dim() == 4 and not grouped and x.is_contiguous(memory_format=torch.channels_last):
+    scratch = func is aten.convolution_backward.default and (geometry[5] > 1 or x.element_size() < 4)
+    # ATen goes by strides: an image of one channel can be channels-last and still be taken for contiguous.
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    if x.dim() == 4 and not scratch and last:
         return False
     small = sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, torch.Tensor)) < LARGEST
     # oneDNN's transposed backend has no name in torch's Python binding.
     return small and "Slow" not in str(torch._C._select_conv_backend(x, weight, None, *geometry))
+
+
+def _few_images(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a 16-bit weight gradient, cut down to some samples for each thread: its scratch is the same."""
+    grad, x, *rest = args
+    few = 4 * torch.get_num_threads()
+    if x.dim() != 4 or x.element_size() >= 4 or x.shape[0] <= few or rest[-1][0]:
+        return args
+    return (grad[:few], x[:few], *rest)
 
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
