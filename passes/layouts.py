@@ -5,9 +5,15 @@ contiguous images as well, and saves the copies for the backward in the place of
 small; an image's stands beside the caller's own all the way. `late_layout` makes one copy before each convolution
 instead, and another before the weight gradient, released at once: one more pass over the input. What is saved is then
 a matrix, a view of the image: of anything with four dimensions Inductor would save its copy.
+
+An image of one channel lies in memory in the same way in both layouts, and ATen, which goes by strides, takes it for
+contiguous: then a convolution's result is laid out so as well, and its weight gradient copies the incoming gradient
+twice. A view with the strides of channels-last costs nothing and avoids that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -50,12 +56,15 @@ def _is_relaid(value: torch.Tensor) -> bool:
 def late_layout(pair: Pair) -> None:
     """Copy contiguous images where convolutions read them; rewrites both halves in place."""
     images = {node.name for node in relaid_operands(pair.forward, 0) if node.meta["val"].is_contiguous()}
+    last = hooks.channels_last_convolutions(pair.forward)
     for half in (pair.forward, pair.backward):
         for place, target in ((0, aten.convolution.default), (1, aten.convolution_backward.default)):
             for node in half.graph.find_nodes(op="call_function", target=target):
                 image = arguments(node)[place]
                 if image.name in images:
-                    _copy_before(half.graph, node, image)
+                    _lay_out_before(half.graph, node, image, lambda x: x.clone(memory_format=torch.channels_last))
+                elif last and is_primal(image) and _is_single(image.meta["val"]):
+                    _lay_out_before(half.graph, node, image, _single_channel_last)
     for name, (image, placeholder) in pair.saved().items():
         if name in images:
             _save_as_matrix(pair, image, placeholder)
@@ -63,10 +72,22 @@ def late_layout(pair: Pair) -> None:
         half.recompile()
 
 
-def _copy_before(graph: fx.Graph, node: fx.Node, image: fx.Node) -> None:
+def _is_single(value: torch.Tensor) -> bool:
+    """Whether this is a contiguous image of one channel, of strides that ATen does not take for channels-last."""
+    return value.dim() == 4 and value.shape[1] == 1 and value.is_contiguous() and value.stride(1) > 1
+
+
+def _single_channel_last(x: torch.Tensor) -> torch.Tensor:
+    samples, _, height, width = x.shape
+    return aten.as_strided.default(x, [samples, 1, height, width], [height * width, 1, width, 1])
+
+
+def _lay_out_before(
+    graph: fx.Graph, node: fx.Node, image: fx.Node, lay_out: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     with graph.inserting_before(node):
-        (copied,) = inline(graph, lambda x: x.clone(memory_format=torch.channels_last), [image], origin_meta(node))
-    node.replace_input_with(image, copied)
+        (relaid,) = inline(graph, lay_out, [image], origin_meta(node))
+    node.replace_input_with(image, relaid)
 
 
 def _save_as_matrix(pair: Pair, image: fx.Node, placeholder: fx.Node) -> None:

@@ -64,3 +64,16 @@ def test_a_view_of_a_larger_image_is_left_to_inductor():
     before = layout_copies(pair.forward)
     late_layout(pair)
     assert layout_copies(pair.forward) == before
+
+
+def test_images_of_one_channel_are_seen_channels_last():
+    """Without a copy; ATen, which goes by strides, would lay out the result contiguous, and copy its gradient."""
+    pair = pair_of(torch.randn(2, 1, 16, 12), late=True, model=nn.Conv2d(1, 8, 3, padding=1))
+    for half, place, target in (
+        (pair.forward, 0, torch.ops.aten.convolution.default),
+        (pair.backward, 1, torch.ops.aten.convolution_backward.default),
+    ):
+        for node in half.graph.find_nodes(op="call_function", target=target):
+            view = node.args[place]
+            assert view.target is torch.ops.aten.as_strided.default and view.meta["val"].stride() == (192, 1, 12, 1)
+            assert view.all_input_nodes[0].op == "placeholder"
