@@ -1,5 +1,9 @@
 """Collect what is measured of one layer over batches, and make its `LayerStatistics` of it.
 
+Where an input was made from several normalisation layers, as relu(norm(x) + shortcut), the error that each of them
+leaves is measured by itself, and exactly; their energies are added up as if they were independent. What else was added
+counts as exact.
+
 What codecs do is noise relative to E; over batches it is averaged weighted with E, so that batches with large gradients
 count for more, as they do in the noise.
 """

@@ -13,6 +13,9 @@ That needs one batch and takes samples for independent; what batch normalisation
 of its g_n. Elsewhere (rows that are tokens or windows, batches of one) it is the sample variance of the gradients of
 several batches.
 
+Which normalisation layers a layer's input was made from, and so may be replayed from, is read from what autograd has
+recorded (`made_from.py`).
+
 Known gaps: layers are known by their modules: functions that are called with weights (`F.conv2d` in a forward) are not
 seen. A module that runs several times in a step has the mean of its runs as the statistics of each.
 """
