@@ -6,7 +6,8 @@ compiled as each published system, as `fixed` and as xconv plans it within a sha
 and linear layer this compares what the plan predicts by these statistics, everything that is held together (codes of
 its own input, and of the inputs of normalisation layers behind it), with what `gradient_check` measures on that batch.
 What is measured is the mean squared error: for stochastic codecs their variance, for `fixed`, which rounds
-deterministically, what it is off by. A star marks what misses the goal of 30% by more than the draws' own uncertainty.
+deterministically, what it is off by. A star marks what is more than 30% of the measured off. Errors that travel from a
+few channels make the first layer's draws differ by half or more: of 32 draws the mean is then uncertain by 10%.
 
     python benchmarks/whole_step_noise.py
     python benchmarks/whole_step_noise.py --norm group --draws 64
@@ -57,8 +58,8 @@ def trained(data: Digits, norm: str, steps: int) -> nn.Module:
 
 def compared(
     model: nn.Module, stats: xconv_fx.Statistics, batch: tuple[Tensor, Tensor], options: dict[str, Any], draws: int
-) -> Iterator[tuple[str, float, float, float]]:
-    """Layer, predicted and measured noise of its gradient over its SGD noise, and the measurement's relative error."""
+) -> Iterator[tuple[str, float, float]]:
+    """Layer, and predicted and measured noise of its gradient over its SGD noise."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "plans.json"
         torch.compiler.reset()
@@ -71,7 +72,7 @@ def compared(
             # The square of the mean's error is partly chance.
             off = max(0.0, layer.bias**2 - layer.chance**2)
             measured = (layer.variance + off) * layer.norm**2 / stats.layers[layer.layer].sgd
-            yield layer.layer, predicted[layer.layer], measured, (2 / draws) ** 0.5
+            yield layer.layer, predicted[layer.layer], measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,10 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         table = Table("layer", *OPTIONS, title=f"predicted / measured noise of weight gradients, {norm} normalisation")
         cells: dict[str, dict[str, str]] = {}
         for name, options in OPTIONS.items():
-            for layer, predicted, measured, error in compared(model, stats, batch, options, chosen.draws):
+            for layer, predicted, measured in compared(model, stats, batch, options, chosen.draws):
                 if predicted < 1e-9:  # Held exactly, and nothing travels.
                     continue
-                miss = abs(predicted - measured) > (GOAL + 2 * error) * measured
+                miss = abs(predicted - measured) > GOAL * measured
                 total, missed = total + 1, missed + miss
                 cells.setdefault(layer, {})[name] = f"{predicted / measured:.2f}{'*' * miss}"
         for layer, row in cells.items():

@@ -22,7 +22,6 @@ from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import registry, samples
-from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.fold import fitted
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
@@ -261,6 +260,9 @@ class _Poser:
     def _held(self, residual: Residual) -> dict[str, Any]:
         return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
 
+    def _fixed_held(self, residual: Residual, bits: int) -> Held:
+        return Held("fixed", **self._held(residual), bits=bits)
+
     def _codes(self, residual: Residual, bits: int) -> Held:
         held = self._held(residual)
         if not self.options.shares_samples or not samples.shareable(residual.shape, residual.order, bits):
@@ -303,7 +305,7 @@ class _Poser:
             return []
         row = []
         for bits in self.options.codecs.fixed_bits:
-            held = Held("fixed", **self._held(residual), bits=bits)
+            held = self._fixed_held(residual, bits)
             codec = registry.codec(held.codec)
             size = codec.payload_bytes(held) + norm.table_bytes + len(masks) * _packed_bytes(residual.forward)
             candidate = self._candidate(
@@ -312,7 +314,7 @@ class _Poser:
                 size,
                 decoded=True,
                 traffic=codec.traffic(held),
-                added=self.noises.of(residual, codec.noise(held)),
+                added=self.noises.coded(residual, held),
             )
             row.append(replace(candidate, choice=replace(candidate.choice, bits=bits)))
         return row
@@ -330,11 +332,13 @@ class _Poser:
                 codes = [(source, self._codes(source, bits)) for source in sources]
                 added = self.noises.replayed(residual, codes)
                 row.append(self._replay(residual, chain, "replay", bits, added, len(masks)))
-        norms = [self.norms[source.name] for source in sources if source.name in self.norms]
+        # Other sources count as exact, although they may be in codes as well.
+        normed = [source for source in sources if source.name in self.norms]
+        norms = [self.norms[source.name] for source in normed]
         unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
         if norms and ("bitmask" in allowed or not unsigned):
             for bits in allowed.fixed_bits:
-                added = self.noises.of(residual, normal_error(bits))
+                added = self.noises.replayed(residual, [(source, self._fixed_held(source, bits)) for source in normed])
                 row.append(self._replay(residual, chain, "signed", bits, added, len(unsigned)))
         return row
 

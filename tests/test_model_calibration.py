@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import xconv_fx
 from xconv_fx.errors import UnsupportedModelError
-from xconv_fx.layer_measurement import TRAVEL_DRAWS
-from xconv_fx.ops import Held, codec
+from xconv_fx.ops import Held, codec, fixed
 
 
 def build() -> nn.Sequential:
@@ -67,20 +66,23 @@ def test_gradients_are_those_of_plain_autograd():
     assert found.layers["4"].sgd == pytest.approx(sum(own) / 2, rel=1e-4)
 
 
-def test_errors_of_a_normalised_input_reach_the_layer_before():
-    """Against PyTorch's own backward of batch normalisation, run on codes."""
+@pytest.mark.parametrize("bits", [1, 4])
+def test_errors_of_a_normalised_input_reach_the_layer_before(bits):
+    """Against PyTorch's own backward of batch normalisation, run on codes. Errors of one bit are larger than the input;
+    over so few positions their products count."""
     torch.manual_seed(3)
     conv, norm = nn.Conv2d(2, 12, 3, padding=1), nn.BatchNorm2d(12)
-    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 64, 3))
-    x, y = torch.randn(16, 2, 8, 8), torch.randint(0, 3, (16,))
-    reaches = [dict(xconv_fx.calibrate(model, LOSS, [(x, y)]).layers["1"].reaches) for _ in range(4)]
-    assert TRAVEL_DRAWS > 1 and all(set(found) == {"0"} for found in reaches)
-    predicted = sum(found["0"] for found in reaches) / 4
-
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 25, 3))
+    x, y = torch.randn(8, 2, 5, 5), torch.randint(0, 3, (8,))
+    found = []
+    for seed in range(4):  # Whoever calibrates finds the generator as it was.
+        torch.manual_seed(seed)
+        found.append(xconv_fx.calibrate(model, LOSS, [(x, y)]).layers["1"])
+    assert all([name for name, _ in layer.reaches] == ["0"] for layer in found)
     middle = conv(x).detach().requires_grad_()
     out = norm(middle)
     dy = torch.autograd.grad(LOSS(model[2:](out), y), out)[0]
-    held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=4)
+    held = Held("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=bits)
     mean, rstd = middle.detach().mean((0, 2, 3)), (middle.detach().var((0, 2, 3), correction=0) + norm.eps).rsqrt()
 
     def gradient(value: Tensor) -> Tensor:
@@ -89,11 +91,14 @@ def test_errors_of_a_normalised_input_reach_the_layer_before():
         return torch.autograd.grad(conv(x), conv.weight, dx)[0]
 
     exact, value, losses = gradient(middle.detach()), middle.detach(), []
-    for seed in torch.randint(2**62, (24, 1)):
+    for seed in torch.randint(2**62, (64, 1)):
         estimate = codec("quantize").decode(codec("quantize").encode(value, seed, held), seed, held)
-        unit = float((estimate - value).square().sum() / value.square().sum())
-        losses.append(float((gradient(estimate) - exact).square().sum()) / unit)
-    assert predicted == pytest.approx(sum(losses) / 24, rel=0.3)
+        losses.append(float((gradient(estimate) - exact).square().sum()))
+    noises = [dict(layer.layout((0, 2, 3, 1)).codes)[bits] for layer in found]
+    predicted = [v * dict(layer.reached(v))["0"] for v, layer in zip(noises, found, strict=True)]
+    linear = [v * dict(layer.reaches)["0"] for v, layer in zip(noises, found, strict=True)]
+    assert sum(predicted) / 4 == pytest.approx(sum(losses) / 64, rel=0.2)
+    assert bits > 1 or sum(predicted) > 1.4 * sum(linear)
 
 
 def test_the_noise_of_an_input_that_is_replayed_from_codes():
@@ -121,6 +126,70 @@ def test_the_noise_of_an_input_that_is_replayed_from_codes():
             estimate = codec("quantize").decode(codec("quantize").encode(middle, seed, held), seed, held)
             losses.append(float((gradient(estimate) - exact).square().sum()) / known.energy)
         assert predicted == pytest.approx(sum(losses) / 24, rel=0.2)
+
+
+def trained(*layers: nn.Module) -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    """A network that tells three noisy patterns apart, and a batch that it has not seen."""
+    patterns = nn.functional.interpolate(torch.randn(3, 1, 4, 4), scale_factor=4, mode="bilinear")
+
+    def batch() -> tuple[Tensor, Tensor]:
+        y = torch.randint(0, 3, (16,))
+        return patterns[y] + 1.5 * torch.randn(16, 1, 16, 16), y
+
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        x, y = batch()
+        optimiser.zero_grad()
+        LOSS(model(x), y).backward()
+        optimiser.step()
+    return model, batch()
+
+
+def in_fixed_point(norm: nn.Module, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The input of a normalisation layer after a round trip, and the rectified result that is made from it."""
+    groups, dims = (
+        (x, (0, 2, 3)) if isinstance(norm, nn.BatchNorm2d) else (x.unflatten(1, (norm.num_groups, -1)), (2, 3, 4))
+    )
+    variance, mean = (
+        value.expand_as(groups).reshape(x.shape) for value in torch.var_mean(groups, dims, correction=0, keepdim=True)
+    )
+    deviation, z = (variance + norm.eps).sqrt(), norm(x)
+    shift, slope = (value.view(1, -1, 1, 1).expand_as(x) for value in (norm.bias, norm.weight))
+    table = fixed.scales(*(value[:, :, 0, 0] for value in (mean, deviation, shift, slope)), bits)
+    held = Held("fixed", tuple(x.shape), x.dtype, (0, 1, 2, 3), bits=bits)
+    decoded = codec("fixed").decode(fixed.encode(x, table, held, z > 0), table, held)
+    return decoded, torch.where(z > 0, slope * (decoded - mean) / deviation + shift, 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fixed_point_is_as_far_off_as_measured(bits):
+    """What PyTorch's own backward is off by when what it has saved is swapped for what the codec leaves of it. With 2
+    bits the errors of both layers have much in common: the first gradient is off by more than their energies say."""
+    torch.manual_seed(5)
+    first = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    second = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16), nn.ReLU()
+    model, (x, y) = trained(*first, *second, nn.Conv2d(16, 16, 3, bias=False), nn.ReLU())
+    known = xconv_fx.calibrate(model, LOSS, [(x, y)]).layers
+    convolutions, swaps = ("0", "3", "6"), []
+    with torch.no_grad():
+        for place in (1, 4):
+            given = model[:place](x)
+            swaps += zip((given, model[: place + 2](x)), in_fixed_point(model[place], given, bits), strict=True)
+
+    def swapped(saved: Tensor) -> Tensor:
+        return next((new for old, new in swaps if old.shape == saved.shape and torch.allclose(old, saved)), saved)
+
+    weights = [model[int(name)].weight for name in convolutions]
+    exact = torch.autograd.grad(LOSS(model(x), y), weights)
+    with torch.autograd.graph.saved_tensors_hooks(swapped, lambda saved: saved):
+        loss = LOSS(model(x), y)
+    off = [float((g - e).square().sum()) for g, e in zip(torch.autograd.grad(loss, weights), exact, strict=True)]
+
+    fixed_of = {name: {other: dict(pairs)[bits] for other, pairs in known[name].fixed} for name in ("1", "3", "4", "6")}
+    before = fixed_of["1"]["0"] + fixed_of["4"]["0"]
+    middle = known["3"].energy * fixed_of["3"]["1"] + fixed_of["4"]["3"]
+    assert [before, middle, known["6"].energy * fixed_of["6"]["4"]] == pytest.approx(off, rel=0.3)
 
 
 def test_statistics_of_a_layer_that_runs_twice():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xconv_fx.layer_measurement import Measurement, measure_normalisation, measure_weighted
+from xconv_fx.layer_measurement import Measurement, Source, measure_normalisation, measure_weighted
 from xconv_fx.moments import Bilinear, deviation, sample_noise
 from xconv_fx.ops import Held, codec, fitting_probes
 from xconv_fx.passes.expected_noise import measured_noise
@@ -141,6 +141,6 @@ def test_everything_is_on_the_device_of_the_tensors(monkeypatch):
     conv, norm = nn.Conv2d(8, 8, 3, padding=1, device="meta"), nn.BatchNorm2d(8, device="meta")
     weighted, normalised = Measurement((8, 8, 3, 3)), Measurement((8,))
     with OneDevice():
-        measure_weighted(weighted, conv, x, dy, True, [("norm", norm, x)])
+        measure_weighted(weighted, conv, x, dy, True, [Source("norm", norm, x, signed=True)])
         measure_normalisation(normalised, norm, x, dy, lambda change: {"conv": change})
     assert weighted.runs and normalised.runs

@@ -18,8 +18,12 @@ LAYOUT = Layout(((8, 1e-5), (2, 0.1)), FOLDS, FOLDS[:1])
 CONV = LayerStatistics(
     (4, 3, 3, 3), 8, {"contiguous": LAYOUT, "channels_last": Layout(((2, 0.2),))}, 2.0, 1.5, 1.2, 0.3, 4.0,
     Spread(1.0, 0.2, 0.01), Spread(0.6, 0.1, 0.01), replays=(("1", ((2, 0.4), (4, 0.03))),),
+    fixed=(("1", ((2, 0.2), (4, 0.01), (8, 1e-4))),),
 )  # fmt: skip
-NORM = LayerStatistics((4,), 8, {"contiguous": LAYOUT}, 1.0, travel=0.1, reaches=(("0", 0.05),))
+NORM = LayerStatistics(
+    (4,), 8, {"contiguous": LAYOUT}, 1.0, travel=0.1, reaches=(("0", 0.05),), squares=(("0", 0.01),),
+    fixed=(("0", ((2, 0.1), (4, 0.002), (8, 1e-5))),),
+)  # fmt: skip
 STATS = Statistics({"0": CONV, "1": NORM}, 2)
 
 
@@ -40,7 +44,8 @@ BROKEN = {
     "nothing": "",
     "a list": "[]",
     "a plan": '{"choices": []}',
-    "another format": STATS.to_json().replace('"format": 1', '"format": 99'),
+    "another format": STATS.to_json().replace('"format": 2', '"format": 99'),
+    "an earlier format": STATS.to_json().replace('"format": 2', '"format": 1'),
     "a field more": STATS.to_json().replace('"energy"', '"energies"'),
 }
 
@@ -76,6 +81,11 @@ def test_caches_tell_statistics_apart():
     assert len(prints) == 3
     assert Options.parse({"stats": STATS}).fingerprint() in prints
     hash(Options.parse({"stats": STATS}))
+
+
+def test_what_reaches_other_layers_grows_with_products_of_errors():
+    assert NORM.reached(0.0) == NORM.reaches == (("0", 0.05),) and CONV.reached(1.0) == ()
+    assert NORM.reached(2.0) == (("0", pytest.approx(0.07)),)
 
 
 def test_layouts_are_found_by_order():

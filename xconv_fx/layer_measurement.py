@@ -1,5 +1,9 @@
 """Collect what is measured of one layer over batches, and make its `LayerStatistics` of it.
 
+Where an input was made from several normalisation layers, as relu(norm(x) + shortcut), the error that each of them
+leaves is measured by itself, and exactly; their energies are added up as if they were independent. What else was added
+counts as exact.
+
 What codecs do is noise relative to E; over batches it is averaged weighted with E, so that batches with large gradients
 count for more, as they do in the noise.
 """
@@ -7,8 +11,8 @@ count for more, as they do in the noise.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.codec_set import BITS
+from xconv_fx.codec_set import BITS, FIXED_BITS
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Fold, LayerStatistics, Layout, Pairs, Spread
 
 from .moments import (
-    BATCH_NORM,
-    INSTANCE_NORM,
     PART,
     Bilinear,
     codes,
@@ -33,10 +35,21 @@ from .moments import (
     sample_noise,
     spread,
 )
+from .normalisations import Normalisation, holds_fixed
 
-# Errors that are sent backward from a normalisation layer: of codes of so many bits, so many times.
-TRAVEL_BITS, TRAVEL_DRAWS = 2, 4
+# Errors that are sent backward from a normalisation layer: of codes of so many bits, so many times, and their products.
+TRAVEL_BITS, TRAVEL_DRAWS, SQUARES_DRAWS = 2, 6, 2
 Backward = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A normalisation layer and its input; `signed` says whether an activation reads its result."""
+
+    name: str
+    module: nn.Module
+    x: Tensor
+    signed: bool
 
 
 @dataclass
@@ -97,12 +110,12 @@ def measure_weighted(
     x: Tensor,
     dy: Tensor,
     rows: bool,
-    sources: Iterable[tuple[str, nn.Module, Tensor]] = (),
+    sources: Iterable[Source] = (),
 ) -> Tensor:
     """Measure a call of a convolution or linear layer; its weight gradient.
 
-    `rows`: dim 0 are the batch's samples. `sources` are normalisation layers from whose outputs x may have been made
-    by an activation, and their inputs.
+    `rows`: dim 0 are the batch's samples. `sources` are the normalisation layers from whose outputs x was made by
+    activations and sums.
     """
     if x.dim() == (1 if isinstance(module, nn.Linear) else len(measurement.weight) - 1):
         x, dy = x.unsqueeze(0), dy.unsqueeze(0)
@@ -114,8 +127,12 @@ def measure_weighted(
     energy = float((x.square() * reach).sum())
     if energy > 0 and math.isfinite(energy):
         found = _call(measurement.weight, layer, x, dy, reach, own, energy)
-        replays = tuple((name, _replayed(norm, given, x, reach)) for name, norm, given in sources)
-        measurement.runs.append(replace(found, replays=replays))
+        replays, fixed = [], []
+        for source in sources:
+            norm = Normalisation.of(source.module, source.x)
+            replays.append((source.name, _replayed(norm, x, reach)))
+            fixed.append((source.name, _replayed_fixed(layer, norm, source.signed, x, dy, energy)))
+        measurement.runs.append(replace(found, replays=tuple(replays), fixed=tuple(fixed)))
     return gradient
 
 
@@ -143,18 +160,28 @@ def _call(
     return LayerStatistics(weight, len(x), layouts, energy, flat, arriving, plain=plain, deviation=without)
 
 
-def _replayed(norm: nn.Module, given: Tensor, x: Tensor, weights: Tensor) -> Pairs:
+def _replayed(norm: Normalisation, x: Tensor, weights: Tensor) -> Pairs:
     """(bits, v): the noise of x, of elements with these weights, when it is replayed from codes of what `norm` read.
 
     Activations pass errors on where x is not zero, which holds for a rectifier, also of a sum.
     """
-    *_, scale = _statistics(norm, given)
     part = _part(x, weights)
-    passed = weights[part] * (_scaled(norm, scale.expand_as(given))[part] * (x[part] != 0)).square()
+    passed = weights[part] * (norm.slope[part] * (x[part] != 0)).square()
     energy = float((x[part].square() * weights[part]).sum())
     return tuple(
-        (bits, sum(float((e.square() * passed).sum()) for e in rounding_errors(given[part], bits, 1)) / energy)
+        (bits, sum(float((e.square() * passed).sum()) for e in rounding_errors(norm.x[part], bits, 1)) / energy)
         for bits in BITS
+    )
+
+
+def _replayed_fixed(layer: Bilinear, norm: Normalisation, signed: bool, x: Tensor, dy: Tensor, energy: float) -> Pairs:
+    """The same of what `norm` read as "fixed": its errors are no draws, so that this is what the gradient is off by."""
+    if not holds_fixed(norm.module, norm.x):
+        return ()
+    passed = norm.slope * (x != 0)
+    return tuple(
+        (bits, float(layer.gradient(norm.fixed_error(bits, signed) * passed, dy).square().sum()) / energy)
+        for bits in FIXED_BITS
     )
 
 
@@ -166,71 +193,41 @@ def _part(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure_normalisation(
-    measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor, weight_gradients: Backward
+    measurement: Measurement, module: nn.Module, x: Tensor, dy: Tensor, weight_gradients: Backward, signed: bool = False
 ) -> None:
     """Measure a call of a normalisation layer with input `x` and output gradient `dy`.
 
-    With x^ the normalised input and g the output gradient times the layer's weight, the input gradient is
-    (g - mean(g) - x^ mean(g x^)) / sigma over each set that is normalised together. An error of x enters it twice: as
-    it is, times a mean that is small, and through that mean times x^, which is small as well but adds up in the weight
-    gradient of the layer before. So errors are drawn, and sent backward by `weight_gradients`: from a gradient of x to
-    the weight gradients of the layers before.
+    Errors of the input are sent backward by `weight_gradients`: from a gradient of x to the weight gradients of the
+    layers before. Those of codes are drawn. Those of "fixed", which knows whether an activation behind the layer needs
+    its result's sign, `signed`, are what they are.
     """
-    mean, scale = _statistics(module, x)
-    g, sets = _scaled(module, dy), functools.partial(_set_mean, module)
-
-    def input_gradient(held: Tensor) -> Tensor:
-        normal = (held - mean) * scale
-        return (g - sets(g) - normal * sets(g * normal)) * scale
-
-    exact = input_gradient(x)
-    energy, passed = float(x.square().sum()), float(exact.square().sum())
+    norm = Normalisation.of(module, x)
+    energy, passed = float(x.square().sum()), float(norm.input_gradient(dy).square().sum())
     if not (energy > 0 and passed > 0 and math.isfinite(energy) and math.isfinite(passed)):
         return
-    travel, reaches = 0.0, dict[str, float]()
-    for error in rounding_errors(x, TRAVEL_BITS, TRAVEL_DRAWS):
-        change = input_gradient(x + error) - exact
-        unit = TRAVEL_DRAWS * float(error.square().sum()) / energy
+    travel = 0.0
+    reaches, squares = defaultdict[str, float](float), defaultdict[str, float](float)
+    for draw, error in enumerate(rounding_errors(x, TRAVEL_BITS, TRAVEL_DRAWS)):
+        unit = float(error.square().sum()) / energy
         if unit == 0:
             continue
-        travel += float(change.square().sum()) / passed / unit
+        change, product = norm.changes(dy, error, even=True)
+        travel += float(change.square().sum()) / passed / unit / TRAVEL_DRAWS
         for name, gradient in weight_gradients(change).items():
-            reaches[name] = reaches.get(name, 0.0) + float(gradient.square().sum()) / unit
-    part = _part(x, torch.ones_like(x))
-    ones = torch.ones_like(x[part])
-    layouts = {name: Layout(codes(x[part], ones, order)) for name, order in orders(x).items()}
+            reaches[name] += float(gradient.square().sum()) / unit / TRAVEL_DRAWS
+        for name, gradient in weight_gradients(product).items() if draw < SQUARES_DRAWS else ():
+            squares[name] += float(gradient.square().sum()) / unit**2 / SQUARES_DRAWS
+    fixed = defaultdict[str, list[tuple[int, float]]](list)
+    for bits in FIXED_BITS if holds_fixed(module, x) else ():
+        for name, gradient in weight_gradients(norm.change(dy, norm.fixed_error(bits, signed))).items():
+            fixed[name].append((bits, float(gradient.square().sum())))
+    # All elements count the same, so any samples will do; of those of most energy more would be lost to coding.
+    part = x[:: max(1, x.numel() // PART)]
+    ones = torch.ones_like(part)
+    layouts = {name: Layout(codes(part, ones, order)) for name, order in orders(x).items()}
     found = LayerStatistics(
-        measurement.weight, len(x), layouts, energy, travel=travel, reaches=tuple(sorted(reaches.items()))
-    )
+        measurement.weight, len(x), layouts, energy, travel=travel,
+        reaches=tuple(sorted(reaches.items())), squares=tuple(sorted(squares.items())),
+        fixed=tuple((name, tuple(errors)) for name, errors in sorted(fixed.items())),
+    )  # fmt: skip
     measurement.runs.append(found)
-
-
-def reads_its_input(module: nn.Module) -> bool:
-    """Whether the backward of a normalisation layer reads its input; by running statistics it does not."""
-    return not isinstance(module, (BATCH_NORM, INSTANCE_NORM)) or module.training or not module.track_running_stats
-
-
-def _scaled(module: nn.Module, dy: Tensor) -> Tensor:
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return dy
-    shape = weight.shape if isinstance(module, nn.LayerNorm) else (-1, *(1 for _ in dy.shape[2:]))
-    return dy * weight.detach().to(dy.dtype).view(shape)
-
-
-def _statistics(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation that each element of `x` is normalised with, in shapes that broadcast to it."""
-    mean = _set_mean(module, x)
-    variance = _set_mean(module, (x - mean).square())
-    return mean, (variance + module.eps).rsqrt()  # type: ignore[operator]
-
-
-def _set_mean(module: nn.Module, x: Tensor) -> Tensor:
-    """For each element the mean over what is normalised together with it."""
-    if isinstance(module, nn.GroupNorm):
-        groups = x.unflatten(1, (module.num_groups, -1))
-        return groups.mean(list(range(2, groups.dim())), keepdim=True).expand_as(groups).reshape(x.shape)
-    if isinstance(module, nn.LayerNorm):
-        return x.mean(list(range(x.dim() - len(module.normalized_shape), x.dim())), keepdim=True)
-    first = [0] if isinstance(module, BATCH_NORM) else []
-    return x.mean([*first, *range(2, x.dim())], keepdim=True)

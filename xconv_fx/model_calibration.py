@@ -13,6 +13,9 @@ That needs one batch and takes samples for independent; what batch normalisation
 of its g_n. Elsewhere (rows that are tokens or windows, batches of one) it is the sample variance of the gradients of
 several batches.
 
+Which normalisation layers a layer's input was made from, and so may be replayed from, is read from what autograd has
+recorded (`made_from.py`).
+
 Known gaps: layers are known by their modules: functions that are called with weights (`F.conv2d` in a forward) are not
 seen. A module that runs several times in a step has the mean of its runs as the statistics of each.
 """
@@ -31,13 +34,12 @@ from torch import Tensor, nn
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.statistics import Statistics
 
-from .layer_measurement import Measurement, measure_normalisation, measure_weighted, reads_its_input
+from .layer_measurement import Measurement, Source, measure_normalisation, measure_weighted
+from .made_from import Makers
 from .moments import NORMALISATIONS, WEIGHTED
+from .normalisations import reads_its_input
 from .progress import announce
 from .untouched import untouched
-
-# Normalisation layers before a layer, with outputs of its input's size, from which that may be replayed.
-NEAR = 3
 
 BATCHES_HINT = "a list such as [(input, target), ...], each a tensor or a tuple of them"
 
@@ -117,21 +119,22 @@ class _Catcher:
         first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
         self.samples = 1 if first is None else len(first)
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
-        self.normalised: list[tuple[nn.Module, Tensor, Tensor]] = []
-        self.recent: list[tuple[str, nn.Module, Tensor]] = []
+        self.normalised: list[tuple[nn.Module, Tensor, Tensor, Any]] = []
+        self.makers = Makers()
         self.listening = True
 
     def finish(self, loss: Tensor) -> None:
         """Run the backward of the batch's loss, and from each normalisation layer one for errors of its input."""
         if not self.parameters or not loss.requires_grad:
             return
+        self.makers.of(loss)
         torch.autograd.grad(loss, self.parameters, allow_unused=True, retain_graph=True)
         self.listening = False
         for name, gradients in self.gradients.items():
             self.measured[name].add_gradient(torch.stack(gradients).sum(0))
-        for module, given, dy in self.normalised:
-            backward = functools.partial(self._weight_gradients, given)
-            measure_normalisation(self._measurement(module), module, _wide(given.detach()), dy, backward)
+        for module, given, dy, made in self.normalised:
+            backward, signed = functools.partial(self._weight_gradients, given), made in self.makers.signed
+            measure_normalisation(self._measurement(module), module, _wide(given.detach()), dy, backward, signed)
 
     def _weight_gradients(self, given: Tensor, error: Tensor) -> dict[str, Tensor]:
         """The weight gradients, by layer, that a gradient of a layer's input leads to."""
@@ -147,25 +150,35 @@ class _Catcher:
     def _called(self, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
         if not isinstance(out, Tensor) or not out.requires_grad or not given:
             return
-        x, near = given[0], []
-        if isinstance(module, NORMALISATIONS):
-            self.recent.append((self.names[module], module, x))
-        else:
-            near = [source for source in self.recent if source[2].shape == x.shape][-NEAR:]
-        out.register_hook(lambda dy: self._arrived(module, x, dy.detach(), near))
+        x, made = given[0], out.grad_fn
+        sources = [] if isinstance(module, NORMALISATIONS) else self._sources(x)
+        self.makers.add(out, (module, x))
+        out.register_hook(lambda dy: self._arrived(module, x, dy.detach(), made, sources))
 
-    def _arrived(self, module: nn.Module, x: Tensor, dy: Tensor, near: list[tuple[str, nn.Module, Tensor]]) -> None:
+    def _sources(self, x: Tensor) -> list[tuple[Any, nn.Module, Tensor]]:
+        """The normalisation layers that x may be replayed from, with their inputs."""
+        before = [(made, module, given) for made, (module, given) in self.makers.of(x)]
+        return [
+            (made, m, given) for made, m, given in before if isinstance(m, NORMALISATIONS) and given.shape == x.shape
+        ]
+
+    def _arrived(
+        self, module: nn.Module, x: Tensor, dy: Tensor, made: Any, sources: list[tuple[Any, nn.Module, Tensor]]
+    ) -> None:
         if not self.listening:
             return
         if isinstance(module, NORMALISATIONS):
             if reads_its_input(module):
-                self.normalised.append((module, x, _wide(dy)))
+                self.normalised.append((module, x, _wide(dy), made))
             return
         with torch.autocast(x.device.type, enabled=False):
             wide = _wide(x.detach()), _wide(dy)
             rows = len(x) == self.samples > 1
-            sources = ((name, norm, _wide(given.detach())) for name, norm, given in near)
-            gradient = measure_weighted(self._measurement(module), module, *wide, rows, sources)
+            near = (
+                Source(self.names[norm], norm, _wide(given.detach()), node in self.makers.signed)
+                for node, norm, given in sources
+            )
+            gradient = measure_weighted(self._measurement(module), module, *wide, rows, near)
             self.gradients[self.names[module]].append(gradient)
 
     def _measurement(self, module: nn.Module) -> Measurement:

@@ -17,7 +17,11 @@ Each depends on how the tensor lies in memory, because groups of codes and terms
 `sgd` is the yardstick: the variance of the weight gradient over batches of the size that was measured, summed over its
 entries. Errors of a normalisation layer's input go on to the layers before it: its v is relative to the energy of the
 input, `travel` is how much an error of v = 1 changes the input gradient, relative to that gradient's energy, and
-`reaches` the variance that it adds to the weight gradients of the layers before, by name.
+`reaches` the variance that it adds to the weight gradients of the layers before, by name. Products of errors add
+v^2 `squares`: nothing but for codes of one bit, whose errors are larger than the input.
+
+The codec "fixed" rounds deterministically, and its errors are correlated. `fixed` is what they change on the data that
+was measured: squared errors of weight gradients, not variances.
 
 A file is JSON with a format number and, as a fingerprint, the shape of every layer's weight. Nothing here needs torch.
 
@@ -40,11 +44,12 @@ from xconv_fx.options import join_clauses, nearest
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 LAYOUTS = ("contiguous", "channels_last")
 HINT = "write the file of `xconv calibrate-model --output FILE`, or what xconv_fx.calibrate returned"
 
 Pairs = tuple[tuple[int, float], ...]
+ByLayer = tuple[tuple[str, Pairs], ...]
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,11 @@ class LayerStatistics:
     `arriving` for one that arrives with the output gradient, of its energy and evenly spread; `gradient` the squared
     norm of the mean gradient, `sgd` the variance of a batch's gradient; `plain` and `deviation` are for dense
     projections of the input and of its deviations from the channels' means; `replays` is v by bits where the input is
-    replayed, through a rectifier, from codes of what a normalisation layer read, by that layer's name.
+    replayed, through a rectifier, from codes of what a normalisation layer read, by that layer's name, and `fixed` the
+    same where that is held as "fixed" (no bits: it cannot be).
 
-    For normalisation layers `energy` is that of the input, and `travel` and `reaches` are set instead. `layouts` is by
-    name, of `LAYOUTS`.
+    For normalisation layers `energy` is that of the input, and `travel`, `reaches` and `squares` are set instead, and
+    `fixed` by layers before: the squared errors of their gradients, by bits. `layouts` is by name, of `LAYOUTS`.
     """
 
     weight: tuple[int, ...]
@@ -105,12 +111,19 @@ class LayerStatistics:
     deviation: Spread | None = None
     travel: float | None = None
     reaches: tuple[tuple[str, float], ...] = ()
-    replays: tuple[tuple[str, Pairs], ...] = ()
+    squares: tuple[tuple[str, float], ...] = ()
+    replays: ByLayer = ()
+    fixed: ByLayer = ()
 
     def layout(self, order: tuple[int, ...]) -> Layout:
         """What was measured for a tensor whose dims lie in memory in this order, outermost first."""
         last = len(order) > 3 and order[-1] == 1
         return self.layouts.get("channels_last" if last else "contiguous") or next(iter(self.layouts.values()))
+
+    def reached(self, noise: float) -> tuple[tuple[str, float], ...]:
+        """The layers before that errors of this v reach, with the variance that is added for each unit of v."""
+        squares = dict(self.squares)
+        return tuple((name, variance + noise * squares.get(name, 0.0)) for name, variance in self.reaches)
 
 
 @dataclass(frozen=True)
@@ -186,8 +199,8 @@ def _layer(entry: dict[str, Any]) -> LayerStatistics:
     known = {
         "weight": tuple(entry["weight"]),
         "layouts": layouts,
-        "reaches": tuple((str(name), float(variance)) for name, variance in entry["reaches"]),
-        "replays": tuple((str(name), _pairs(codes)) for name, codes in entry["replays"]),
+        **{name: tuple((str(layer), float(v)) for layer, v in entry[name]) for name in ("reaches", "squares")},
+        **{name: tuple((str(layer), _pairs(v)) for layer, v in entry[name]) for name in ("replays", "fixed")},
     }
     return LayerStatistics(**{**entry, **spreads, **known})
 

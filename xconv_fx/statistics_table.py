@@ -27,9 +27,9 @@ def _cells(layer: LayerStatistics, found: Statistics) -> list[str]:
     codes = dict(next(iter(layer.layouts.values())).codes)
     if layer.travel is None:
         size, relative = f"{layer.gradient**0.5:.2g}", f"{layer.sgd / layer.gradient:.2g}" if layer.gradient else ""
-        energy, noise = layer.energy, layer.sgd
+        energies, noise = dict.fromkeys(BITS, layer.energy), layer.sgd
     else:
         size = relative = ""
-        energy = sum(variance for _, variance in layer.reaches)
+        energies = {bits: sum(variance for _, variance in layer.reached(codes[bits])) for bits in BITS}
         noise = sum(found.layers[name].sgd for name, _ in layer.reaches if name in found.layers)
-    return [size, relative, *(f"{codes[bits] * energy / noise:.2g}" if noise > 0 else "" for bits in BITS)]
+    return [size, relative, *(f"{codes[bits] * energies[bits] / noise:.2g}" if noise > 0 else "" for bits in BITS)]

@@ -11,6 +11,7 @@ from tracing import trace
 
 import xconv_fx
 from xconv_fx.errors import OptionError
+from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.passes import planning
@@ -66,7 +67,7 @@ def test_a_normalisations_input_adds_what_reaches_the_layers_before(pair, stats)
     known = stats.layers["1"]
     assert [name for name, _ in known.reaches] == ["0"]
     v = dict(known.layout((0, 2, 3, 1)).codes)[4]
-    assert candidate.added.layers == (("0", pytest.approx(v * known.reaches[0][1] / stats.sgd)),)
+    assert candidate.added.layers == (("0", pytest.approx(v * known.reached(v)[0][1] / stats.sgd)),)
     assert candidate.choice.noise == v
 
 
@@ -136,3 +137,25 @@ def test_a_replay_is_as_noisy_as_the_codes_that_it_is_made_from(pair, stats):
             else:
                 assert replay.choice.noise == dict(dict(known.layers["3"].replays)["1"])[bits]
         assert replays[2].option.noise > 10 * replays[4].option.noise > 100 * replays[8].option.noise > 0
+
+
+def test_fixed_point_adds_what_was_measured(pair, stats):
+    """What it changes on the data, not the prior for normal values, in the layer before and in that which replays."""
+    priors = {}
+    for known in (None, stats):
+        posed = posed_of(pair, known, codecs="fixed:2,fixed:4,fixed:8,bitmask")
+        rows = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))
+        replays = {c.bits: c for c in rows["relu"] if c.option.name == "signed"}
+        held = candidates(posed, "convolution", "fixed")
+        assert set(replays) == set(held) == {2, 4, 8}
+        for bits in held:
+            assert held[bits].choice.noise == normal_error(bits)
+            if known is None:
+                priors[bits] = replays[bits].choice.noise
+                assert priors[bits] == normal_error(bits)
+                continue
+            before, after = (
+                dict(dict(layer.fixed)[name]) for layer, name in ((known.layers["1"], "0"), (known.layers["3"], "1"))
+            )
+            assert held[bits].added.layers == (("0", pytest.approx(before[bits] / stats.sgd)),)
+            assert replays[bits].choice.noise == after[bits] != priors[bits]
