@@ -33,6 +33,7 @@ from .links import link
 from .partition import Pair
 from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
+from .plain_views import name_shapes
 from .problem import Posed
 from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
@@ -92,6 +93,10 @@ class Job:
 
 def deduplicate(job: Job) -> None:
     hooks.deduplicate(job.joint)
+
+
+def plain_views(job: Job) -> None:
+    name_shapes(job.joint)
 
 
 def separate(job: Job) -> None:
@@ -164,6 +169,7 @@ Pass = Callable[[Job], None]
 
 BUDGETED: tuple[Pass, ...] = (
     deduplicate,
+    plain_views,
     separate,
     split_backward,
     gather_pooling,
