@@ -190,7 +190,9 @@ def test_a_network_without_trainable_parameters_is_refused(capsys):
 
 
 def test_explain_leaves_the_model_as_it_was():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1)
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     explanation = explain(model, torch.randn(2, 3, 16, 16), mem_budget="90%")
     assert len(explanation.plans) == 1

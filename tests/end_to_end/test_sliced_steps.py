@@ -91,7 +91,7 @@ def test_dropout_is_drawn_once(compile_model):
             return nn.functional.dropout(torch.tanh(self.body(x)), 0.5) * self.scale
 
     model = Scaled().double()
-    compiled = compile_model(model, mem_budget="40%", codecs="exact", slices=4)
+    compiled = compile_model(model, mem_budget="42%", codecs="exact", slices=4)
     torch.manual_seed(5)
     output = compiled(images(torch.float64))
     output.sum().backward()
