@@ -164,8 +164,7 @@ def quantize_samples(x: Tensor, ranges: Tensor, units: Tensor, seed: Tensor, bit
     plan, physical = rows_of(x.shape, order), layout.to_physical(x, order)
     parts = layout.group_extents(tuple(physical.shape), apart=True)
     words = x.new_zeros(_words(x.shape, bits, plan), dtype=torch.int32)
-    sizes, firsts = _first_units(units, len(x))
-    for sample, (width, first) in enumerate(zip(sizes, firsts, strict=True)):
+    for sample, width, first in _first_units(units):
         codes = quantize.positions(physical[sample, None], ranges[:, sample, None], parts, width)
         rows = layout.to_rows(codes.view(plan.physical), plan).contiguous()
         rows = quantize.cut_off(rows, plan, width, seed, sample * plan.padded_rows)
@@ -231,8 +230,8 @@ def _of_width(plan: layout.Packing, width: int) -> layout.Packing:
     return layout.Packing((plan.padded_rows, *plan.inner), 1, width)
 
 
-def _first_units(units: Tensor, samples: int) -> Iterator[list[int]]:
-    """The widths of the samples, and the number of the first unit of each."""
-    sample, width, within = units.tolist()
-    first = {s: (w, n) for n, (s, w, k) in enumerate(zip(sample, width, within, strict=True)) if k == 0}
-    return map(list, zip(*(first[s] for s in range(samples)), strict=True))
+def _first_units(units: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Every sample, its width, and the number of its first unit."""
+    for number, (sample, width, within) in enumerate(units.t().tolist()):
+        if within == 0:
+            yield sample, width, number
