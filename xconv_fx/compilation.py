@@ -41,6 +41,20 @@ class _Abandoned(Exception):
     """Ends a compilation that has given what it was run for, or whose code exceeds the budget."""
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own on the same tensors, to be compiled more than once.
+
+    Dynamo makes what an optimiser updates attributes of its graph: code that was compiled for copies of these tensors
+    would leave the user's as they are.
+    """
+    copy_of_it = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    copy_of_it.meta = dict(gm.meta)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):  # The body of a checkpoint or another operator that takes a graph.
+            setattr(copy_of_it, name, copied(child))
+    return copy_of_it
+
+
 @dataclass
 class Traced:
     """The graph that Dynamo traced, and what it is compiled with."""
@@ -158,7 +172,7 @@ class Compilation:
 
     def _compile(self) -> Callable[..., Any]:
         options, slicing = self.traced.options, self.route.slicing
-        gm, inputs = copy.deepcopy(self.traced.gm), self.traced.example_inputs
+        gm, inputs = copied(self.traced.gm), self.traced.example_inputs
         if slicing is not None:
             gm, inputs = slice_graph(gm, slicing), slice_inputs(inputs, slicing)
         budgeted = not options.plain
