@@ -44,7 +44,8 @@ def xconv(
         chosen = replace(chosen, mem_budget=None)  # Nothing is held for a backward: plain Inductor.
     lowering.install()
     hooks.specialise(example_inputs)
-    compiled = Strategy(Traced(gm, example_inputs, chosen, Session.of(chosen))).compile()
+    session = Session.of(chosen)
+    compiled = Strategy(Traced(gm, example_inputs, session.settled(chosen), session)).compile()
     return watched(compiled) if chosen.shares_samples else compiled
 
 

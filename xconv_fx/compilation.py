@@ -28,7 +28,7 @@ from .passes.problem import LOSS_COPIES, bytes_in_loss
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
-from .session import Session
+from .session import Graph, GraphRecord, Session
 from .sizes import Budget
 from .slices import Batch, Sliced, slice_graph, slice_inputs
 from .ways import AT_ONCE, Route
@@ -70,6 +70,11 @@ class Traced:
         """The inputs that hold samples, if any do."""
         return Batch.of(self.gm, self.example_inputs)
 
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """What its session knows it by."""
+        return self.session.graph(self.gm)
+
     def within(self, budget: int) -> Traced:
         """The same under a budget in bytes."""
         return replace(self, options=replace(self.options, mem_budget=Budget(bytes=budget)))
@@ -95,7 +100,7 @@ class Compilation:
     enforced: bool = True
 
     def __post_init__(self) -> None:
-        self.outside = self.traced.session.outside(self.traced.gm)
+        self.outside = self.traced.session.outside(self.traced.graph)
         self.job: pipeline.Job | None = None
         self.audit = Audit(self.outside)
         self.half: tuple[fx.GraphModule, Sequence[Any], bool] | None = None
@@ -282,5 +287,6 @@ class Compilation:
         }
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes), **found)
         publish(plan)
-        self.traced.session.add(plan, self.traced.gm)
+        results = 0 if self.job.posed is None else self.job.posed.results
+        self.traced.session.add(GraphRecord(self.traced.graph, plan, results))
         return plan

@@ -83,7 +83,7 @@ def explain(
     trace = Trace(model, inputs, scenario, loss, targets)
     session = trace.session(chosen)
     trace.run(lambda gm, example_inputs: plan_graph(gm, example_inputs, chosen, session, scenario.notes))
-    return Explanation(tuple(session.plans.values()))
+    return Explanation(session.plans)
 
 
 class Trace:

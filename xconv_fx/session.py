@@ -2,29 +2,74 @@
 
 A model whose trace breaks is compiled as several graphs that run in one step. What an earlier graph holds for its
 backward is alive while a later one runs, and the parameters of the others are alive throughout, so both count against
-a graph's budget. A graph that is compiled again (another batch size) replaces its former self.
+a graph's budget. A graph is known by its frame and by its number among those that one compilation of the frame hands
+over (DDPOptimizer hands over several); a frame that is compiled anew (another batch size) replaces its former graphs.
+
+A percentage of `mem_budget` is one of what the whole step takes without xconv. It is resolved for the first training
+batch, and is so many bytes from then on: for another batch size, and for a frame that first runs later. While the
+first step's graphs arrive one after another, each is planned for the share of what is known of the step so far, which
+is the most that any of them takes beside what those before it would hold uncompressed.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from . import hooks
-from .options import Options
+from .options import Options, with_unseen
 from .plan import Plan
 from .report import write_json
+from .sizes import Budget
 
 _streams = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class GraphKey:
+    """Which graph of a step: the number of its frame, and its own among those of one compilation of that frame."""
+
+    frame: Hashable
+    ordinal: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph that Dynamo handed over, before it is planned.
+
+    In bytes: its `parameters`, its `primals` (parameters and buffers), and the `inputs` that are neither. `goes_on`
+    says that its results are read by further code of the model, so that no loss follows.
+    """
+
+    key: GraphKey
+    parameters: int
+    primals: int
+    inputs: int
+    goes_on: bool
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What a session knows of a planned graph: its plan, and bytes of its `results` as a caller holds them."""
+
+    graph: Graph
+    plan: Plan
+    results: int = 0
+
+    @property
+    def saved(self) -> int:
+        """Bytes of residuals that the plan holds between forward and backward."""
+        return self.plan.saved_after
+
+
 @dataclass
 class Session:
-    """The plans of the graphs compiled so far, by the frame that each was traced from.
+    """The records of the graphs compiled so far, in the order in which they run in a step.
 
     `stream` names the sequence of seeds that a fixed `seed` starts; None draws from torch's generator.
     When planning ahead, `device` is where graphs are moved after they were traced elsewhere (None: nowhere),
@@ -35,9 +80,6 @@ class Session:
     options: Options
     module: nn.Module | None = None
     stream: int | None = None
-    plans: dict[Hashable, Plan] = field(default_factory=dict)
-    parameters: dict[Hashable, int] = field(default_factory=dict)
-    inputs: dict[Hashable, int] = field(default_factory=dict)
     device: str | None = None
     optimizer_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -45,6 +87,10 @@ class Session:
     def __post_init__(self) -> None:
         if self.options.stats is not None and self.module is not None:
             self.options.stats.check(self.module)
+        self.records: dict[GraphKey, GraphRecord] = {}
+        self._compilations: dict[Hashable, tuple[object, list[weakref.ref[fx.GraphModule]]]] = {}
+        self._plain_peak = 0
+        self._settled = False
 
     @staticmethod
     def of(options: Options) -> Session:
@@ -62,32 +108,89 @@ class Session:
                 call.xconv_session = session  # type: ignore[attr-defined]
         return session
 
-    def outside(self, gm: fx.GraphModule) -> int:
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of the step's graphs, in the order in which they run."""
+        ordered = sorted(self.records, key=self._place)
+        return tuple(self.records[key].plan for key in ordered)
+
+    def graph(self, gm: fx.GraphModule) -> Graph:
+        """What is known of the graph that is compiled now. Each is to be asked for before its frame's next one."""
+        return Graph(
+            self._key(gm),
+            hooks.parameter_bytes(gm),
+            hooks.parameter_bytes(gm, buffers=True),
+            hooks.input_bytes(gm),
+            hooks.goes_on(),
+        )
+
+    def _key(self, gm: fx.GraphModule) -> GraphKey:
+        """The graph's key; forgets the frame's former graphs when it is compiled anew."""
+        compilation = hooks.compile_id()
+        frame = None if compilation is None else compilation[0]
+        known, seen = self._compilations.get(frame, (None, []))
+        numbers = [ordinal for ordinal, graph in enumerate(seen) if graph() is gm]
+        if numbers:
+            return GraphKey(frame, numbers[0])
+        if seen and (compilation is None or known != compilation):
+            self.settle()
+            self.records = {key: record for key, record in self.records.items() if key.frame != frame}
+            seen = []
+        self._compilations[frame] = compilation, [*seen, weakref.ref(gm)]
+        return GraphKey(frame, len(seen))
+
+    def settle(self) -> None:
+        """The first training batch is over: a percentage is from here on as many bytes as it was last."""
+        self._settled = self._plain_peak > 0
+
+    def settled(self, options: Options) -> Options:
+        """The options, with bytes in the place of a percentage that is resolved."""
+        if options.mem_budget is None or not self._settled:
+            return options
+        budget = options.mem_budget.resolve(with_unseen(self._plain_peak))
+        return replace(options, mem_budget=Budget(bytes=budget))
+
+    def resolve(self, budget: Budget, plain_peak: int, graph: Graph) -> int:
+        """The budget in bytes for a graph whose step without xconv, beside what it really runs beside, takes so much.
+
+        The earlier graphs hold what their plans hold; without xconv they would hold all of their residuals.
+        """
+        if budget.bytes is not None:
+            return budget.bytes
+        if not self._settled:
+            spared = sum(r.plan.saved_before - r.saved for r in self._before(graph))
+            self._plain_peak = max(self._plain_peak, plain_peak + spared)
+        return budget.resolve(with_unseen(self._plain_peak))
+
+    def _before(self, graph: Graph) -> list[GraphRecord]:
+        """The graphs that run earlier in the step."""
+        place = self._place(graph.key)
+        return [record for key, record in self.records.items() if self._place(key) < place]
+
+    def _place(self, key: GraphKey) -> tuple[int, int]:
+        """Frames are first compiled in the order in which they run, and keep their place when compiled anew."""
+        return list(self._compilations).index(key.frame), key.ordinal
+
+    def outside(self, graph: Graph) -> int:
         """Bytes alive while this graph runs that are none of its tensors.
 
         The parameters and buffers of the module's other graphs; what earlier graphs hold for their backward, and their
         inputs; the gradients of later graphs, which their backward has left when this one's runs; and the optimiser's
         state.
         """
-        # Graphs are compiled in the order in which they run, and keep their place when compiled again.
-        earlier = list(itertools.takewhile(lambda frame: frame != hooks.frame(), self.plans))
-        held = self.optimizer_bytes
-        held += sum(self.plans[frame].saved_after + self.inputs[frame] for frame in earlier)
+        earlier = self._before(graph)
+        held = self.optimizer_bytes + sum(record.saved + record.graph.inputs for record in earlier)
         if self.module is None:
             return held
-        mine = hooks.parameter_bytes(gm)
-        before = sum(self.parameters[frame] for frame in earlier)
+        before = sum(record.graph.parameters for record in earlier)
         every = sum(p.numel() * p.element_size() for p in self.module.parameters())
         buffers = sum(b.numel() * b.element_size() for b in self.module.buffers())
-        later = max(0, every - mine - before)
-        others = max(0, every + buffers - hooks.parameter_bytes(gm, buffers=True))
+        later = max(0, every - graph.parameters - before)
+        others = max(0, every + buffers - graph.primals)
         return held + others + later
 
-    def add(self, plan: Plan, gm: fx.GraphModule) -> None:
+    def add(self, record: GraphRecord) -> None:
         """Record a graph's plan, and write all plans where the user asked for them."""
-        frame = hooks.frame()
-        self.plans[frame] = plan
-        self.parameters[frame] = hooks.parameter_bytes(gm)
-        self.inputs[frame] = hooks.input_bytes(gm)
+        self.records[record.graph.key] = record
         if self.options.report is not None:
-            write_json(self.plans.values(), self.options.report)
+            write_json(self.plans, self.options.report)

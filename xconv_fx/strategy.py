@@ -14,12 +14,13 @@ from typing import Any
 from .compilation import ATTEMPTS, Compilation, Traced
 from .errors import BudgetInfeasibleError, OptionError, XConvError
 from .log import log
-from .options import Probes, with_unseen
+from .options import Probes
 from .passes.pipeline import Job
 from .passes.planning import plan
 from .passes.problem import Posed
 from .passes.volumes import volume_convolutions
 from .plan import Plan
+from .sizes import Budget
 from .slices import Batch, Slicing
 from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select, slowdown
 
@@ -64,7 +65,7 @@ class Strategy:
             inductor = Compilation(self.traced.plain())
             inductor.generate()
             plain = inductor.peak
-            budget = options.mem_budget.resolve(with_unseen(plain))
+            budget = self._budget(options.mem_budget, plain)
             known = {"baseline_peak": plain, "budget": budget}
             if plain <= options.usable(budget) and options.probes == inductor.traced.options.probes:
                 return _finished(inductor, **known)
@@ -80,6 +81,10 @@ class Strategy:
                 return compiled
         return self._least(plain, tried, **known)
 
+    def _budget(self, wanted: Budget, plain: int) -> int:
+        """The budget in bytes, of a step that takes `plain` without xconv."""
+        return self.traced.session.resolve(wanted, plain, self.traced.graph)
+
     def _preset(self) -> Callable[..., Any]:
         """The step with everything held as a published system holds it, if that fits the budget."""
         options, known = self.traced.options, {}
@@ -90,7 +95,7 @@ class Strategy:
                 inductor.generate()
                 plain = inductor.peak
                 known["baseline_peak"] = plain
-            known["budget"] = options.mem_budget.resolve(with_unseen(plain))
+            known["budget"] = self._budget(options.mem_budget, plain)
         compilation = Compilation(self.traced, enforced=False)
         compilation.generate()
         if compilation.job is not None:
@@ -132,7 +137,7 @@ class Strategy:
             if job is None or job.posed is None:
                 return None
             baseline = job.posed.baseline_peak()
-            budget = self.traced.options.mem_budget.resolve(with_unseen(baseline))
+            budget = self._budget(self.traced.options.mem_budget, baseline)
             self.traced = self.traced.within(budget)
             ways = self.ways()
             if not ways:
@@ -151,7 +156,7 @@ class Strategy:
         if job is None or job.plan is None:
             return None
         budget = self.traced.options.mem_budget
-        known = {} if budget is None else {"budget": budget.resolve(with_unseen(job.plan.baseline_peak))}
+        known = {} if budget is None else {"budget": self._budget(budget, job.plan.baseline_peak)}
         self._check_preset(job, job.plan.predicted_peak, known.get("budget"))
         return self.planned.report(**known)
 

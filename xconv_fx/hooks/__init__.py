@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
-import types
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +18,9 @@ from torch import fx
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .frames import callers as callers
+from .frames import compile_id as compile_id
+from .frames import goes_on as goes_on
 from .graphs import cheap_graphs as cheap_graphs
 from .indexing import cheap_strides as cheap_strides
 from .interception import dispatch_modes as dispatch_modes
@@ -157,30 +158,15 @@ def compile_graph(
 
 def compile_call() -> object | None:
     """The `torch.compile` call on whose behalf a backend is running: one object for all graphs of that call."""
-    return next((value for value in _callers() if isinstance(value, torch._TorchCompileWrapper)), None)
+    return next((value for value in callers() if isinstance(value, torch._TorchCompileWrapper)), None)
 
 
 def compiled_module() -> torch.nn.Module | None:
     """The outermost module that is being compiled, or None (a compiled function)."""
     from torch._dynamo.eval_frame import OptimizedModule
 
-    found = [value._orig_mod for value in _callers() if isinstance(value, OptimizedModule)]
+    found = [value._orig_mod for value in callers() if isinstance(value, OptimizedModule)]
     return found[-1] if found else None
-
-
-def _callers() -> Iterator[object]:
-    """`self` of every method on the Python stack, innermost first."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if "self" in frame.f_locals:
-            yield frame.f_locals["self"]
-        frame = frame.f_back
-
-
-def frame() -> Hashable:
-    """What tells the graphs of one step apart: Dynamo's number of the frame, the same when it is compiled again."""
-    identity = torch._guards.CompileContext.current_compile_id()
-    return None if identity is None else identity.frame_id
 
 
 def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
@@ -194,8 +180,14 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
 
 
 def data_inputs(gm: fx.GraphModule) -> list[bool]:
-    """Which of a Dynamo graph's inputs are tensors, but neither parameters nor buffers."""
-    examples = [(n, getattr(n.meta.get("grapharg"), "example", None)) for n in gm.graph.find_nodes(op="placeholder")]
+    """Which of a Dynamo graph's inputs are tensors, but neither parameters nor buffers.
+
+    What one part of a graph that DDPOptimizer cut hands to the next is known by its fake value alone.
+    """
+    examples = [
+        (node, getattr(node.meta.get("grapharg"), "example", node.meta.get("example_value")))
+        for node in gm.graph.find_nodes(op="placeholder")
+    ]
     return [
         isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and "buffers" not in node.name
         for node, value in examples

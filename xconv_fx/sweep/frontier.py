@@ -283,7 +283,7 @@ class _OncePosed(Strategy):
         found = self.problems[route]
         if isinstance(found, Exception):
             raise found
-        return found and _beside(found, self.traced.session.outside(self.traced.gm))
+        return found and _beside(found, self.traced.session.outside(self.traced.graph))
 
 
 def _beside(job: Job, outside: int) -> Job:
