@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from xconv_fx import hooks
+
 from .graph import COMPARISONS, is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
 from .step_time import node_flops
 
@@ -104,7 +106,7 @@ def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
 
 
 def _replayable(node: fx.Node) -> bool:
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or hooks.draws(node):
         return False
     if node.target is aten.as_strided.default and not is_primal(node.all_input_nodes[0]):
         return False  # A copy of its source may lie in memory in another way.

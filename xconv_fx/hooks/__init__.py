@@ -18,6 +18,9 @@ from torch import fx
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .aot import deduplicate as deduplicate
+from .aot import draws as draws
+from .aot import partition as partition
 from .frames import callers as callers
 from .frames import compile_id as compile_id
 from .frames import goes_on as goes_on
@@ -53,31 +56,6 @@ def cpp_compiler() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     return get_cpp_compiler()
-
-
-def deduplicate(gm: fx.GraphModule) -> None:
-    """Dead code and common subexpressions out of a joint graph, as torch's partitioner does it itself."""
-    from torch._functorch.compile_utils import fx_graph_cse
-
-    gm.graph.eliminate_dead_code()
-    gm.graph = fx_graph_cse(gm.graph)
-    gm.recompile()
-
-
-def partition(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], arguments: dict[str, Any], saved: float
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """torch's min-cut partitioner: the joint graph to (forward, backward).
-
-    `saved` is its `activation_memory_budget`: the share of the residuals' bytes that it may save, and recomputes the
-    rest at the least arithmetic; 1 recomputes only what costs next to nothing.
-    """
-    import torch._functorch.config as functorch_config
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    # A share of the user's own stands where nothing else is asked for.
-    with functorch_config.patch(activation_memory_budget=saved) if saved < 1 else contextlib.nullcontext():
-        return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
 
 
 def saved_descriptor(index: int) -> Any:

@@ -1,0 +1,94 @@
+"""Random draws in joint graphs: made once whatever torch's partitioner is asked to save, and never taken for equal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from xconv_fx.hooks import aot
+
+sys.path.append(str(Path(__file__).parents[1] / "passes"))
+from tracing import trace
+
+
+class Draws(nn.Module):
+    """Draws of several operators, each multiplied with an activation that asks for a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, fifth, sixth, last = self.convolutions
+        x = first(x)
+        y = F.rrelu(x, training=True) + F.rrelu(x, training=True)
+        y = second(y) * torch.empty(len(x), 1, 1, 1).bernoulli_(0.7)
+        y = third(y) * torch.normal(torch.zeros(len(x), 1, 1, 1), 1.0)
+        y = F.dropout2d(fourth(y)) * torch.poisson(x.detach().abs())
+        y = fifth(y) * (torch.rand(y.shape) > 0.5)
+        y = sixth(y)[:, torch.randperm(4)]
+        return last(y * torch.randn_like(y))
+
+
+@pytest.fixture(scope="module")
+def traced():
+    return trace(Draws(), torch.randn(3, 4, 8, 8))
+
+
+def names(graph: fx.Graph) -> list[str]:
+    return sorted(str(node.target) for node in graph.nodes if aot.draws(node))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25, 0.0])
+def test_draws_stay_in_the_forward(traced, share):
+    joint = traced.joint()
+    every = names(joint.graph)
+    assert every == sorted(
+        ["aten.uniform.default"] * 2 + ["aten.bernoulli.p"] * 2
+        + ["aten.poisson.default", "aten.randperm.default", "prims.inductor_seeds.default", "prims.normal.default"]
+    )  # fmt: skip
+    with functorch_config.patch(activation_memory_budget=share):
+        aot.deduplicate(joint)
+        forward, backward = aot.partition(joint, traced.joint_inputs, dict(traced.arguments), 1.0)
+    assert names(forward.graph) == every
+    assert names(backward.graph) == []
+
+
+def test_equal_calls_are_draws_of_their_own():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    draws = [graph.call_function(torch.ops.aten.exponential.default, (x,)) for _ in range(2)]
+    graph.output(graph.call_function(torch.ops.aten.sub.Tensor, tuple(draws)))
+    gm = fx.GraphModule({}, graph)
+    aot.deduplicate(gm)
+    assert names(gm.graph) == ["aten.exponential.default"] * 2
+
+
+def test_attention_without_dropout_draws_nothing():
+    graph = fx.Graph()
+    q = graph.placeholder("q")
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert [aot.draws(graph.call_function(attention, (q, q, q, p))) for p in (0.0, 0.1)] == [False, True]
+
+
+def test_what_the_user_checkpoints_is_drawn_again_from_the_same_state():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Checkpointed(nn.Conv2d(4, 4, 3), nn.Dropout2d(), nn.Conv2d(4, 4, 3), nn.SiLU())
+    traced = trace(model, torch.randn(2, 4, 8, 8))
+    joint = traced.joint()
+    aot.deduplicate(joint)
+    mode = torch._guards.detect_fake_mode(list(traced.joint_inputs))
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        forward, backward = aot.partition(joint, traced.joint_inputs, dict(traced.arguments), 1.0)
+    assert any("run_and_save_rng_state" in str(node.target) for node in forward.graph.nodes)
+    assert any("run_with_rng_state" in str(node.target) for node in backward.graph.nodes)
