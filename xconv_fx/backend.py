@@ -44,6 +44,9 @@ def xconv(
         chosen = replace(chosen, mem_budget=None)  # Nothing is held for a backward: plain Inductor.
     lowering.install()
     hooks.specialise(example_inputs)
+    if hooks.without_samples(gm, example_inputs):
+        # Nothing to hold, no sizes to plan with, and of the empty gradients Inductor expects other strides than come.
+        return gm.forward
     session = Session.of(chosen)
     compiled = Strategy(Traced(gm, example_inputs, session.settled(chosen), session)).compile()
     return watched(compiled) if chosen.shares_samples else compiled

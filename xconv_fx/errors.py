@@ -134,6 +134,21 @@ class UnsupportedModelError(XConvError):
         self.hint = hint
 
 
+class DoubleBackwardError(XConvError, RuntimeError):
+    """A gradient that compiled code computed was differentiated, as by a gradient penalty or for a Hessian.
+
+    Also a `RuntimeError`, which is what `torch.compile` raises.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "double backward: a model compiled with torch.compile cannot be differentiated twice. What would work: "
+            "the model as it was before torch.compile (model._orig_mod) for the loss that needs them, such "
+            "as a gradient penalty"
+        )
+
+
 class UsageError(XConvError):
     """A command line, or the user's file it names, does not work; `hint` says what to type next."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
 from . import hooks
+from .errors import DoubleBackwardError
 from .sample_gradients import samples_of_slice
 
 
@@ -264,7 +265,7 @@ class _Constant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("a model compiled with torch.compile cannot be differentiated twice (double backward)")
+        raise DoubleBackwardError
 
 
 def _taken(leaf: Any) -> Tensor | None:

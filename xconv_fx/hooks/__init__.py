@@ -21,6 +21,9 @@ from xconv_fx.errors import UnsupportedTorchError
 from .aot import deduplicate as deduplicate
 from .aot import draws as draws
 from .aot import partition as partition
+from .backward import named_double_backward as named_double_backward
+from .backward import repeatable as repeatable
+from .dynamo import specialise as specialise
 from .frames import callers as callers
 from .frames import compile_id as compile_id
 from .frames import goes_on as goes_on
@@ -126,10 +129,13 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Any:
-        entering(half, inputs, bool(arguments.get("is_backward")))
-        return compile_fx_inner(half, inputs, **arguments)
+        is_backward = bool(arguments.get("is_backward"))
+        entering(half, inputs, is_backward)
+        code = compile_fx_inner(half, inputs, **arguments)
+        return repeatable(code) if is_backward else code
 
-    compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+    with named_double_backward():
+        compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
     assert callable(compiled)
     return compiled
 
@@ -172,6 +178,12 @@ def data_inputs(gm: fx.GraphModule) -> list[bool]:
     ]
 
 
+def without_samples(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether all that a Dynamo graph takes besides parameters and buffers is empty, as a batch of no samples is."""
+    data = [value for value, is_data in zip(example_inputs, data_inputs(gm), strict=True) if is_data and value.dim()]
+    return bool(data) and all(value.numel() == 0 for value in data)
+
+
 def needs_backward(example_inputs: Sequence[Any]) -> bool:
     """Whether the graph that Dynamo traced will be differentiated."""
     return torch.is_grad_enabled() and any(
@@ -184,16 +196,6 @@ def input_bytes(gm: fx.GraphModule) -> int:
     values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder"))
     every = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
     return max(0, int(every) - parameter_bytes(gm, buffers=True))
-
-
-def specialise(example_inputs: Sequence[Any]) -> None:
-    """Fix every symbolic size to its value: a plan is made of bytes. Another size compiles another graph."""
-    for value in example_inputs:
-        if isinstance(value, torch.SymInt):
-            int(value)
-        elif isinstance(value, torch.Tensor):
-            for size in (*value.shape, *value.stride()):
-                int(size)
 
 
 @contextlib.contextmanager
