@@ -3,7 +3,7 @@
 Inductor's wrapper code is the truth about memory: its allocations, reuses and `del`s, in order. The audit executes
 that wrapper on fake tensors, with every generated kernel replaced by nothing, and follows each storage from its
 first appearance to its release. Extern kernels (convolutions, matrix products) run their shape rules, so their
-outputs count as well; what a library allocates inside such a call is counted where it is known (`workspace`).
+outputs count as well; what is allocated inside such a call is measured (`workspace`), but for operators of the user's.
 
 Checked against torch 2.13.0's Python wrapper. Not counted: memory that a library takes outside the tensor
 allocator (oneDNN's scratchpads, cuDNN's algorithm search), and rounding of the CUDA caching allocator.
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .workspace import workspace_bytes
+from .workspace import is_counted, workspace_bytes
 
 # Names that the wrapper binds for allocation and layout, replaced by their documented meaning on fake tensors.
 _ALLOCATORS = ("empty_strided_cpu", "empty_strided_cuda", "empty_strided_xpu", "empty_strided_cpu_pinned")
@@ -41,7 +41,7 @@ class Audit:
     """The replay of one training step: its forward, then its backward on what the forward saved.
 
     `resident_bytes` are alive throughout and not among the graphs' inputs. After the forward, `saved_bytes` are what it
-    holds for the backward besides its inputs.
+    holds for the backward besides its inputs. `uncounted` are operators that may allocate inside what nobody knows.
     """
 
     def __init__(self, resident_bytes: int = 0) -> None:
@@ -51,6 +51,10 @@ class Audit:
         self.results: list[Any] = []
         self.saved: list[Any] = []
         self.saved_bytes = 0
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        return tuple(sorted(self.tracker.uncounted))
 
     def forward(self, source: str, inputs: Sequence[Any], results: int) -> Peak:
         """Replay the forward on fakes of `inputs`; its first `results` outputs go to the caller, who holds them."""
@@ -107,10 +111,13 @@ class _Tracker(TorchDispatchMode):
         self.resident = resident_bytes
         self.live: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self.peak = Peak(0, "", ())
+        self.uncounted: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.see(result, str(func), workspace_bytes(func, args))
+        self.see(result, str(func), workspace_bytes(func, args, kwargs, result))
+        if not is_counted(func):
+            self.uncounted.add(str(func))
         return result
 
     def see(self, values: Any, label: str, extra: int = 0) -> None:
