@@ -49,6 +49,8 @@ def test_all_options_together(tmp_path):
             "codecs": "exact, quantize:4",
             "probes": {"encoder.*": 8},
             "reserve": "200MB",
+            "calls": 2,
+            "verify": "warn",
             "seed": 7,
             "report": str(tmp_path / "plan.json"),
             "inductor": {"max_autotune": True},
@@ -59,6 +61,7 @@ def test_all_options_together(tmp_path):
     assert options.codecs.bits == (4,) and "recompute" in options.codecs and "probe" not in options.codecs
     assert options.probes.count_for("encoder.0") == 8
     assert options.reserve == 200 * 10**6
+    assert (options.calls, options.verify) == (2, "warn")
     assert options.seed == 7
     assert options.report == tmp_path / "plan.json"
     assert options.mode == "max-autotune-no-cudagraphs"
@@ -308,6 +311,22 @@ def test_torch_compile_hands_a_backend_what_the_parser_expects():
         torch.compile(lambda x: x, backend=backend, mode="max-autotune", options={"mem_budget": "8GB"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("calls", 0, "how many forwards"),
+        ("calls", 1.5, "how many forwards"),
+        ("calls", True, "how many forwards"),
+        ("verify", "re-plan", "did you mean 'replan'"),
+        ("verify", True, "write one of replan, warn, off"),
+    ],
+)
+def test_options_of_a_whole_step_are_checked(name, value, hint):
+    with pytest.raises(OptionError, match=hint) as caught:
+        Options.parse({name: value})
+    assert caught.value.option == name
+
+
 class TestFingerprint:
     CHANGES = (
         {"mem_budget": "8GB"},
@@ -317,6 +336,7 @@ class TestFingerprint:
         {"probes": 8},
         {"probes": {"a": 8}},
         {"reserve": 1},
+        {"calls": 2},
         {"seed": 0},
         {"inductor": {"max_autotune": True}},
         {"mode": "max-autotune"},
@@ -328,6 +348,7 @@ class TestFingerprint:
 
     def test_what_does_not_change_results_does_not(self, tmp_path):
         assert Options.parse({"report": tmp_path / "p.json"}).fingerprint() == Options().fingerprint()
+        assert Options.parse({"verify": "off"}).fingerprint() == Options().fingerprint()
         assert (
             Options.parse({"mem_budget": "8GB"}).fingerprint() == Options.parse({"mem_budget": 8 * 10**9}).fingerprint()
         )

@@ -26,6 +26,7 @@ class Compiling:
         self.current: tuple[int, int] | None = None
         patch.setattr(hooks, "compile_id", lambda: self.current)
         patch.setattr(hooks, "goes_on", lambda: False)
+        patch.setattr(hooks, "compiling_code", lambda: None)
         self.kept: list[fx.GraphModule] = []
 
     def graph(self) -> fx.GraphModule:

@@ -14,12 +14,12 @@ from torch import fx
 
 from . import hooks
 from .compilation import Traced
-from .errors import surfaced_by_dynamo
+from .errors import XConvError, surfaced_by_dynamo
 from .ops import lowering
 from .options import Options
 from .plan import Plan
 from .sample_gradients import watched
-from .session import Session
+from .session import GraphKey, Session
 from .stack_room import with_stack_room
 from .strategy import Strategy
 
@@ -40,16 +40,39 @@ def xconv(
     """
     hooks.require_checked_torch()
     chosen = Options.parse(options, mode)
-    if not hooks.needs_backward(example_inputs):
-        chosen = replace(chosen, mem_budget=None)  # Nothing is held for a backward: plain Inductor.
     lowering.install()
     hooks.specialise(example_inputs)
     if hooks.without_samples(gm, example_inputs):
         # Nothing to hold, no sizes to plan with, and of the empty gradients Inductor expects other strides than come.
         return gm.forward
+    if not hooks.needs_backward(example_inputs):
+        # Nothing is held for a backward: plain Inductor, and no graph of a training step.
+        plain = replace(chosen, mem_budget=None, stats=None)
+        return Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile()
     session = Session.of(chosen)
-    compiled = Strategy(Traced(gm, example_inputs, session.settled(chosen), session)).compile()
-    return watched(compiled) if chosen.shares_samples else compiled
+    graph = session.graph(gm)
+    compiled = _compile(gm, example_inputs, chosen, session, graph.key)
+    compiled = watched(compiled) if chosen.shares_samples else compiled
+    if chosen.mem_budget is None or chosen.verify == "off" or graph.key not in session.records:
+        return compiled
+    return session.verifier.checked(compiled, session.records[graph.key])
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Options, session: Session, key: GraphKey
+) -> Callable[..., Any]:
+    """The compiled step of a graph, planned by what measured steps were found to need, if any plan is."""
+
+    def compiled() -> Callable[..., Any]:
+        options = session.verifier.options(session.settled(chosen), key)
+        return Strategy(Traced(gm, example_inputs, options, session)).compile()
+
+    try:
+        return compiled()
+    except XConvError as error:
+        if not session.verifier.refused(error):
+            raise
+    return compiled()
 
 
 def plan_graph(

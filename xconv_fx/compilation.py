@@ -288,6 +288,6 @@ class Compilation:
         unknown = tuple(f"what {name} allocates inside its calls is not known" for name in self.audit.uncounted)
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes, *unknown), **found)
         publish(plan)
-        results = 0 if self.job.posed is None else self.job.posed.results
-        self.traced.session.add(GraphRecord(self.traced.graph, plan, results))
+        assert self.job.posed is not None
+        self.traced.session.add(GraphRecord(self.traced.graph, plan, self.job.posed.problem, self.job.posed.results))
         return plan

@@ -159,6 +159,10 @@ class UsageError(XConvError):
         self.hint = hint
 
 
+class BudgetExceededWarning(UserWarning):
+    """A training step was measured, and took more than its budget, or the model runs more often in it than planned."""
+
+
 def join_clauses(*clauses: str) -> str:
     """The clauses that say something, as one sentence."""
     return " ".join(filter(None, clauses))

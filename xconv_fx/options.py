@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Limits of what is predicted, which can refuse plans that the budget allows.
 LIMITS = ("max_noise", "max_slowdown")
 PREFERENCES = ("exact", "balanced", "speed")
+# What is done when the first training step takes more than its budget.
+VERIFY = ("replan", "warn", "off")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # The part of a budget that is left for what audits do not see.
@@ -113,8 +115,10 @@ class Options:
     once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions; `stats` are
     the model's own, by which noise is predicted (None: by priors); `sample_bits` shares the bits of codes out among the
     samples of a batch (None: only under a preset that does). `reserve` is bytes of the budget left for memory
-    outside the compiled step; `seed` fixes the sequence of random draws (None: one drawn from torch's generator every
-    step); `report` is where the plan is written as JSON; `inductor` and `mode` are passed to Inductor.
+    outside the compiled step; `calls` is how often the model runs in one step before a backward, and `verify` what is
+    done when the first step takes more than the budget; `seed` fixes the sequence of random draws (None: one drawn from
+    torch's generator every step); `report` is where the plan is written as JSON; `inductor` and `mode` are passed to
+    Inductor.
     """
 
     mem_budget: Budget | None = None
@@ -127,6 +131,8 @@ class Options:
     stats: Statistics | None = None
     sample_bits: bool | None = None
     reserve: int = 0
+    calls: int = 1
+    verify: str = "replan"
     seed: int | None = None
     report: Path | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -192,8 +198,9 @@ class Options:
         return {**list_mode_options(self.mode), **self.inductor}
 
     def fingerprint(self) -> str:
-        """A stable hash of everything that changes what is computed: all but `report`. For compile caches."""
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "report"}
+        """A stable hash of everything that changes what is computed. For compile caches."""
+        names = [item.name for item in dataclasses.fields(self) if item.name not in ("report", "verify")]
+        fields = {name: getattr(self, name) for name in names}
         text = json.dumps(fields, default=_stable, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -226,11 +233,21 @@ def _parse_slices(value: Any) -> int | None:
     return int(value)
 
 
-def _parse_prefer(value: Any) -> str:
-    if value not in PREFERENCES:
-        guess = nearest(value, PREFERENCES) if isinstance(value, str) else ""
-        raise OptionError("prefer", value, join_clauses(guess, f"write one of {', '.join(PREFERENCES)}"))
-    return str(value)
+def _parse_calls(value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        hint = "write how many forwards of the model a step runs before their backward, such as 2 for a pair of views"
+        raise OptionError("calls", value, hint)
+    return int(value)
+
+
+def _one_of(name: str, choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            guess = nearest(value, choices) if isinstance(value, str) else ""
+            raise OptionError(name, value, join_clauses(guess, f"write one of {', '.join(choices)}"))
+        return str(value)
+
+    return parse
 
 
 def _limit(name: str) -> Callable[[Any], float | None]:
@@ -322,12 +339,14 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "codecs": CodecSet.parse,
         "probes": Probes.parse,
         "slices": _parse_slices,
-        "prefer": _parse_prefer,
+        "prefer": _one_of("prefer", PREFERENCES),
         "max_noise": _limit("max_noise"),
         "max_slowdown": _limit("max_slowdown"),
         "stats": _parse_stats,
         "sample_bits": _parse_sample_bits,
         "reserve": _parse_reserve,
+        "calls": _parse_calls,
+        "verify": _one_of("verify", VERIFY),
         "seed": _parse_seed,
         "report": _parse_report,
         "inductor": _parse_inductor,

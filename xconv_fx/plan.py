@@ -70,6 +70,10 @@ class Plan:
     `noise` is relative to the SGD noise of the model where that was `measured` (the option `stats`), else to the energy
     of the gradients, by a prior; `layers` is the noise of each measured layer relative to its own SGD noise, by name.
 
+    A graph that runs `calls` times in a step before the backward is planned for what all of these calls hold; the
+    choices are those of one. `measured_peak` is what the last training step of the whole model took that was measured,
+    losses and optimiser included (None until then).
+
     A plan made ahead may count the state of an `optimizer`, which `fixed_bytes` include, and be for a `gpu`, with the
     memory and rates of its data sheet.
     """
@@ -98,6 +102,8 @@ class Plan:
     gpu_memory: int = 0
     measured: bool = False
     layers: tuple[tuple[str, float], ...] = ()
+    calls: int = 1
+    measured_peak: int | None = None
 
     @property
     def peak(self) -> int:
@@ -106,11 +112,11 @@ class Plan:
 
     @property
     def saved_before(self) -> int:
-        return self.slices * sum(choice.bytes_before for choice in self.choices)
+        return self.calls * self.slices * sum(choice.bytes_before for choice in self.choices)
 
     @property
     def saved_after(self) -> int:
-        return self.held_slices * sum(choice.bytes_after for choice in self.choices)
+        return self.calls * self.held_slices * sum(choice.bytes_after for choice in self.choices)
 
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans give equal text."""

@@ -136,6 +136,8 @@ def _sum_row(label: str, choices: Sequence[Choice], columns: Sequence[str]) -> l
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.calls > 1:
+        yield "calls", f"{plan.calls} in a step before the backward, the table is of one"
     if plan.slices > 1:
         again = plan.slices - plan.held_slices
         yield "slices", f"{plan.slices} of the batch, the table is of one; {again} of them run their forward twice"
@@ -147,6 +149,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     audited = "" if plan.audited_peak is None else f"{format_size(plan.audited_peak)} in the compiled code, "
     baseline = f"Inductor alone {format_size(plan.baseline_peak)}{_times_less(plan.baseline_peak, plan.peak)}"
     yield "peak", f"{audited}{predicted}; {baseline}"
+    if plan.measured_peak is not None:
+        over = plan.measured_peak - (plan.budget or plan.measured_peak)
+        exceeds = f", over the budget by {format_size(over)}" if over > 0 else ""
+        yield "measured", f"{format_size(plan.measured_peak)} in a training step{exceeds}"
     if plan.budget is not None:
         spare = plan.budget - plan.peak
         verdict = f"fits, {format_size(spare)} to spare" if spare >= 0 else f"missed by {format_size(-spare)}"

@@ -17,15 +17,19 @@ import itertools
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
 
 from . import hooks
+from .cost_model.memory import Problem
+from .hooks.frames import CompileId
 from .options import Options, with_unseen
 from .plan import Plan
 from .report import write_json
 from .sizes import Budget
+from .verify import Verifier
 
 _streams = itertools.count(1)
 
@@ -40,13 +44,14 @@ class GraphKey:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph that Dynamo handed over, before it is planned.
+    """A graph that Dynamo handed over in one `compilation`, before it is planned.
 
     In bytes: its `parameters`, its `primals` (parameters and buffers), and the `inputs` that are neither. `goes_on`
     says that its results are read by further code of the model, so that no loss follows.
     """
 
     key: GraphKey
+    compilation: CompileId | None
     parameters: int
     primals: int
     inputs: int
@@ -55,11 +60,17 @@ class Graph:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What a session knows of a planned graph: its plan, and bytes of its `results` as a caller holds them."""
+    """What a session knows of a planned graph.
+
+    Besides its plan the `problem` that the plan solves, which has no graphs in it, bytes of its `results` as a caller
+    holds them, and how many `calls` without a backward the last measured step had (0: none was measured).
+    """
 
     graph: Graph
     plan: Plan
+    problem: Problem | None = None
     results: int = 0
+    calls: int = 0
 
     @property
     def saved(self) -> int:
@@ -89,8 +100,11 @@ class Session:
             self.options.stats.check(self.module)
         self.records: dict[GraphKey, GraphRecord] = {}
         self._compilations: dict[Hashable, tuple[object, list[weakref.ref[fx.GraphModule]]]] = {}
+        self._codes: dict[CompileId, CodeType] = {}
         self._plain_peak = 0
         self._settled = False
+        self._measured_peak: int | None = None
+        self.verifier = Verifier(self)
 
     @staticmethod
     def of(options: Options) -> Session:
@@ -118,6 +132,7 @@ class Session:
         """What is known of the graph that is compiled now. Each is to be asked for before its frame's next one."""
         return Graph(
             self._key(gm),
+            hooks.compile_id(),
             hooks.parameter_bytes(gm),
             hooks.parameter_bytes(gm, buffers=True),
             hooks.input_bytes(gm),
@@ -136,6 +151,8 @@ class Session:
             self.settle()
             self.records = {key: record for key, record in self.records.items() if key.frame != frame}
             seen = []
+        if compilation is not None and (code := hooks.compiling_code()) is not None:
+            self._codes[compilation] = code
         self._compilations[frame] = compilation, [*seen, weakref.ref(gm)]
         return GraphKey(frame, len(seen))
 
@@ -188,6 +205,34 @@ class Session:
         later = max(0, every - graph.parameters - before)
         others = max(0, every + buffers - graph.primals)
         return held + others + later
+
+    @property
+    def budget(self) -> int | None:
+        """The budget of the step in bytes, as far as it is known; None without one."""
+        wanted = self.options.mem_budget
+        if wanted is None or (wanted.bytes is None and not self._plain_peak):
+            return None
+        return wanted.resolve(with_unseen(self._plain_peak))
+
+    @property
+    def measured_peak(self) -> int | None:
+        """Bytes that the last measured step took."""
+        return self._measured_peak
+
+    def ran(self, record: GraphRecord, calls: int, peak: int) -> GraphRecord:
+        """A step was measured in which this graph had so many calls: the graph's record with that."""
+        self._measured_peak = peak
+        self.settle()
+        known = self.records.get(record.graph.key)
+        found = replace(record, plan=replace(record.plan, measured_peak=peak), calls=calls)
+        if known is not None and known.graph == record.graph:
+            self.add(found)
+        return found
+
+    def compile_anew(self) -> None:
+        """Let Dynamo compile all graphs again when they are next called."""
+        hooks.forget(self._codes)
+        self._codes.clear()
 
     def add(self, record: GraphRecord) -> None:
         """Record a graph's plan, and write all plans where the user asked for them."""

@@ -97,13 +97,14 @@ def test_a_plan_is_printed_and_the_model_takes_no_memory(capsys, explain):
 
 def test_every_option_reaches_the_planner(explain):
     given = ["--budget", "60%", "--codecs", "exact,quantize:4", "--probes", "enc.*=8,head=2"]
-    given += ["--reserve", "1MB", "--loss", "sum"]
+    given += ["--reserve", "1MB", "--calls", "2", "--loss", "sum"]
     assert main(["plan", "net.py:build", *INPUT, *given]) == OK
     assert explain.calls[0][2] == {
         "mem_budget": "60%",
         "codecs": "exact,quantize:4",
         "probes": {"enc.*": 8, "head": 2},
         "reserve": "1MB",
+        "calls": 2,
         "loss": "sum",
     }
     main(["plan", "net.py:build", *INPUT, "--probes", "8"])

@@ -45,6 +45,7 @@ PLANNER = {
     "max_noise": "max_noise",
     "max_slowdown": "max_slowdown",
     "reserve": "reserve",
+    "calls": "calls",
     "stats": "stats",
 }
 # Those that say what is planned for.

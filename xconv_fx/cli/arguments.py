@@ -29,6 +29,7 @@ FLAGS = {
     "max_slowdown": "--max-slowdown",
     "stats": "--stats",
     "reserve": "--reserve",
+    "calls": "--calls",
     "report": "--json",
 }
 
@@ -69,6 +70,7 @@ def add_planner(command: argparse.ArgumentParser) -> None:
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--stats", metavar="FILE", help="what xconv calibrate-model measured, to predict noise by (default: priors)")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
+    add("--calls", metavar="N", help="forwards of the model that a step runs before their backward (default: 1)")
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
@@ -96,6 +98,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_slowdown": _number(arguments.max_slowdown, float),
         "stats": arguments.stats,
         "reserve": arguments.reserve,
+        "calls": _number(arguments.calls, int),
     }
     given = {name: value for name, value in given.items() if value is not None}
     try:

@@ -198,11 +198,11 @@ class CpuWatch:
         """Look for the maximum of what comes."""
         self._library.xconv_restart(self._index)
 
-    def owns(self, address: int) -> bool:
-        """Whether the block at this address was allocated since the beginning."""
+    def owns(self, address: int, tensor: object = None) -> bool:
+        """Whether the block at this address, which is the tensor's, was allocated since the beginning."""
         return bool(self._library.xconv_owns(self._index, address))
 
-    def disown(self, address: int) -> int:
+    def disown(self, address: int, tensor: object = None) -> int:
         """Count this block no longer, as if it had been there before. Its bytes, 0 when it was."""
         return int(self._library.xconv_disown(self._index, address))
 

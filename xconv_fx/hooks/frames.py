@@ -2,14 +2,17 @@
 
 Private parts of PyTorch, read in torch 2.13: `torch._guards.CompileContext`, `torch._dynamo.output_graph.OutputGraph`
 (`compile_subgraph_reason`), and `torch._dynamo.backends.distributed.SubmodCompiler`, which hands over the parts of one
-graph one after another, under one compile id.
+graph one after another, under one compile id; `torch._dynamo.callback`; and the entries of Dynamo's cache of compiled
+frames, which Dynamo itself makes invalid as `forget` does when an object dies that their guards know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -54,3 +57,52 @@ def goes_on() -> bool:
         if isinstance(caller, OutputGraph):
             return bool(caller.compile_subgraph_reason.graph_break)
     return False
+
+
+def compiling_code() -> types.CodeType | None:
+    """The code of the frame that Dynamo compiles now; None outside of Dynamo."""
+    from torch._dynamo.output_graph import OutputGraph
+
+    graph = next((caller for caller in callers() if isinstance(caller, OutputGraph)), None)
+    return None if graph is None or graph.root_tx is None else graph.root_tx.f_code
+
+
+def forget(compiled: Mapping[CompileId, types.CodeType]) -> None:
+    """Let Dynamo compile these frames anew when they are called next.
+
+    What was compiled runs on where it has begun, and backwards of what ran have their own code.
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    for code in set(compiled.values()):
+        for entry in _debug_get_cache_entry_list(code):
+            identity = entry.compile_id
+            manager: Any = entry.guard_manager
+            if identity is None or (identity.frame_id, identity.frame_compile_id) not in compiled:
+                continue
+            if getattr(manager, "extra_state", None) is not None:
+                manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("xconv-fx plans the step again"))
+                manager.cache_entry = manager.extra_state = None
+
+
+@contextlib.contextmanager
+def while_compiling(call: Callable[[bool], None]) -> Iterator[None]:
+    """Within, `call(True)` when Dynamo or a lazy backward begins to compile, and `call(False)` when it has."""
+    from torch._dynamo.callback import callback_handler
+
+    def start(_: object) -> None:
+        call(True)
+
+    def end(_: object) -> None:
+        call(False)
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        # `torch._dynamo.reset` takes all of them away.
+        if start in callback_handler.start_callbacks:
+            callback_handler.remove_start_callback(start)
+            callback_handler.remove_end_callback(end)

@@ -1,0 +1,219 @@
+"""The first-step check: what a training step really takes, losses and optimiser included, and what follows from it.
+
+A step begins with the first call, with gradients enabled, of a graph of the session, and goes on over further calls,
+the loss and the backward, until an optimiser has made its step or the next call comes after a backward; a step that is
+over its budget at the end of a backward is settled there and then. Calls without a backward (evaluation with gradients
+enabled) begin anew as soon as their results are dropped. Everything that is allocated between counts. A call within a
+backward is part of its step: checkpointing runs forwards again there.
+
+The step after compiling is measured (`step_memory.py`), and later ones only where something is new: another loss, by
+the number of autograd nodes that are made between forward and backward. All other steps count calls whose backward is
+outstanding, and cost nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from . import hooks
+from .log import log
+from .step_memory import StepMemory
+
+if TYPE_CHECKING:
+    from .session import GraphRecord
+
+# Steps that are measured because of a loss that was not seen before, in all.
+LOSSES = 4
+# Steps in a row that are measured to meet that loss again.
+LOOKS = 4
+
+
+class Judge(Protocol):
+    """Who is told what steps took."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model that runs, whose parameters and buffers are there throughout."""
+
+    def measured(self, graphs: Sequence[CheckedGraph], peak: int) -> bool:
+        """A step of these graphs took `peak` bytes so far; returns whether that settles it."""
+
+    def called(self, graphs: Sequence[CheckedGraph]) -> None:
+        """In a step that is not measured, these graphs ran more often before the backward than planned."""
+
+
+class CheckedGraph:
+    """A compiled graph, which tells its session's check what it does.
+
+    `record` is what its session knows of it, `planned` how many calls without a backward it may have, and `most` how
+    many there were at once in this step.
+    """
+
+    def __init__(self, function: Callable[..., Any], check: StepCheck, record: GraphRecord) -> None:
+        self.function, self.check, self.record, self.planned = function, check, record, record.plan.calls
+        self.outstanding = self.most = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled() or hooks.compile_id() is not None:
+            return self.function(*inputs)  # The second: DDPOptimizer runs its graphs on fake tensors.
+        self.check.begin_call(self, inputs)
+        results = self.function(*inputs)
+        nodes = hooks.nodes_of(results)
+        if nodes:
+            call = _Call(self)
+            for node in nodes:
+                node.register_prehook(call)
+        self.check.end_call()
+        return results
+
+
+class _Call:
+    """A call whose backward is outstanding, until its node runs or is dropped: the node's hook, which dies with it."""
+
+    def __init__(self, graph: CheckedGraph) -> None:
+        self.graph, self.open = graph, True
+        graph.outstanding += 1
+        graph.most = max(graph.most, graph.outstanding)
+
+    def __call__(self, gradients: Any) -> None:
+        self.close()
+        self.graph.check.begin_backward()
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self.graph.outstanding -= 1
+
+    __del__ = close
+
+
+class StepCheck:
+    """Measures steps of the graphs of one session.
+
+    `wanted` is how many more steps are looked at, `losses` which were measured, by how many nodes they make.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.wanted, self.possible = 1, True
+        self.memory: StepMemory | None = None
+        self.graphs: dict[CheckedGraph, None] = {}
+        self.losses: set[int] = set()
+        self.backward_seen = self.queued = False
+        self._nodes = self._thread = 0
+        self._handles: list[RemovableHandle] = []
+
+    def again(self) -> None:
+        """Measure the next step: what runs in it is new."""
+        self.wanted = max(self.wanted, 1)
+
+    def begin_call(self, graph: CheckedGraph, inputs: Sequence[Any]) -> None:
+        """A graph is about to run."""
+        self.queued = False
+        if self.backward_seen and not hooks.in_backward():
+            self.finish()
+            self._new_step()
+        elif self.memory is not None and not any(g.outstanding for g in self.graphs):
+            self._stop()  # What ran so far was dropped without a backward.
+        self.graphs[graph] = None
+        if self.memory is None and self.wanted and self.possible and not hooks.in_backward():
+            self._start(graph.record.plan.device)
+        if self.memory is not None:
+            self.memory.resident(inputs)
+
+    def end_call(self) -> None:
+        """A graph has run."""
+        self._nodes, self._thread = hooks.nodes_made(), threading.get_ident()
+
+    def begin_backward(self) -> None:
+        """A backward comes to a graph; the first one of a step tells how often its graphs ran, and with which loss."""
+        if not self.backward_seen:
+            self.backward_seen = True
+            # The counter is a thread's own.
+            nodes = hooks.nodes_made() - self._nodes if threading.get_ident() == self._thread else 0
+            self._look_at(nodes)
+        if self.memory is not None and not self.queued:
+            self.queued = True
+            hooks.at_end_of_backward(self._end_backward)
+
+    def _look_at(self, loss: int) -> None:
+        new = loss not in self.losses and len(self.losses) < LOSSES
+        if self.memory is not None:
+            self.wanted = 0 if new else self.wanted - 1
+            self.losses.add(loss)
+            return
+        if new:
+            self.wanted = LOOKS
+        more = [graph for graph in self.graphs if graph.most > graph.planned]
+        if more:
+            self.judge.called(more)
+
+    def _end_backward(self) -> None:
+        self.queued = False
+        if self.memory is not None and self.judge.measured(list(self.graphs), self.memory.peak):
+            self._stop()
+
+    def finish(self) -> None:
+        """The measured step is over."""
+        if self.memory is None:
+            return
+        peak = self.memory.peak
+        self._stop()
+        if self.backward_seen:
+            self.judge.measured(list(self.graphs), peak)
+
+    def _new_step(self) -> None:
+        self.backward_seen = False
+        self.graphs = dict.fromkeys(graph for graph in self.graphs if graph.outstanding)
+        for graph in self.graphs:
+            graph.most = graph.outstanding
+
+    def _start(self, device: str) -> None:
+        # Tracebacks of what was tried while compiling keep frames, and with them this step's tensors, until then.
+        gc.collect()
+        try:
+            self.memory = StepMemory(device)
+        except Exception as error:
+            self.possible = False
+            log.warning("the memory of training steps is not checked: %s", str(error).partition("\n")[0])
+            return
+        module = self.judge.module
+        if module is not None:
+            self.memory.resident([*module.parameters(), *module.buffers()])
+        before, after = self._optimiser_begins, self._optimiser_ends
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        atexit.register(self.finish)
+
+    def _stop(self) -> None:
+        if self.memory is not None:
+            self.memory.end()
+            self.memory = None
+            atexit.unregister(self.finish)
+            for handle in self._handles:
+                handle.remove()
+
+    def _optimiser_begins(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        if self.memory is not None and not torch.compiler.is_compiling():
+            self.memory.mark(_state(optimiser))
+
+    def _optimiser_ends(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        if self.memory is None or torch.compiler.is_compiling():
+            return
+        self.memory.disown(_state(optimiser))
+        # Another model's optimiser may run while this one's step goes on.
+        if self.backward_seen:
+            self.finish()
+
+
+def _state(optimiser: torch.optim.Optimizer) -> Iterator[Any]:
+    for of_parameter in optimiser.state.values():
+        yield from of_parameter.values() if isinstance(of_parameter, dict) else ()
