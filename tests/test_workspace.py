@@ -8,7 +8,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xconv_fx import workspace
-from xconv_fx.measure import physical_peak
+from xconv_fx.measure import allocated_by, physical_peak, storage_bytes
 from xconv_fx.workspace import node_workspace, workspace_bytes
 
 aten = torch.ops.aten
@@ -24,10 +24,8 @@ def arguments(x_size, weight_size, dtype=torch.float32, padding=1, dilation=1, s
 
 def transient(function):
     """What the allocator held at most during a call, beyond what the call returned."""
-    kept = []
-    peak = physical_peak(lambda: kept.append(function())).transient
-    returned = torch.utils._pytree.tree_leaves(kept)
-    return peak - sum(tensor.nbytes for tensor in returned if tensor is not None)
+    peak, returned = allocated_by(function)
+    return peak - storage_bytes(returned)
 
 
 # float64 and dilation take ATen's native convolutions, which unfold their input; oneDNN takes the rest.

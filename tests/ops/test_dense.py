@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xconv_fx.measure import allocated_by
 from xconv_fx.ops import dense
 from xconv_fx.ops.conv import weight_gradient
 from xconv_fx.ops.dense import KINDS, dense_noise, gradient_by_probe, gradient_by_sample
@@ -163,3 +164,12 @@ def test_opcheck():
     torch.library.opcheck(ops.dense_decode.default, (sums, seed(1), x.shape, "orthogonal", torch.bfloat16))
     arguments = (torch.randn(3, 4, 4, 4), sums, seed(1), "orthogonal", x.shape, [4, 2, 3, 3], *geometry)
     torch.library.opcheck(ops.dense_weight_gradient.default, arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_take_less_than_half_of_an_input(kind):
+    x = torch.randn(8, 16, 32, 32)
+    peak, sums = allocated_by(lambda: ops.dense_encode(x, seed(1), 8, kind))
+    assert peak < x.nbytes / 2
+    peak, _ = allocated_by(lambda: ops.dense_decode(sums[0], seed(1), x.shape, kind, x.dtype))
+    assert peak - x.nbytes < x.nbytes / 2

@@ -67,7 +67,7 @@ def is_view(func: Any) -> bool:
     """Whether an operation returns its argument's memory, or memory that nobody wrote, and allocates nothing else."""
     if not isinstance(func, torch._ops.OpOverload):
         return True
-    return func.is_view or func.overloadpacket in _BARE
+    return func.namespace == "prim" or func.is_view or func.overloadpacket in _BARE
 
 
 _BARE = {

@@ -12,8 +12,9 @@ X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is lin
   is that of `gaussian` for as many values as a channel has pixels: the same at equal bytes.
 
 Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.hash`), drawn again wherever it is
-read, in blocks of at most `BLOCK` entries (or one row of max(r, N) entries). Besides inputs and outputs encoding and
-decoding hold at most six such blocks, 6 MB in single precision, whatever N and D are.
+read, in blocks of at most `BLOCK` entries, and of a sixteenth of the input's where that is less (but at least
+`LEAST_BLOCK`, or one row of max(r, N) entries). Besides inputs and outputs encoding and decoding hold at most six such
+blocks: less than half of the input, and 6 MB in single precision, whatever N and D are.
 
 What it costs: D r hashed entries and 2 N D r flops to encode, and again to decode. `orthogonal` draws Z twice each
 time and adds 2 D r^2 flops in double precision for a Gram matrix, and an r x r eigendecomposition: for large D it is
@@ -35,7 +36,7 @@ from .conv import weight_gradient
 from .hash import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
 from .layout import accumulator, inverse
 
-BLOCK = 2**18
+BLOCK, LEAST_BLOCK = 2**18, 2**12
 
 
 def _signs(index: Tensor, keys: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
@@ -53,10 +54,16 @@ KINDS = tuple(_ENTRIES)
 
 
 class Probes:
-    """The matrix Z of one residual: `count` columns, one row per feature, drawn block by block and never whole."""
+    """The matrix Z of one residual: `count` columns, one row per feature, drawn block by block and never whole.
 
-    def __init__(self, seed: Tensor, kind: str, count: int, features: int, dtype: torch.dtype) -> None:
+    It is for `samples` samples.
+    """
+
+    def __init__(
+        self, seed: Tensor, kind: str, count: int, features: int, dtype: torch.dtype, samples: int = BLOCK
+    ) -> None:
         check(kind, count, features)
+        self.entries = min(BLOCK, max(LEAST_BLOCK, samples * features // 16))
         self.kind, self.count, self.features, self.dtype, self.device = kind, count, features, dtype, seed.device
         self._seed = split_seed(seed.reshape(()))
         # Every column has streams of its own, so that an index is a feature and never overflows an int32.
@@ -70,11 +77,15 @@ class Probes:
             return self._entries(first, last, slice(None)) @ self._mixing[:, columns]
         return self._entries(first, last, columns)
 
+    def rows_per_block(self, width: int = 0) -> int:
+        """How many rows a block has, for operands of at least `width` entries a row."""
+        return max(1, self.entries // max(width, self.count))
+
     def samples(self, columns: slice) -> Tensor:
         """Some columns of Z as rows, (columns, D), as if they were samples of the input."""
         width = len(range(*columns.indices(self.count)))
         out = torch.empty(width, self.features, dtype=self.dtype, device=self.device)
-        step = rows_per_block(self.count)
+        step = self.rows_per_block()
         for first in range(0, self.features, step):
             last = min(first + step, self.features)
             out[:, first:last] = self.block(first, last, columns).t()
@@ -92,7 +103,7 @@ class Probes:
     def _orthogonaliser(self) -> Tensor:
         """sqrt(D) (G^T G)^(-1/2) for the Gaussian matrix G, by which G becomes orthogonal; r x r."""
         gram = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
-        step = rows_per_block(self.count)
+        step = self.rows_per_block()
         for first in range(0, self.features, step):
             rows = self._entries(first, min(first + step, self.features), slice(None)).double()
             gram.addmm_(rows.t(), rows)
@@ -132,11 +143,6 @@ def dense_noise(kind: str, probes: int, features: int, channels: int = 1) -> flo
     return energy[kind] / probes
 
 
-def rows_per_block(count: int) -> int:
-    """How many rows of `count` entries a block has."""
-    return max(1, BLOCK // count)
-
-
 @torch.library.custom_op("xconv::dense_encode", mutates_args=())
 def dense_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     """S = X Z of `x` (N, C, ...), read in logical order whatever its memory format.
@@ -155,12 +161,12 @@ def dense_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         dtype = accumulator(x.dtype)
-        z = Probes(seed, kind, probes, _features(x.shape), dtype)
+        z = Probes(seed, kind, probes, _features(x.shape), dtype, x.shape[0])
         pixels = _planes(x)
         sums = torch.zeros(x.shape[0], sums_held(kind, probes, x.shape), dtype=dtype, device=x.device)
         if kind == "independent":
             return _project_channels(pixels, z, sums)
-        for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(max(probes, x.shape[0]))):
+        for (first, last), (channels, positions) in _tiles(pixels.shape, z.rows_per_block(x.shape[0])):
             rows = pixels[:, channels, positions].reshape(x.shape[0], last - first)
             sums.addmm_(rows.to(dtype), z.block(first, last))
         return sums
@@ -177,13 +183,13 @@ def dense_decode(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dty
     """X^ = S Z^T / r, of shape `size` (N, C, ...) and `dtype`, contiguous, from `sums` (N, r) of `dense_encode`."""
     with torch.autocast(sums.device.type, enabled=False):
         features, count = _features(size), _count(sums, kind, size)
-        z = Probes(seed, kind, count, features, sums.dtype)
+        z = Probes(seed, kind, count, features, sums.dtype, size[0])
         out = torch.empty(size[0], features, dtype=dtype, device=sums.device)
         scaled = sums / count
         if kind == "independent":
             _expand_channels(scaled, z, out.view(size[0], size[1], -1))
             return out.view(size)
-        step = rows_per_block(max(count, size[0]))
+        step = z.rows_per_block(size[0])
         for first in range(0, features, step):
             last = min(first + step, features)
             out[:, first:last] = scaled @ z.block(first, last).t()
@@ -267,17 +273,17 @@ def gradient_by_probe(
 ) -> Tensor:
     """conv_weight(Z, S^T dY) / r: r / N of an exact weight gradient, and no decoded input. For r < N.
 
-    Holds max(`BLOCK`, D) entries of Z and as many probes' share of S^T dY at a time. Half precision is widened, at the
+    Holds a block, or D, entries of Z and as many probes' share of S^T dY at a time. Half precision is widened, at the
     price of a transient copy of `grad_out`: S is sqrt(D) times larger than X, too large for float16.
     """
     count = sums.shape[1]
-    z = Probes(seed, kind, count, _features(input_size), sums.dtype)
+    z = Probes(seed, kind, count, _features(input_size), sums.dtype, input_size[0])
     # Flattened in physical order, so that a channels-last gradient is a view too.
     order = [0, *sorted(range(1, grad_out.dim()), key=grad_out.stride, reverse=True)]
     physical = grad_out.to(sums.dtype).permute(order)
     flat = physical.reshape(grad_out.shape[0], -1)
     total = torch.zeros(list(weight_size), dtype=sums.dtype, device=sums.device)
-    step = max(1, BLOCK // z.features)
+    step = max(1, z.entries // z.features)
     for first in range(0, count, step):
         columns = slice(first, min(first + step, count))
         probes = z.samples(columns).view(-1, *input_size[1:])
@@ -289,7 +295,7 @@ def gradient_by_probe(
 def _project_channels(pixels: Tensor, z: Probes, sums: Tensor) -> Tensor:
     """Add to `sums` (N, C r) those of every channel of `pixels` (N, C, P) apart."""
     by_channel = sums.view(sums.shape[0], -1, z.count)
-    for (first, last), (channels, positions) in _tiles(pixels.shape, rows_per_block(max(z.count, sums.shape[0]))):
+    for (first, last), (channels, positions) in _tiles(pixels.shape, z.rows_per_block(sums.shape[0])):
         tile = pixels[:, channels, positions].to(z.dtype)
         block = z.block(first, last).view(tile.shape[1], tile.shape[2], z.count)
         by_channel[:, channels] += torch.einsum("ncp,cpr->ncr", tile, block)
@@ -299,7 +305,7 @@ def _project_channels(pixels: Tensor, z: Probes, sums: Tensor) -> Tensor:
 def _expand_channels(sums: Tensor, z: Probes, out: Tensor) -> None:
     """Inverse of `_project_channels`, up to noise: fills `out` (N, C, P)."""
     by_channel = sums.view(sums.shape[0], -1, z.count)
-    for (first, last), (channels, positions) in _tiles(out.shape, rows_per_block(max(z.count, sums.shape[0]))):
+    for (first, last), (channels, positions) in _tiles(out.shape, z.rows_per_block(sums.shape[0])):
         tile = out[:, channels, positions]
         block = z.block(first, last).view(tile.shape[1], tile.shape[2], z.count)
         tile.copy_(torch.einsum("ncr,cpr->ncp", by_channel[:, channels], block))
