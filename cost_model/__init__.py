@@ -4,16 +4,19 @@ memory   bytes alive at every step, given the choices     noise    one currency 
 greedy   a plan in a fraction of a second                 timing   seconds of a kernel, by the roofline
 program  the mixed-integer program, for HiGHS             device   what a machine sustains
 solver   the best plan, and how much better one may be    gpus     what data sheets say of GPUs
-allocator   blocks of torch's allocator for CUDA
+allocator   blocks of torch's allocator for CUDA              limits   of noise and time, as rows of numbers
 """
 
+from xconv_fx.cost_model.limits import Limits
 from xconv_fx.cost_model.memory import Item, Option, Problem, dominant_steps, peak, profile
-from xconv_fx.cost_model.solver import Infeasible, Solution, minimum_peak, solve
+from xconv_fx.cost_model.solver import Infeasible, OverLimits, Solution, minimum_peak, solve
 
 __all__ = [
     "Infeasible",
     "Item",
+    "Limits",
     "Option",
+    "OverLimits",
     "Problem",
     "Solution",
     "dominant_steps",

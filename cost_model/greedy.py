@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from xconv_fx.cost_model.limits import NO_LIMITS, SLACK, Limits
 from xconv_fx.cost_model.memory import Bytes, Problem, dominant_steps, first_columns, load_matrix
 
 Costs = NDArray[np.float64]
@@ -24,9 +25,13 @@ Mask = NDArray[np.bool_]
 
 
 class Table:
-    """A problem as arrays: one row a step that matters, one column an option of an item, items side by side."""
+    """A problem as arrays: one row a step that matters, one column an option of an item, items side by side.
 
-    def __init__(self, problem: Problem) -> None:
+    `caps` has a row for each limit, whose sum over a plan may be 1 at most; `permitted` are the columns that do not
+    break one alone.
+    """
+
+    def __init__(self, problem: Problem, limits: Limits = NO_LIMITS) -> None:
         self.problem = problem
         self.steps = dominant_steps(problem)
         self.base: Bytes = np.asarray([problem.base[step] for step in self.steps], dtype=np.int64)
@@ -35,6 +40,10 @@ class Table:
         self.sizes = [len(item.options) for item in problem.items]
         self.owner = np.repeat(np.arange(len(self.sizes)), self.sizes)
         self.needing, self.forbidden = _needs(self)
+        caps = limits.rows(problem)
+        alone = (caps > 1 + SLACK) & (caps.min(axis=1, initial=0.0) >= 0)[:, None]
+        self.permitted: Mask = ~alone.any(axis=0)
+        self.caps: Costs = np.where(np.isfinite(caps), caps, 0.0)
 
     def columns(self, choice: Sequence[int]) -> NDArray[np.int64]:
         """The column of every item's chosen option."""
@@ -47,6 +56,21 @@ class Table:
     def cost(self, costs: Costs, choice: Sequence[int]) -> float:
         """Sum of a cost (one a column) over the chosen options."""
         return float(costs[self.columns(choice)].sum())
+
+    def used(self, choice: Sequence[int]) -> Costs:
+        """What the plan takes of every limit."""
+        return self.caps[:, self.columns(choice)].sum(axis=1)
+
+    def keeps(self, choice: Sequence[int]) -> bool:
+        """Whether the plan is within every limit."""
+        return bool(self.permitted[self.columns(choice)].all() and (self.used(choice) <= 1 + SLACK).all())
+
+    def within(self, choice: Sequence[int]) -> Mask:
+        """Columns that a single item may change to within every limit, or at least no further above it."""
+        columns = self.columns(choice)
+        used = self.used(choice)[:, None]
+        after = used + self.caps - self.caps[:, columns[self.owner]]
+        return self.permitted & (after <= np.maximum(1 + SLACK, used)).all(axis=0)
 
     def blocked(self, choice: Sequence[int]) -> Mask:
         """Columns that no single item may change to: what they need is missing, or another item needs otherwise."""
@@ -89,14 +113,14 @@ def relax(table: Table, choice: Sequence[int], budget: int, costs: Costs, allowe
     changed = True
     while changed:
         changed = False
-        usable = allowed & ~table.blocked(result)
+        usable = allowed & ~table.blocked(result) & table.within(result)
         for item in np.argsort(-costs[table.columns(result)], kind="stable").tolist():
             for option in _cheaper(table, item, result[item], costs, usable):
                 start = table.first[item]
                 after = alive + table.loads[:, start + option] - table.loads[:, start + result[item]]
                 if after.max() <= budget:
                     result[item], alive, changed = option, after, True
-                    usable = allowed & ~table.blocked(result)
+                    usable = allowed & ~table.blocked(result) & table.within(result)
                     break
     return result
 
@@ -127,7 +151,7 @@ def _changes(
     top = int(alive.argmax())
     taken = table.columns(choice)[table.owner]
     saved = table.loads[top, taken] - table.loads[top]
-    found = np.flatnonzero((saved > 0) & allowed & ~table.blocked(choice))
+    found = np.flatnonzero((saved > 0) & allowed & ~table.blocked(choice) & table.within(choice))
     price = costs[found] - costs[taken[found]]
     useful = np.minimum(saved[found], alive[top] - budget).astype(np.float64)
     free = price <= 0

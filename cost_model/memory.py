@@ -31,7 +31,8 @@ class Option:
     """One way to hold a residual.
 
     `loads` are (first step, last step, bytes), both ends included; negative bytes release part of `base`. `noise` is
-    the variance it adds to the gradients (see `noise.py`; 0 for lossless codecs), `time` the extra seconds a step.
+    the variance it adds to the gradients (see `noise.py`; 0 for lossless codecs), `time` the extra seconds a step, and
+    `layers` the variance that it adds to the gradient of each layer, relative to that gradient's own yardstick.
     `needs` lists (item, options): this option is allowed only while that item takes one of those options, for every
     entry of the list.
     """
@@ -41,6 +42,7 @@ class Option:
     noise: float = 0.0
     time: float = 0.0
     needs: tuple[tuple[int, frozenset[int]], ...] = ()
+    layers: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class Problem:
                 raise ValueError(f"{where}: load {first}..{last} is not an interval within 0..{len(self.base) - 1}")
         if not (0 <= option.noise < float("inf") and abs(option.time) < float("inf")):
             raise ValueError(f"{where}: noise {option.noise} and time {option.time} must be finite, noise not negative")
+        for layer, noise in option.layers:
+            if not 0 <= noise < float("inf"):
+                raise ValueError(f"{where}: noise {noise} of layer {layer!r} must be finite and not negative")
         for other, allowed in option.needs:
             if not 0 <= other < len(self.items) or self.items[other] is item:
                 raise ValueError(f"{where}: needs item {other}, which is not another one of {len(self.items)} items")

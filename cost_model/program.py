@@ -5,6 +5,7 @@ With x[i, o] = 1 when item i takes option o:
     minimise  sum cost[i, o] x[i, o]     subject to    sum_o x[i, o] = 1                             for every item i
               base[t] + sum load[i, o, t] x[i, o] <= budget                                    for every step t
               x[i, o] + sum of x[j, o'] over the options o' that (i, o) rules out for j <= 1      for every need
+              sum cap[i, o] x[i, o] <= 1                                                       for every limit
 
 HiGHS (Huangfu, Hall: Parallelizing the dual revised simplex method, 2018) is reached through `scipy.optimize.milp`.
 
@@ -84,6 +85,9 @@ class Program:
         ]
         if needs:
             self.rows.append(LinearConstraint(_beside(own + table.forbidden, _zeros(needs, steps)), 0, 1))
+        if table.caps.size:
+            caps = sparse.csr_array(np.where(table.permitted, table.caps, 0.0))
+            self.rows.append(LinearConstraint(_beside(caps, _zeros(caps.shape[0], steps)), -np.inf, 1))
 
     def cheapest(
         self, costs: Costs, limit: int, allowed: Mask, cap: Cap | None, effort: Effort, *, relax: bool = False
@@ -109,7 +113,7 @@ class Program:
         rows = [LinearConstraint(_beside(row.A, _zeros(row.A.shape[0], 1)), row.lb, row.ub) for row in self.rows]
         under = _beside(_zeros(steps, columns), sparse.eye_array(steps), sparse.csr_array(-np.ones((steps, 1))))
         rows.append(LinearConstraint(under, -np.inf, 0))
-        upper = np.concatenate((np.ones(columns), np.full(steps + 1, np.inf)))
+        upper = np.concatenate((self.table.permitted.astype(float), np.full(steps + 1, np.inf)))
         answer = self._run(objective, upper, rows, effort, relax=False)
         return replace(answer, bound=answer.bound * self.scale)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from xconv_fx.cost_model.greedy import Costs, Mask, Table, descend, relax
+from xconv_fx.cost_model.limits import NO_LIMITS, Limits
 from xconv_fx.cost_model.memory import Problem, peak
 from xconv_fx.cost_model.program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Effort, Program
 
@@ -70,35 +71,53 @@ class Infeasible(Exception):
         self.bound = bound
 
 
+class OverLimits(Exception):
+    """No plan is within the limits, however large the budget: an item has no option that is."""
+
+
 def solve(
-    problem: Problem, budget: int, *, time_limit: float = 2.0, nodes: int | None = None, tradeoff: float = 0.0
+    problem: Problem,
+    budget: int,
+    *,
+    time_limit: float = 2.0,
+    nodes: int | None = None,
+    tradeoff: float = 0.0,
+    limits: Limits = NO_LIMITS,
+    start: Sequence[int] | None = None,
 ) -> Solution:
-    """The plan of least noise, then least time, whose peak is at most `budget` bytes.
+    """The plan of least noise, then least time, whose peak is at most `budget` bytes, and which is within `limits`.
 
     `tradeoff` is the noise that saving one second a step is worth. 0, the default, is lossless first: noise is accepted
     only for bytes that no lossless option can save, and time only breaks ties (to within `TIE`). A positive number
     minimises noise + tradeoff * time, for those who would rather add 0.01 noise than replay a convolution; for a
     relative price, divide it by the seconds a step takes. `math.inf` minimises time and lets noise break ties.
     `time_limit` is in seconds; half as much again may go into the smallest peak when nothing fits. `nodes` bounds each
-    search tree of HiGHS, which unlike seconds gives the same plan on every machine. Raises `Infeasible` with the
-    smallest peak, `ValueError` for a negative tradeoff.
+    search tree of HiGHS, which unlike seconds gives the same plan on every machine. `start` is a plan that is known to
+    be within the budget and the limits. Raises `Infeasible` with the
+    smallest peak of the plans within the limits, `OverLimits` when "keep" (option 0) of every item is not, and
+    `ValueError` for a negative tradeoff.
     """
     if not tradeoff >= 0:
         raise ValueError(f"tradeoff: {tradeoff!r} is not a number from 0 (lossless first) to inf (fastest first)")
     end = time.monotonic() + time_limit
-    table = Table(problem)
+    table = Table(problem, limits)
+    if not table.keeps([0] * len(table.sizes)):
+        raise OverLimits
     first, second = _objectives(problem, tradeoff)
-    everything = np.ones(first.size, dtype=bool)
-    start = _quick_plan(table, budget, first, second)
-    stage = _minimise(table, budget, first, start, everything, None, Effort(end - 0.4 * time_limit, nodes))
+    everything = table.permitted
+    quick = _quick_plan(table, budget, first, second)
+    if start is not None:
+        quick = _better(table, budget, first, None, quick, relax(table, start, budget, first, everything))
+    stage = _minimise(table, budget, first, quick, everything, None, Effort(end - 0.4 * time_limit, nodes))
     best = stage.choice
     if best is None:
-        best = relax(table, _lowest_plan(problem, budget, time_limit / 2, nodes), budget, first, everything)
+        lowest = _lowest_plan(problem, budget, time_limit / 2, nodes, limits)
+        best = relax(table, lowest, budget, first, everything)
     extra = first - _least(table, first)[table.owner]
     cap = table.cost(extra, best) * (1 + TIE)
     no_dearer = first <= first[table.columns(best)][table.owner]
-    start = relax(table, best, budget, second, no_dearer)
-    final = _minimise(table, budget, second, start, extra <= cap, (extra, cap), Effort(end, nodes))
+    relaxed = relax(table, best, budget, second, no_dearer)
+    final = _minimise(table, budget, second, relaxed, everything & (extra <= cap), (extra, cap), Effort(end, nodes))
     assert final.choice is not None, "the second objective starts from a plan that fits"
     plan = _describe(problem, final.choice)
     objective, tie = table.cost(first, final.choice), table.cost(second, final.choice)
@@ -111,9 +130,11 @@ def solve(
     )
 
 
-def _lowest_plan(problem: Problem, budget: int, time_limit: float, nodes: int | None) -> tuple[int, ...]:
+def _lowest_plan(
+    problem: Problem, budget: int, time_limit: float, nodes: int | None, limits: Limits
+) -> tuple[int, ...]:
     """The plan of smallest peak. Raises `Infeasible` when even that is over the budget."""
-    lowest = minimum_peak(problem, time_limit=time_limit, nodes=nodes)
+    lowest = minimum_peak(problem, time_limit=time_limit, nodes=nodes, limits=limits)
     if lowest.peak > budget:
         raise Infeasible(
             budget=budget, smallest=lowest.peak, choice=lowest.choice, step=lowest.step, bound=lowest.bound
@@ -121,16 +142,20 @@ def _lowest_plan(problem: Problem, budget: int, time_limit: float, nodes: int | 
     return lowest.choice
 
 
-def minimum_peak(problem: Problem, *, time_limit: float = 2.0, nodes: int | None = None) -> Solution:
-    """The plan with the smallest peak, whatever its noise and time. `objective` and `bound` are bytes; see `solve`."""
-    table = Table(problem)
+def minimum_peak(
+    problem: Problem, *, time_limit: float = 2.0, nodes: int | None = None, limits: Limits = NO_LIMITS
+) -> Solution:
+    """The plan with the smallest peak within the limits, whatever its noise and time. `objective` and `bound` are
+    bytes; see `solve`."""
+    table = Table(problem, limits)
     best = _lowest_greedy(table)
     top = int(table.alive(best).max())
     lowest = _floor(table)
     if top > lowest:
         answer = Program(table, top).lower_peak(Effort(time.monotonic() + time_limit, nodes))
         lowest = max(lowest, answer.bound * (1 - TOLERANCE))
-        if answer.choice is not None and table.legal(answer.choice) and table.alive(answer.choice).max() < top:
+        valid = answer.choice is not None and table.legal(answer.choice) and table.keeps(answer.choice)
+        if answer.choice is not None and valid and table.alive(answer.choice).max() < top:
             best = answer.choice
             top = int(table.alive(best).max())
     return replace(
@@ -162,8 +187,8 @@ def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[
     if not table.sizes:
         return [] if table.base.max() <= budget else None
     blend = _unit(first) + 1e-6 * _unit(second)
-    free = first <= _least(table, first)[table.owner]
-    everything = np.ones_like(free)
+    everything = table.permitted
+    free = everything & (first <= _least(table, first)[table.owner])
     simple = everything.copy()
     simple[table.needing] = False
     found = []
@@ -230,7 +255,7 @@ def _repair(table: Table, budget: int, costs: Costs, allowed: Mask, relaxed: Ans
     """A plan from the rounded relaxation: legal by keeping what lacks its needs, then lowered and relaxed greedily."""
     if relaxed.choice is None:
         return None
-    choice = list(relaxed.choice)
+    choice = _within_limits(table, list(relaxed.choice))
     while not table.legal(choice):
         missing = table.blocked(choice)[table.columns(choice)]
         choice = [0 if lacks else option for lacks, option in zip(missing.tolist(), choice, strict=True)]
@@ -238,11 +263,25 @@ def _repair(table: Table, budget: int, costs: Costs, allowed: Mask, relaxed: Ans
     return relax(table, choice, budget, costs, allowed) if table.alive(choice).max() <= budget else None
 
 
+def _within_limits(table: Table, choice: list[int]) -> list[int]:
+    """The plan with "keep" for what takes most of a limit that it breaks, until it breaks none."""
+    permitted = table.permitted[table.columns(choice)]
+    choice = [option if allowed else 0 for option, allowed in zip(choice, permitted, strict=True)]
+    while not table.keeps(choice):
+        row = int(table.used(choice).argmax())
+        item = int((table.caps[row, table.columns(choice)] - table.caps[row, table.first]).argmax())
+        if choice[item] == 0:
+            break  # Nothing is left to keep.
+        choice[item] = 0
+    return choice
+
+
 def _better(
     table: Table, budget: int, costs: Costs, cap: Cap | None, best: list[int] | None, other: list[int] | None
 ) -> list[int] | None:
-    """The other plan if it is cheaper, fits to the byte, has what it needs and keeps the cap; else the best so far."""
-    if other is None or table.alive(other).max() > budget or not table.legal(other):
+    """The other plan if it is cheaper, fits to the byte, has what it needs and keeps the cap and all limits; else the
+    best so far."""
+    if other is None or table.alive(other).max() > budget or not table.legal(other) or not table.keeps(other):
         return best
     if cap is not None and table.cost(cap[0], other) > cap[1] * (1 + TOLERANCE):
         return best
@@ -252,7 +291,7 @@ def _better(
 def _lowest_greedy(table: Table) -> list[int]:
     """The lowest peak that the greedy walk reaches, by bisection over budgets."""
     nothing = np.zeros(table.loads.shape[1])
-    allowed = np.ones(nothing.size, dtype=bool)
+    allowed = table.permitted
     best = [0] * len(table.sizes)
     low, high = int(_floor(table)), int(table.alive(best).max())
     for _ in range(8):

@@ -53,8 +53,8 @@ class Job:
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
     many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
     the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
-    were traced on another one (None: nowhere). The fields below are filled by the passes: `mixing` is why the batch
-    cannot be sliced, "" when it can; `phase_peaks` are the plan's.
+    were traced on another one (None: nowhere), `bounds` what is known of the plan beforehand. The fields below are
+    filled by the passes: `mixing` is why the batch cannot be sliced, "" when it can; `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
@@ -68,6 +68,7 @@ class Job:
     slicing: Slicing | None = None
     saved: float = 1.0
     device: str | None = None
+    bounds: planning.Bounds = planning.ANY
     random: bool = False
     mixing: str = "no input holds samples"
     pair: Pair | None = None
@@ -150,7 +151,7 @@ def pose(job: Job) -> None:
 
 def plan(job: Job) -> None:
     assert job.posed is not None
-    job.plan, job.phase_peaks = planning.plan(job.posed, job.options, job.slicing)
+    job.plan, job.phase_peaks = planning.plan(job.posed, job.options, job.slicing, job.bounds)
 
 
 def rewrite(job: Job) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from xconv_fx import calibration
+from xconv_fx.cost_model.greedy import Table
+from xconv_fx.cost_model.limits import Limits
 from xconv_fx.cost_model.memory import peak, profile
-from xconv_fx.cost_model.solver import Infeasible, solve
-from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.cost_model.solver import Infeasible, OverLimits, minimum_peak, solve
+from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.options import Options, with_unseen
 from xconv_fx.plan import Plan
 from xconv_fx.portable import effort
@@ -23,19 +25,36 @@ from .sliced import slice_step
 SECONDS = 2.0
 # Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.
 NOISE_PRICE = 10.0
+# Effort for the plan of least peak: so many nodes of the search tree, which give the same plan in every run, whatever
+# else the machine does. Seconds are for problems that would take for ever.
+LOWEST_NODES, LOWEST_SECONDS = 100, 30.0
 # Layers that a note names.
 NAMED = 5
 
 
-def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tuple[Plan, dict[str, int]]:
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of a plan beforehand: that the choices of a step, or of a slice, may add so many `seconds` (None:
+    any), and a `start` that is within the budget and the limits (None: none is known)."""
+
+    seconds: float | None = None
+    start: tuple[int, ...] | None = None
+
+
+ANY = Bounds()
+
+
+def plan(
+    posed: Posed, options: Options, slicing: Slicing | None = None, bounds: Bounds = ANY
+) -> tuple[Plan, dict[str, int]]:
     """The plan that `prefer` asks for, whose predicted peak is within the budget; and its peak in each phase.
 
     `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
-    `BudgetInfeasibleError`.
+    `BudgetInfeasibleError`, and `OptionError` where what the options ask for breaks a limit whatever the budget.
     """
     options.probes.check({layer for residual in posed.residuals for layer in residual.readers})
     if slicing is not None:
-        found, peaks = plan(slice_step(posed, slicing), options)
+        found, peaks = plan(slice_step(posed, slicing), options, None, bounds)
         return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
     unprobed = _unprobed(posed, options)
     keep = tuple(0 for _ in posed.residuals)
@@ -46,9 +65,18 @@ def plan(posed: Posed, options: Options, slicing: Slicing | None = None) -> tupl
         return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
     budget = options.mem_budget.resolve(with_unseen(baseline))
     try:
-        solution = solve(posed.problem, options.usable(budget), **effort(SECONDS), tradeoff=tradeoff(posed, options))
+        solution = solve(
+            posed.problem,
+            options.usable(budget),
+            **effort(SECONDS),
+            tradeoff=tradeoff(posed, options),
+            limits=limits(options, bounds.seconds),
+            start=bounds.start,
+        )
     except Infeasible as error:
         raise infeasible(posed, error, budget, options) from None
+    except OverLimits:
+        raise _too_noisy(options) from None
     found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
     return found, posed.phase_peaks(solution.choice)
 
@@ -60,6 +88,30 @@ def _preset(posed: Posed, options: Options, baseline: int, notes: tuple[str, ...
     average = average_bits(posed, choice)
     notes = (f"codecs as in {preset}" + (f": {float(average):.3g} bits on average" if average else ""), *notes)
     return describe(posed, choice, None, baseline, 0.0, notes), posed.phase_peaks(choice)
+
+
+def lowest(posed: Posed, options: Options, slicing: Slicing | None, seconds: float | None) -> Infeasible:
+    """What a budget of nothing is told: the plan of least predicted peak within the limits.
+
+    `seconds` are those of `Bounds`. The same in every run. Raises `OptionError` where no plan is within the limits.
+    """
+    problem = posed.problem if slicing is None else slice_step(posed, slicing).problem
+    kept = limits(options, seconds)
+    found = minimum_peak(problem, time_limit=LOWEST_SECONDS, nodes=LOWEST_NODES, limits=kept)
+    if not Table(problem, kept).keeps(found.choice):
+        raise _too_noisy(options)
+    return Infeasible(budget=0, smallest=found.peak, choice=found.choice, step=found.step, bound=found.bound)
+
+
+def limits(options: Options, seconds: float | None = None) -> Limits:
+    """The options' limits, as constraints of the search."""
+    noise = options.noise_limits
+    return Limits(noise.noise, noise.layer, seconds)
+
+
+def _too_noisy(options: Options) -> OptionError:
+    name, limit = next(iter(options.given_limits().items()))
+    return OptionError(name, limit, "what `probes` and `codecs` ask for breaks it whatever the budget")
 
 
 def tradeoff(posed: Posed, options: Options) -> float:

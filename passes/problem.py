@@ -144,6 +144,14 @@ def resident_bytes(nodes: Iterable[fx.Node]) -> int:
     return sum(nbytes(node) for node in nodes if is_primal(node))
 
 
+def corrected(posed: Posed, corrections: Mapping[str, int]) -> Posed:
+    """The problem with its phases found short of so many bytes."""
+    if not corrections:
+        return posed
+    base = (size + corrections.get(phase, 0) for size, phase in zip(posed.problem.base, posed.phases, strict=True))
+    return replace(posed, problem=replace(posed.problem, base=tuple(base)))
+
+
 class _Poser:
     def __init__(
         self,
@@ -175,7 +183,7 @@ class _Poser:
         crossing = pair.residuals().items()
         self.rest = sum(nbytes(node) for name, (node, _) in crossing if name not in self.large)
         self.copies = layout_copies(pair.forward)
-        self.noises = Sensitivities(self.large, options.stats, pair.forward.graph)
+        self.noises = Sensitivities(self.large, options.stats, pair)
         self.machine: DeviceSpec = calibration.spec(self._device())
 
     def _device(self) -> str:
@@ -387,7 +395,8 @@ class _Poser:
             tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=added.noise, time=time,
             readers=residual.readers,
         )  # fmt: skip
-        return Candidate(choice, Option(codec, tuple(loads), added.total, time), added)
+        layers = self.noises.relative(added)
+        return Candidate(choice, Option(codec, tuple(loads), added.total, time, layers=layers), added)
 
     def _produced(self, residual: Residual, kept: bool) -> int:
         """First step at which the payload exists; for a kept tensor, the first that the base does not count."""

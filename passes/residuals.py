@@ -178,7 +178,7 @@ def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node])
     if _reads_as_input(reader, value):
         return not arguments(reader)[10][0]
     if reader.target in MATMULS:
-        return any(node in tangents for node in reader.all_input_nodes) and _leaves_the_graph(reader)
+        return any(node in tangents for node in reader.all_input_nodes) and leaves_the_graph(reader)
     return False
 
 
@@ -206,11 +206,11 @@ def _norms(reach: _Reach, tangents: set[fx.Node]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (layer_of(reader) for reader in others if is_normalisation(reader)))))
 
 
-def _leaves_the_graph(node: fx.Node) -> bool:
+def leaves_the_graph(node: fx.Node) -> bool:
     """Whether the node's value only reaches the graph's outputs, through views, sums and conversions."""
     passing = {torch.ops.prims.convert_element_type.default, aten.sum.dim_IntList, aten.clone.default}
     return all(
-        user.op == "output" or ((is_view(user) or user.target in passing) and _leaves_the_graph(user))
+        user.op == "output" or ((is_view(user) or user.target in passing) and leaves_the_graph(user))
         for user in node.users
     )
 

@@ -5,7 +5,8 @@ much that matters (`cost_model/noise.py`): from the statistics of the layers tha
 from priors for all others. The errors of "fixed" are those that were measured with the real codec, where they were.
 
 Known gaps: noises of several residuals are added up. Those of "fixed" are not independent: with 2 bits, what several
-normalisation layers add to an earlier layer was up to 1.7 times as much. A residual that is read as it is by a weight
+normalisation layers add to an earlier layer was up to 1.7 times as much. Of scales of normalisation layers nothing is
+measured: with statistics their noise is not counted. A residual that is read as it is by a weight
 gradient and held as "fixed" has a prior there; one that is replayed from a normalisation layer and something else
 counts that as exact.
 """
@@ -15,11 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import fx
-
 from xconv_fx.codec_set import FIXED_BITS
-from xconv_fx.cost_model.noise import Use
+from xconv_fx.cost_model.noise import SCALE, Use
 from xconv_fx.errors import OptionError
 from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.quantize import bits_of
@@ -27,10 +25,9 @@ from xconv_fx.ops.registry import Held
 from xconv_fx.statistics import LayerStatistics, Statistics
 
 from .expected_noise import expected_noise, measured_noise
-from .graph import MATMULS, layer_of
+from .partition import Pair
 from .residuals import Residual
-
-aten = torch.ops.aten
+from .trained_layers import TrainedLayers
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,22 @@ class _Reading:
 
 
 class Sensitivities:
-    """How much the noise of each residual matters, in the graph `forward` that makes them, in its order.
+    """How much the noise of each residual of the pair matters.
 
-    What travels reaches the measured layers that run before, and the readers of earlier residuals that were not
-    measured. Raises `OptionError` when there are statistics, but of none of the layers here.
+    What travels reaches all layers that run before. `shares` are the layers' parts of the yardstick. Raises
+    `OptionError` when there are statistics, but of none of the layers here.
     """
 
-    def __init__(self, residuals: Mapping[str, Residual], stats: Statistics | None, forward: fx.Graph) -> None:
+    def __init__(self, residuals: Mapping[str, Residual], stats: Statistics | None, pair: Pair) -> None:
         self.stats = stats
         self.readings: dict[str, tuple[_Reading, ...]] = {}
-        prior = 1 / max(1, sum("weight_grad" in residual.uses for residual in residuals.values()))
-        runs = _runs(forward)
-        assumed: list[tuple[str, float]] = []
+        self.trained = TrainedLayers.of(pair, residuals)
+        self.made = {name: residual.forward for name, residual in residuals.items()}
+        self.prior = 1 / max(1, sum(self.trained.weights.values()))
+        self.shares = self._shares()
         for name, residual in residuals.items():
-            earlier = (*self._measured_before(residual, runs), *assumed)
-            own = self._weights(residual, prior)
-            self.readings[name] = (*own, *self._travelling(residual, earlier))
-            assumed += [reach for reading in own if reading.known is None for reach in reading.use.reaches]
+            own = (*self._weights(residual), *self._scales(residual))
+            self.readings[name] = (*own, *self._travelling(residual, self._before(residual)))
         self._check()
 
     @property
@@ -104,27 +100,49 @@ class Sensitivities:
         measured = {} if self.stats is None else self.stats.layers
         return {layer: measured[layer] for layer in layers if layer in measured}
 
-    def _measured_before(self, residual: Residual, runs: Mapping[str, fx.Node]) -> list[tuple[str, float]]:
-        """The measured layers that run before the residual is made, and what they gain where a gradient arrives with
-        an error as large as itself."""
+    def _shares(self) -> dict[str, float]:
+        """Every layer's part of the yardstick: as measured, or by the prior. Of scales nothing is measured."""
+        measured = {} if self.stats is None else self.stats.layers
+        known = {name: layer.sgd / self._total for name, layer in measured.items() if layer.travel is None}
+        weights = {name: count * self.prior for name, count in self.trained.weights.items() if name not in known}
+        scales = [] if measured else [name for row in self.trained.scales.values() for name in row]
+        return {**dict.fromkeys(scales, SCALE * self.prior), **weights, **known}
+
+    def _before(self, residual: Residual) -> list[tuple[str, float]]:
+        """The layers that run before the residual is made, and what they gain where a gradient arrives with an error
+        as large as itself: by the prior their share."""
+        scaled = {name: self.made[source] for source, row in self.trained.scales.items() for name in row}
+        known, runs = self._known(self.shares), self.trained.runs
+
+        def is_before(name: str) -> bool:
+            if name in scaled:
+                return scaled[name] < residual.forward
+            return not residual.forward < runs[name] if name in runs else name not in known
+
         return [
-            (name, layer.arriving / self._total)
-            for name, layer in self._known(runs).items()
-            if layer.travel is None and not residual.forward < runs[name]
+            (name, known[name].arriving / self._total if name in known else share)
+            for name, share in self.shares.items()
+            if is_before(name)
         ]
 
-    def _weights(self, residual: Residual, prior: float) -> list[_Reading]:
-        """The uses by weight gradients: one a layer that was measured, and one for all others."""
+    def _weights(self, residual: Residual) -> list[_Reading]:
+        """The uses by weight gradients, one a layer."""
         if "weight_grad" not in residual.uses:
             return []
         known = {name: layer for name, layer in self._known(residual.readers).items() if layer.travel is None}
         found = []
-        for name, layer in known.items():
-            found.append(_Reading(Use("weight", ((name, layer.energy / self._total),)), name, layer))
-        if len(known) < max(1, len(residual.readers)):
-            other = next((name for name in residual.readers if name not in known), "")
-            found.append(_Reading(Use("weight", ((other, prior),)), other))
+        for name in residual.readers or ("",):
+            if name in known:
+                share = known[name].energy / self._total
+                found.append(_Reading(Use("weight", ((name, share),)), name, known[name]))
+            else:
+                found.append(_Reading(Use("weight", ((name, self.prior),)), name))
         return found
+
+    def _scales(self, residual: Residual) -> list[_Reading]:
+        """The uses by gradients of scales of normalisation layers."""
+        names = [name for name in self.trained.scales.get(residual.name, ()) if name in self.shares]
+        return [_Reading(Use("scale", ((name, self.shares[name]),)), name) for name in names]
 
     def _travelling(self, residual: Residual, earlier: Sequence[tuple[str, float]]) -> list[_Reading]:
         """The uses whose errors reach the layers before: measured ones for themselves, all others by priors."""
@@ -187,25 +205,16 @@ class Sensitivities:
         weights = [r for row in self.readings.values() for r in row if r.use.kind == "weight" and r.known is None]
         return tuple(dict.fromkeys(reading.layer or "a layer without a name" for reading in weights))
 
-    def by_layer(self, added: Iterable[Added]) -> tuple[tuple[str, float], ...]:
-        """The noise of each measured layer relative to its SGD noise, from what every residual adds."""
-        if self.stats is None:
-            return ()
+    def relative(self, added: Added) -> tuple[tuple[str, float], ...]:
+        """What a residual adds to each layer, relative to the layer's own part of the yardstick."""
         noise: dict[str, float] = {}
-        for found in added:
-            for layer, amount in found.layers:
-                noise[layer] = noise.get(layer, 0.0) + amount
-        known = {name: layer for name, layer in self._known(noise).items() if layer.sgd > 0}
-        return tuple((name, noise[name] * self._total / layer.sgd) for name, layer in known.items())
+        for layer, amount in added.layers:
+            noise[layer] = noise.get(layer, 0.0) + amount
+        return tuple((name, found / self.shares[name]) for name, found in noise.items() if self.shares.get(name))
 
-
-def _runs(forward: fx.Graph) -> dict[str, fx.Node]:
-    """Where each layer with a weight runs: its first convolution or matrix product."""
-    runs: dict[str, fx.Node] = {}
-    for node in forward.nodes:
-        if node.target is aten.convolution.default or node.target in MATMULS:
-            runs.setdefault(layer_of(node), node)
-    return runs
+    def by_layer(self, added: Iterable[Added]) -> tuple[tuple[str, float], ...]:
+        """The same of all that every residual adds."""
+        return self.relative(Added(layers=tuple(row for found in added for row in found.layers)))
 
 
 def _replayed(reader: LayerStatistics | None, source: Residual, held: Held) -> float | None:

@@ -40,6 +40,7 @@ def xconv(
     """
     hooks.require_checked_torch()
     chosen = Options.parse(options, mode)
+    chosen.check_effect()
     lowering.install()
     hooks.specialise(example_inputs)
     if hooks.without_samples(gm, example_inputs):
@@ -47,7 +48,7 @@ def xconv(
         return gm.forward
     if not hooks.needs_backward(example_inputs):
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
-        plain = replace(chosen, mem_budget=None, stats=None)
+        plain = replace(chosen, mem_budget=None, slices=None, stats=None)
         return Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile()
     session = Session.of(chosen)
     graph = session.graph(gm)

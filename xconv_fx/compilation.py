@@ -24,6 +24,7 @@ from .log import log, publish
 from .options import Options, Probes
 from .passes.graph import is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
+from .passes.planning import ANY, Bounds
 from .passes.problem import LOSS_COPIES, bytes_in_loss
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
@@ -32,9 +33,6 @@ from .session import Graph, GraphRecord, Session
 from .sizes import Budget
 from .slices import Batch, Sliced, slice_graph, slice_inputs
 from .ways import AT_ONCE, Route
-
-# Plans tried before giving up on a budget that the audit keeps finding exceeded.
-ATTEMPTS = 6
 
 
 class _Abandoned(Exception):
@@ -81,7 +79,9 @@ class Traced:
 
     def plain(self) -> Traced:
         """The same as Inductor compiles it by itself."""
-        return replace(self, options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet()))
+        return replace(
+            self, options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet(), slices=None)
+        )
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Compilation:
     corrections: dict[str, int] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     enforced: bool = True
+    bounds: Bounds = ANY
 
     def __post_init__(self) -> None:
         self.outside = self.traced.session.outside(self.traced.graph)
@@ -116,8 +117,8 @@ class Compilation:
         """The audited peak of the last attempt; 0 for a graph without a backward."""
         return max(self.peaks.values(), default=0)
 
-    def attempt(self, attempts: int = ATTEMPTS) -> Callable[..., Any] | None:
-        """The compiled step of the first plan whose audited peak is within the budget; None when `attempts` fail.
+    def attempt(self, attempts: int) -> Callable[..., Any] | None:
+        """The step of the first plan whose audited peak is within the budget; None when `attempts` fail.
 
         It fails as well when the planner, by what audits found so far, sees no plan any more.
         """
@@ -127,7 +128,6 @@ class Compilation:
             except BudgetInfeasibleError:
                 return None
             if compiled is not None:
-                self.load()
                 return compiled
         return None
 
@@ -153,7 +153,7 @@ class Compilation:
         """
         if posed is None:
             return self._trace(("rewrite", "volume_kernels"))
-        self.job = replace(posed, options=self.traced.options, slicing=self.route.slicing)
+        self.job = replace(posed, options=self.traced.options, slicing=self.route.slicing, bounds=self.bounds)
         pipeline.plan(self.job)
         return self.job
 
@@ -187,7 +187,7 @@ class Compilation:
                 volumes_channels_last(gm)
         sources = hooks.source_hash()
         rates = calibration.specs(inputs)
-        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.route} {rates}"
+        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.bounds} {self.route} {rates}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
             config.update(in_order(sources))
@@ -207,7 +207,7 @@ class Compilation:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
             stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.route.slicing,
-            saved=self.route.saved, device=self.traced.session.device,
+            saved=self.route.saved, device=self.traced.session.device, bounds=self.bounds,
         )  # fmt: skip
         self.job = job
         pipeline.run(job, disabled=self.skipped)

@@ -79,6 +79,7 @@ def explain(
     """
     given = {**options, **({} if mem_budget is None else {"mem_budget": mem_budget})}
     chosen = Options.parse(given)
+    chosen.check_effect()
     scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
     trace = Trace(model, inputs, scenario, loss, targets)
     session = trace.session(chosen)

@@ -10,6 +10,7 @@ Known gap: patterns in `probes` are checked against layer names only when the la
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import math
@@ -30,11 +31,34 @@ if TYPE_CHECKING:
     from xconv_fx.statistics import Statistics
 
 # Limits of what is predicted, which can refuse plans that the budget allows.
-LIMITS = ("max_noise", "max_slowdown")
+LIMITS = ("max_noise", "max_layer_noise", "max_slowdown")
 PREFERENCES = ("exact", "balanced", "speed")
 # What is done when the first training step takes more than its budget.
 VERIFY = ("replan", "warn", "off")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class Unset(enum.Enum):
+    """What stands for an option that was not given, where None means something else."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
+
+
+@dataclass(frozen=True)
+class NoiseLimits:
+    """What a plan's predicted `noise` may be at most, and that of any one `layer`'s gradient (None: no limit)."""
+
+    noise: float | None = None
+    layer: float | None = None
+
+
+# What plans keep within when no limit is given, so that a budget alone never drowns a gradient: noise as large as the
+# gradient itself (with statistics, as its SGD noise). In benchmarks/fidelity.jsonl, plans of up to 0.2 learnt as exact
+# training does, and those that hurt had 18 and more.
+PROTECTION = NoiseLimits(noise=1.0, layer=1.0)
 
 # The part of a budget that is left for what audits do not see.
 UNSEEN = 1000
@@ -112,8 +136,9 @@ class Options:
 
     `mem_budget` limits the physical peak of a training step (None: no limit, only what costs nothing is saved);
     `codecs` and `probes` restrict the planner, and so does `slices` (None: as many as it likes; 1: the whole batch at
-    once). `prefer` says how it weighs noise and time; `max_noise` and `max_slowdown` limit the predictions; `stats` are
-    the model's own, by which noise is predicted (None: by priors); `sample_bits` shares the bits of codes out among the
+    once). `prefer` says how it weighs noise and time; `max_noise`, `max_layer_noise` (of the noisiest layer) and
+    `max_slowdown` limit the predictions (see `noise_limits` for what holds when none is given); `stats` are the
+    model's own, by which noise is predicted (None: by priors); `sample_bits` shares the bits of codes out among the
     samples of a batch (None: only under a preset that does). `reserve` is bytes of the budget left for memory
     outside the compiled step; `calls` is how often the model runs in one step before a backward, and `verify` what is
     done when the first step takes more than the budget; `seed` fixes the sequence of random draws (None: one drawn from
@@ -126,7 +151,8 @@ class Options:
     probes: Probes = Probes()
     slices: int | None = None
     prefer: str = "balanced"
-    max_noise: float | None = None
+    max_noise: float | Unset | None = UNSET
+    max_layer_noise: float | Unset | None = UNSET
     max_slowdown: float | None = None
     stats: Statistics | None = None
     sample_bits: bool | None = None
@@ -178,7 +204,49 @@ class Options:
     @property
     def plain(self) -> bool:
         """Whether nothing is asked for that Inductor does not do by itself."""
-        return self.mem_budget is None and self.probes == Probes() and not self.codecs.preset
+        whole = self.slices in (None, 1)
+        return self.mem_budget is None and self.probes == Probes() and not self.codecs.preset and whole
+
+    @property
+    def protected(self) -> bool:
+        """Whether the limits of noise are ours: none was given, nor a preset or probes, which say how noisy it may be.
+
+        None, for either limit, lifts them.
+        """
+        given = self.max_noise is not UNSET or self.max_layer_noise is not UNSET
+        return not given and not self.codecs.preset and self.probes == Probes()
+
+    @property
+    def noise_limits(self) -> NoiseLimits:
+        """The limits that were given, or what protects learning."""
+        if self.protected:
+            return PROTECTION
+        total, layer = (None if isinstance(limit, Unset) else limit for limit in (self.max_noise, self.max_layer_noise))
+        return NoiseLimits(total, layer)
+
+    def given_limits(self) -> dict[str, float]:
+        """The limits of what is predicted that the user gave, by their options' names."""
+        limits = {name: getattr(self, name) for name in LIMITS}
+        return {name: limit for name, limit in limits.items() if isinstance(limit, (int, float))}
+
+    def check_effect(self) -> None:
+        """Raise `OptionError` for an option that would do nothing, because nothing is compressed without a budget.
+
+        Preferences and limits are kept by a step that compresses nothing.
+        """
+        if self.mem_budget is not None:
+            return
+        planned = "without mem_budget nothing is planned"
+        if self.reserve:
+            raise OptionError("reserve", self.reserve, f"{planned}, and no part of a budget is left; write mem_budget")
+        if self.codecs.preset or self.probes != Probes():
+            return
+        if self.sample_bits:
+            raise OptionError("sample_bits", True, f"{planned}, and nothing is in codes; write mem_budget or a preset")
+        if not self.codecs.exact and self.codecs != CodecSet():
+            names = ",".join(sorted(self.codecs.names))
+            hint = f"{planned}, and everything is kept; write mem_budget, or a preset, which needs none"
+            raise OptionError("codecs", names, hint)
 
     def usable(self, budget: int) -> int:
         """What an audited peak may be under a budget; in bytes.
@@ -252,13 +320,18 @@ def _one_of(name: str, choices: tuple[str, ...]) -> Callable[[Any], str]:
 
 def _limit(name: str) -> Callable[[Any], float | None]:
     def parse(value: Any) -> float | None:
-        if value is None:
+        if value is None or value == "none":  # Files and command lines have no None.
             return None
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
             raise OptionError(name, value, "write a number from 0, such as 0.1, or None for no limit")
         return float(value)
 
     return parse
+
+
+def _noise_limit(name: str) -> Callable[[Any], float | Unset | None]:
+    parse = _limit(name)
+    return lambda value: value if isinstance(value, Unset) else parse(value)
 
 
 def _parse_stats(value: Any) -> Statistics | None:
@@ -340,7 +413,8 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "probes": Probes.parse,
         "slices": _parse_slices,
         "prefer": _one_of("prefer", PREFERENCES),
-        "max_noise": _limit("max_noise"),
+        "max_noise": _noise_limit("max_noise"),
+        "max_layer_noise": _noise_limit("max_layer_noise"),
         "max_slowdown": _limit("max_slowdown"),
         "stats": _parse_stats,
         "sample_bits": _parse_sample_bits,

@@ -68,7 +68,7 @@ class Plan:
     the audited peak of the first plan that was generated, before any audit corrected the prediction.
 
     `noise` is relative to the SGD noise of the model where that was `measured` (the option `stats`), else to the energy
-    of the gradients, by a prior; `layers` is the noise of each measured layer relative to its own SGD noise, by name.
+    of the gradients, by a prior; `layers` is that of each layer, relative to its own SGD noise or gradient.
 
     A graph that runs `calls` times in a step before the backward is planned for what all of these calls hold; the
     choices are those of one. `measured_peak` is what the last training step of the whole model took that was measured,
@@ -109,6 +109,11 @@ class Plan:
     def peak(self) -> int:
         """The audited peak where there is one, else the predicted one."""
         return self.predicted_peak if self.audited_peak is None else self.audited_peak
+
+    @property
+    def noisiest(self) -> tuple[str, float]:
+        """The layer whose gradient gains most noise, and how much; ("", 0) when none gains any."""
+        return max(self.layers, key=lambda row: row[1], default=("", 0.0))
 
     @property
     def saved_before(self) -> int:

@@ -176,11 +176,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _noise(plan: Plan) -> str:
     """What is added to the gradients, and relative to what: their SGD noise, or by the prior their energy."""
-    if not plan.measured:
-        return f"{plan.noise:.2g} of the gradients' energy, by a prior (no stats)"
     ranked = sorted(plan.layers, key=lambda row: -row[1])[:NOISIEST]
     most = ", ".join(f"{name} {noise:.2g}" for name, noise in ranked if noise)
-    return f"{plan.noise:.2g} of the SGD noise, by stats" + (f"; most in {most}" if most else "")
+    yardstick = "the SGD noise, by stats" if plan.measured else "the gradients' energy, by a prior (no stats)"
+    return f"{plan.noise:.2g} of {yardstick}" + (f"; most in {most}" if most else "")
 
 
 def _rates(plan: Plan) -> str:

@@ -2,7 +2,15 @@
 
 Every way has a plan of its own: how much noise its codecs add, and how much longer the step takes (codecs, forwards
 that are run again, smaller kernels). `prefer` says how the two are weighed. Ways are compared on predicted plans, from
-a trace alone; code is generated for the best one, and for the next only when the audit rules that one out.
+a trace alone, and code is generated for the best one. When the audit rules that out, all ways are compared again with
+what it found, so that no way is taken that is worse than another one that fits.
+
+When none is left, the plan of least predicted peak decides, which does not depend on the budget: its audited peak, or
+that of the plain step, is the smallest budget that an error names, and any budget from there on ends at that plan at
+the latest.
+
+Known gap: a plan of least peak is the same in every run as long as the solver is not stopped by its clock, which takes
+problems of thousands of residuals.
 """
 
 from __future__ import annotations
@@ -11,47 +19,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .compilation import ATTEMPTS, Compilation, Traced
-from .errors import BudgetInfeasibleError, OptionError, XConvError
-from .log import log
-from .options import Probes
+from .comparison import Comparison, compared_route
+from .compilation import Compilation, Traced
+from .errors import BudgetInfeasibleError, XConvError
+from .options import Options, Probes
 from .passes.pipeline import Job
-from .passes.planning import plan
-from .passes.problem import Posed
-from .passes.volumes import volume_convolutions
+from .passes.planning import Bounds
 from .plan import Plan
+from .refusals import Lowest, refusal
 from .sizes import Budget
-from .slices import Batch, Slicing
-from .ways import AT_ONCE, NEGLIGIBLE, Route, Way, best_ways, select, slowdown
+from .ways import AT_ONCE, Route, Way, select, slowdown
 
-# Attempts at the second-best and the third-best way.
-FEW = 1
-# Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
-SAVED = (0.5, 0.25)
-# Nodes of the largest joint graph of which torch's partitioner is asked for smaller cuts.
-LARGEST_CUT = 2000
+# Plans that are generated before the one of least peak is.
+ATTEMPTS = 8
 # A plain step predicted to exceed its budget by more than this share is not generated to make sure.
 DOUBT = 0.1
+# Two plans whose predicted peaks are this close may come out the other way round in the audit.
+CLOSE = 0.05
 
 
-class Strategy:
+class Strategy(Comparison):
     """The search for a way to run one graph within its budget."""
 
     def __init__(self, traced: Traced) -> None:
-        self.traced = traced
-        self.jobs: dict[Route, Job] = {}
-        self.seconds = 0.0
-        self.whole: Job | None = None
+        super().__init__(traced)
         self.planned: Compilation | None = None
-
-    @property
-    def posed(self) -> dict[Route, Posed]:
-        """The planning problems that were compared, by their routes."""
-        return {route: job.posed for route, job in self.jobs.items() if job.posed is not None}
-
-    def pose(self, route: Route) -> Job | None:
-        """The job of a route up to its planning problem; None for a graph without a backward."""
-        return Compilation(self.traced, route).pose()
+        # Ways that were rejected, with the corrections that they were planned with.
+        self.rejected: dict[Route, dict[str, int]] = {}
+        self.tried = 0
+        self.foreseen: float | None = None
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -59,27 +55,102 @@ class Strategy:
         if options.codecs.preset:
             return self._preset()
         if options.mem_budget is None:
-            return _finished(Compilation(self.traced))
-        plain: int | None = None
+            return self._without_budget()
+        plain: Compilation | None = None
         if options.mem_budget.bytes is None or not (known := self._beyond_doubt(options.mem_budget.bytes)):
-            inductor = Compilation(self.traced.plain())
-            inductor.generate()
-            plain = inductor.peak
-            budget = self._budget(options.mem_budget, plain)
-            known = {"baseline_peak": plain, "budget": budget}
-            if plain <= options.usable(budget) and options.probes == inductor.traced.options.probes:
-                return _finished(inductor, **known)
+            plain = self._plain()
+            budget = self._budget(options.mem_budget, plain.peak)
+            known = {"baseline_peak": plain.peak, "budget": budget}
+            if plain.peak <= options.usable(budget) and self._plain_will_do:
+                return _finished(plain, **known)
             self.traced = self.traced.within(budget)
-        ways = self.ways()
-        tried = 0
-        for way, attempts in zip(ways, (ATTEMPTS, FEW, FEW), strict=False):
-            compilation = Compilation(self.traced, way.route)
-            compiled = compilation.attempt(attempts)
-            tried += compilation.attempts
+        found = self._search()
+        if found is None:
+            return self._least(plain, **known)
+        way, compilation = found
+        return _finished(compilation, attempts=self.tried, foreseen=self.foreseen, **known, **self._time(way))
+
+    def _without_budget(self) -> Callable[..., Any]:
+        """The step as it is, or in as many slices as the user wants, all of them held."""
+        route = self._wanted_route()
+        compilation = Compilation(self.traced, route)
+        compilation.generate()
+        self._check_limits(compilation.job)
+        return _finished(compilation)
+
+    def _wanted_route(self) -> Route:
+        """The route of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
+        if self.traced.options.slices in (None, 1):
+            return AT_ONCE
+        whole = self.whole = self.pose(AT_ONCE)
+        if whole is None or self.unsliceable(whole):
+            return AT_ONCE
+        ((slicing, _),) = filter(None, self.slices(whole))
+        return Route(replace(slicing, held=slicing.count))
+
+    def _plain(self) -> Compilation:
+        """The code that Inductor generates by itself, without kernels."""
+        inductor = Compilation(self.traced.plain(), enforced=False)
+        inductor.generate()
+        return inductor
+
+    @property
+    def _plain_will_do(self) -> bool:
+        """Whether the plain step is what the options ask for, if it fits."""
+        options = self.traced.options
+        return options.probes == Probes() and options.slices in (None, 1)
+
+    def _search(self) -> tuple[Way, Compilation] | None:
+        """The best way whose generated code fits, by predictions that are corrected by every audit."""
+        while self.tried < ATTEMPTS:
+            way = next((way for way in self.ways() if not self._repeats(way)), None)
+            if way is None:
+                return None
+            corrections = self.corrections.setdefault(compared_route(way.route), {})
+            self.rejected[way.route] = dict(corrections)
+            bounds = Bounds(self.allowed(way.route))
+            compilation = Compilation(self.traced, way.route, corrections, bounds=bounds)
+            self.tried += 1
+            compiled = compilation.attempt(1)
+            self.foreseen = self.foreseen or compilation.foreseen
             if compiled is not None:
-                compilation.report(attempts=tried, **known, **self._time(way))
-                return compiled
-        return self._least(plain, tried, **known)
+                return self._exact_instead(way) or (way, compilation)
+        return None
+
+    def _repeats(self, way: Way) -> bool:
+        """Whether the way was rejected, and nothing is known since that would change its plan."""
+        return self.rejected.get(way.route) == self.corrections.get(compared_route(way.route), {})
+
+    def _exact_instead(self, noisy: Way) -> tuple[Way, Compilation] | None:
+        """The exact way of least peak where that is better than a noisy one, and its code fits.
+
+        Corrections err: what exact plans were found to be short of may be less for the one of least peak. So it is
+        generated, unless it is predicted to exceed the budget by far.
+        """
+        options = self.traced.options
+        if noisy.noise == 0 or options.codecs.exact or options.probes != Probes():
+            return None
+        exact = replace(options, max_noise=0.0)
+        found = self.lowest(exact, self.corrections)
+        assert options.mem_budget is not None
+        usable = options.usable(options.mem_budget.resolve(0))
+        if found is None or found.predicted > usable * (1 + CLOSE):
+            return None
+        corrections = self.corrections.get(compared_route(found.route), {})
+        compilation = self._generated(found, exact, dict(corrections))
+        way = self._way_of(compilation)
+        better = way.cost(options.prefer) < noisy.cost(options.prefer)
+        return (way, compilation) if better and compilation.peak <= usable else None
+
+    def _generated(self, found: Lowest, options: Options, corrections: dict[str, int]) -> Compilation:
+        """The code of a plan of least peak, whatever its peak turns out to be."""
+        needed = options.needed(found.predicted)
+        traced = replace(self.traced, options=replace(options, mem_budget=Budget(bytes=needed)))
+        bounds = Bounds(self.allowed(found.route), found.found.choice)
+        compilation = Compilation(traced, found.route, corrections, enforced=False, bounds=bounds)
+        self.tried += 1
+        compilation.generate()
+        return compilation
 
     def _budget(self, wanted: Budget, plain: int) -> int:
         """The budget in bytes, of a step that takes `plain` without xconv."""
@@ -91,9 +162,7 @@ class Strategy:
         if options.mem_budget is not None:
             plain = 0
             if options.mem_budget.bytes is None:
-                inductor = Compilation(self.traced.plain())
-                inductor.generate()
-                plain = inductor.peak
+                plain = self._plain().peak
                 known["baseline_peak"] = plain
             known["budget"] = self._budget(options.mem_budget, plain)
         compilation = Compilation(self.traced, enforced=False)
@@ -111,7 +180,17 @@ class Strategy:
             largest.append(("parameters, buffers and inputs", plan.fixed_bytes))
             note = f"codecs={options.codecs.preset!r} fixes how everything is held; 'all' lets it be planned"
             raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.traced.notes, note))
-        select([Way(AT_ONCE, plan.noise, slowdown(job.posed, job.posed, None, plan.time))], options)
+        self._check_limits(job)
+
+    def _check_limits(self, job: Job | None) -> None:
+        """Raise `OptionError` where a plan that the options name breaks a limit of theirs."""
+        if job is None or job.plan is None or job.posed is None:
+            return
+        layer = max((noise for _, noise in job.plan.layers), default=0.0)
+        slower = slowdown(
+            job.posed, self.whole.posed if self.whole and self.whole.posed else job.posed, job.slicing, job.plan.time
+        )
+        select([Way(AT_ONCE, job.plan.noise, slower, layer)], self.traced.options)
 
     def _beyond_doubt(self, budget: int) -> dict[str, int]:
         """What is known of the plain step without its code, when it is predicted to exceed the budget by far.
@@ -129,24 +208,24 @@ class Strategy:
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
-        route, known = AT_ONCE, {}
-        if self.traced.options.codecs.preset:
+        options = self.traced.options
+        if options.codecs.preset:
             return self._plan_preset()
-        if self.traced.options.mem_budget is not None:
+        if options.mem_budget is None:
+            route, known = self._wanted_route(), {}
+        else:
             self.whole = job = self.pose(AT_ONCE)
             if job is None or job.posed is None:
                 return None
             baseline = job.posed.baseline_peak()
-            budget = self._budget(self.traced.options.mem_budget, baseline)
-            self.traced = self.traced.within(budget)
+            self.traced = self.traced.within(self._budget(options.mem_budget, baseline))
             ways = self.ways()
             if not ways:
-                error, _ = self._lowest()
-                raise BudgetInfeasibleError(budget, error.smallest, error.consumers, self.traced.notes)
+                raise self._refusal(self.lowest(self.traced.options))
             route = ways[0].route
             known = {"baseline_peak": baseline, **self._time(ways[0])}
-        self.planned = Compilation(self.traced, route)
-        self.planned.plan(self.jobs.get(_compared(route)))
+        self.planned = Compilation(self.traced, route, bounds=Bounds(self.allowed(route)))
+        self.planned.plan(self.jobs.get(compared_route(route)))
         return self.planned.report(**known)
 
     def _plan_preset(self) -> Plan | None:
@@ -160,162 +239,62 @@ class Strategy:
         self._check_preset(job, job.plan.predicted_peak, known.get("budget"))
         return self.planned.report(**known)
 
-    def ways(self) -> list[Way]:
-        """The ways whose predicted plans fit the budget, best first.
-
-        Keeps the problems that it poses on the way (`posed`, of one slice with none held), and notes why there are no
-        slices.
-        """
-        options = self.traced.options
-        whole = self.whole = self.whole or self.pose(AT_ONCE)
-        if whole is None or whole.posed is None:
-            return [Way(AT_ONCE, 0.0, 0.0)]
-        found = []
-        self.seconds = sum(whole.posed.seconds.values())
-        at_once = options.slices in (None, 1)
-        if at_once:
-            self.jobs[AT_ONCE] = whole
-            found = best_ways(whole.posed, options, whole.posed, AT_ONCE)
-        if not _settled(found):
-            found = self._in_slices(whole, found)
-        if at_once and not _settled(found):
-            found = found + self._at_once(whole)
-        return select(found, options)
-
-    def _in_slices(self, whole: Job, found: list[Way]) -> list[Way]:
-        """What was found, and ways to run the batch in more and more slices, until they get no better."""
-        options, batch = self.traced.options, self.traced.batch
-        if options.slices == 1:
-            return found
-        graphs = "a replayed CUDA graph overwrites what the slice before it holds"
-        mixing = graphs if options.inductor_config().get("triton.cudagraphs") else whole.mixing
-        if batch is None or mixing:
-            self._cannot_slice(mixing)
-            return found
-        assert whole.posed is not None
-        for wanted in self._slicings(batch, whole):
-            sliced = self._sliced(wanted)
-            if sliced is None:
-                break
-            slicing, job = sliced
-            assert job.posed is not None
-            route = Route(slicing)
-            self.jobs[route] = job
-            best = min((way.cost(options.prefer) for way in found), default=None)
-            found = found + best_ways(job.posed, options, whole.posed, route)
-            log.debug("ways up to %d slices: %s", slicing.count, found)
-            if best is not None and best <= min(way.cost(options.prefer) for way in found):
-                break
-        return found
-
     def _time(self, way: Way) -> dict[str, float]:
         """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
         return {"time": way.slowdown * self.seconds} if way.route != AT_ONCE else {}
 
-    def _at_once(self, whole: Job) -> list[Way]:
-        """Other ways to run all of the batch: contiguous volumes, and recomputed convolutions from a smaller cut.
+    def _least(self, plain: Compilation | None, **known: Any) -> Callable[..., Any]:
+        """The step of least peak: of the plans of least predicted peak, one of them exact, and of the plain step.
 
-        The cut takes torch longer than all else in a large graph.
-        """
-        options = self.traced.options
-        assert whole.posed is not None
-        routes = [Route(relayout=False)] if volume_convolutions(self.traced.gm) else []
-        small = len(whole.joint.graph.nodes) <= LARGEST_CUT
-        if small and "recompute" in options.codecs and options.probes == Probes():
-            routes += [Route(saved=saved) for saved in SAVED]
-        found: list[Way] = []
-        for route in routes:
-            job = self.pose(route)
-            if job is not None and job.posed is not None:
-                self.jobs[route] = job
-                found += best_ways(job.posed, options, whole.posed, route)
-        log.debug("other ways at once: %s", found)
-        return found
-
-    def _slicings(self, batch: Batch, whole: Job) -> list[Slicing]:
-        """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
-        counts, fixed = batch.counts(), self.traced.options.slices
-        if fixed is not None and fixed not in counts:
-            some = f"write one of {', '.join(map(str, counts))}, which divide a batch of {batch.size}, 1, or None"
-            raise OptionError("slices", fixed, some)
-        chosen: list[int] = []
-        for count in counts:
-            if count == counts[-1] or not chosen or count >= 2 * chosen[-1]:
-                chosen.append(count)
-        return [Slicing(batch, n, 0, whole.random, *whole.relaid) for n in (chosen if fixed is None else [fixed])]
-
-    def _sliced(self, slicing: Slicing) -> tuple[Slicing, Job] | None:
-        """The job of a slice; None, with a note, when the graph is not the same for a slice.
-
-        Weights laid out channels-last make channels-last activations, of which a model's `view` may not be possible:
-        then every slice lays them out for itself.
-        """
-        for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
-            try:
-                job = self.pose(Route(way))
-            except XConvError:
-                raise
-            except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
-                reason = str(error).partition("\n")[0]
-                continue
-            if job is not None and not job.mixing:
-                return way, job
-            reason = "" if job is None else job.mixing
-            break
-        self._cannot_slice(f"it cannot be traced for {slicing.samples} samples: {reason}")
-        return None
-
-    def _cannot_slice(self, reason: str) -> None:
-        if self.traced.options.slices is not None:
-            raise OptionError("slices", self.traced.options.slices, f"the batch cannot be sliced: {reason}")
-        note = f"the batch is not run in slices: {reason}"
-        self.traced = replace(self.traced, notes=(*self.traced.notes, note))
-
-    def _least(self, plain: int | None, tried: int, **known: Any) -> Callable[..., Any]:
-        """The step of the plan of least predicted peak, which what the audit found of other plans does not rule out.
-
-        Raises `BudgetInfeasibleError` when its code is over the budget as well, with its audited peak as the smallest
-        budget: one that is known to work.
+        Nothing here depends on the budget, nor on what audits found under it. Raises `BudgetInfeasibleError` with the
+        audited peak as the smallest budget when that is over the budget, or `OptionError` for a limit that is.
         """
         options = self.traced.options
         assert options.mem_budget is not None
-        budget = options.mem_budget.resolve(0)
-        error, route = self._lowest()
-        lowest = Compilation(self.traced.within(error.smallest), route, enforced=False)
-        lowest.generate()
-        smallest = options.needed(lowest.peak if plain is None else min(lowest.peak, plain))
-        if smallest > budget:
-            raise BudgetInfeasibleError(budget, smallest, error.consumers, self.traced.notes)
-        return _finished(lowest, attempts=tried + 1, **known, **self._time_of(lowest))
+        usable = options.usable(options.mem_budget.resolve(0))
+        found = self.lowest(options)
+        steps = [] if found is None else [self._generated(found, options, {})]
+        if steps and options.probes == Probes():
+            quiet = replace(options, max_noise=0.0)
+            exact = self.lowest(quiet)
+            if exact is not None and self._might_be_lower(exact, found, steps[0].peak):
+                steps.append(self._generated(exact, quiet, {}))
+        best = min(steps, key=lambda step: step.peak, default=None)
+        if best is not None and best.peak <= usable:
+            foreseen = self.foreseen or best.foreseen
+            return _finished(best, attempts=self.tried, foreseen=foreseen, **known, **self._time(self._way_of(best)))
+        if self._plain_will_do:
+            plain = plain or self._plain()
+            if plain.peak <= usable:
+                return _finished(plain, **{**known, "baseline_peak": plain.peak})
+            steps.append(plain)
+        smallest = options.needed(min((step.peak for step in steps), default=0))
+        raise self._refusal(found, smallest)
 
-    def _time_of(self, compilation: Compilation) -> dict[str, float]:
-        """The predicted extra seconds of what was generated."""
+    def _might_be_lower(self, exact: Lowest, found: Lowest | None, peak: int) -> bool:
+        """Whether the exact plan of least predicted peak is another one than the plan found, and may have a lower peak
+        than that was audited to have."""
+        another = found is None or (exact.route, exact.found.choice) != (found.route, found.found.choice)
+        return another and exact.predicted <= peak * (1 + CLOSE)
+
+    def _refusal(self, found: Lowest | None, smallest: int | None = None) -> XConvError:
+        """Why there is no plan; by predictions the smallest budget is that of the plan `found`."""
+        options = self.traced.options
+        if smallest is None:
+            smallest = 0 if found is None else options.needed(found.predicted)
+
+        def ways(lax: Options) -> list[Way]:
+            return [way for route in self.posed for way in self.ways_of(route, lax)]
+
+        return refusal(options, smallest, found, ways, self.lowest, self.traced.notes)
+
+    def _way_of(self, compilation: Compilation) -> Way:
+        """The way that was generated."""
         job, whole = compilation.job, self.whole
         assert job is not None and job.posed is not None and job.plan is not None
         assert whole is not None and whole.posed is not None
         slower = slowdown(job.posed, whole.posed, compilation.route.slicing, job.plan.time)
-        return self._time(Way(compilation.route, job.plan.noise, slower))
-
-    def _lowest(self) -> tuple[BudgetInfeasibleError, Route]:
-        """Among the routes that were compared the one of least predicted peak, and what the planner says of it."""
-        errors: dict[Route, BudgetInfeasibleError] = {}
-        for route, posed in self.posed.items():
-            try:
-                plan(posed, self.traced.within(1).options, route.slicing)
-            except BudgetInfeasibleError as error:
-                errors[route] = error
-        lowest = min(errors, key=lambda route: errors[route].smallest)
-        return errors[lowest], lowest
-
-
-def _compared(route: Route) -> Route:
-    """The route whose problem was posed for `route`: the same whatever number of slices is held."""
-    return route if route.slicing is None else replace(route, slicing=replace(route.slicing, held=0))
-
-
-def _settled(ways: list[Way]) -> bool:
-    """Whether there is an exact way that is so fast that no other is looked for."""
-    return any(way.noise == 0 and way.slowdown <= NEGLIGIBLE for way in ways)
+        return Way(compilation.route, job.plan.noise, slower)
 
 
 def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:

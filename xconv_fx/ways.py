@@ -1,14 +1,20 @@
-"""The ways of running a step that are compared: what each costs in noise and in time, and which is preferred."""
+"""The ways of running a step that are compared: what each costs in noise and in time, and which is preferred.
+
+Limits of noise and time are constraints of every plan that is compared (`cost_model/limits.py`), no filter on those
+that are preferred: a plan that keeps them is found where there is one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .cost_model.solver import Infeasible, Solution, solve
+from .cost_model.limits import SLACK, noisiest
+from .cost_model.solver import Infeasible, OverLimits, Solution, solve
 from .errors import OptionError
 from .options import Options
-from .passes.planning import NOISE_PRICE, tradeoff
+from .passes.planning import NOISE_PRICE, limits, tradeoff
 from .passes.problem import Posed
 from .passes.sliced import slice_step
 from .portable import effort
@@ -42,11 +48,13 @@ AT_ONCE = Route()
 
 @dataclass(frozen=True)
 class Way:
-    """A route and its predicted plan: `noise`, and `slowdown` as a fraction of the plain step."""
+    """A route and its predicted plan: `noise`, that of its noisiest `layer`, and `slowdown` as a fraction of the plain
+    step."""
 
     route: Route
     noise: float
     slowdown: float
+    layer: float = 0.0
 
     def cost(self, prefer: str) -> tuple[float, float]:
         """Smaller is better; the second number decides among equals in the first."""
@@ -56,21 +64,48 @@ class Way:
             return round(self.slowdown, 2), self.noise
         return self.slowdown + NOISE_PRICE * self.noise, self.noise
 
+    def limited(self, name: str) -> float:
+        """What the option `name`, one of `options.LIMITS`, limits."""
+        return {"max_noise": self.noise, "max_layer_noise": self.layer, "max_slowdown": self.slowdown}[name]
+
 
 def select(ways: Sequence[Way], options: Options) -> list[Way]:
-    """The ways that the options' limits allow, best first.
+    """The ways that the limits which the user gave allow, best first.
 
     Raises `OptionError` when there are ways, but none within a limit.
     """
-    for name, limit in (("max_noise", options.max_noise), ("max_slowdown", options.max_slowdown)):
-        if limit is None or not ways:
-            continue
-        values = [way.noise if name == "max_noise" else way.slowdown for way in ways]
-        if min(values) > limit:
-            hint = f"no plan within the budget has less than {min(values):.2g}; write that, or a larger mem_budget"
-            raise OptionError(name, limit, hint)
-        ways = [way for way, value in zip(ways, values, strict=True) if value <= limit]
+    for name, limit in options.given_limits().items():
+        if not ways:
+            break
+        least = min(way.limited(name) for way in ways)
+        allowed = limit * (1 + SLACK)
+        if least > allowed:
+            raise over(name, limit, least)
+        ways = [way for way in ways if way.limited(name) <= allowed]
     return sorted(ways, key=lambda way: way.cost(options.prefer))
+
+
+def over(name: str, limit: float, least: float) -> OptionError:
+    """The error for a limit that no plan within the budget keeps, the best of which reaches `least`."""
+    hint = f"no plan within the budget has less than {at_least(least)}; write that, or a larger mem_budget"
+    return OptionError(name, limit, hint)
+
+
+def at_least(value: float) -> str:
+    """A positive number in two digits, rounded up: a limit of that allows the number."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / step - 1e-9) * step:.2g}"
+
+
+def allowed_seconds(posed: Posed, whole: Posed, slicing: Slicing | None, limit: float | None) -> float | None:
+    """What choices for a slice may add, in seconds, for a `slowdown` within the limit; None where there is none."""
+    if limit is None:
+        return None
+    total = (1 + limit) * sum(whole.seconds.values())
+    if slicing is None:
+        return total - sum(posed.seconds.values())
+    total -= (slicing.count - slicing.held) * posed.seconds["forward"]
+    return total / slicing.count - CALL * len(posed.phases) - sum(posed.seconds.values())
 
 
 def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> list[Way]:
@@ -81,17 +116,21 @@ def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> lis
     """
     slicing = route.slicing
     if slicing is None:
-        solution = _solution(posed, options)
-        return [] if solution is None else [Way(route, solution.noise, slowdown(posed, whole, None, solution.time))]
-    held = _Held(posed, slicing, options)
-    found = []
+        found = _solution(posed, options, allowed_seconds(posed, whole, None, options.max_slowdown))
+        if found is None:
+            return []
+        layer = noisiest(posed.problem, found.choice)
+        return [Way(route, found.noise, slowdown(posed, whole, None, found.time), layer)]
+    held = _Held(posed, slicing, options, whole)
+    ways = []
     for number in held.candidates():
         solution = held.solution(number, exact=False)
         if solution is not None:
             some = replace(slicing, held=number)
             slower = slowdown(posed, whole, some, solution.time)
-            found.append(Way(replace(route, slicing=some), solution.noise, slower))
-    return sorted(found, key=lambda way: way.cost(options.prefer))
+            layer = noisiest(posed.problem, solution.choice)
+            ways.append(Way(replace(route, slicing=some), solution.noise, slower, layer))
+    return sorted(ways, key=lambda way: way.cost(options.prefer))
 
 
 def slowdown(posed: Posed, whole: Posed, slicing: Slicing | None, codecs: float) -> float:
@@ -110,15 +149,16 @@ def slowdown(posed: Posed, whole: Posed, slicing: Slicing | None, codecs: float)
 class _Held:
     """Plans of a sliced step by the number of slices that are held, each solved for once."""
 
-    def __init__(self, posed: Posed, slicing: Slicing, options: Options) -> None:
-        self.posed, self.slicing, self.options = posed, slicing, options
+    def __init__(self, posed: Posed, slicing: Slicing, options: Options, whole: Posed) -> None:
+        self.posed, self.slicing, self.options, self.whole = posed, slicing, options, whole
         self.solved: dict[tuple[int, bool], Solution | None] = {}
 
     def solution(self, held: int, exact: bool) -> Solution | None:
         if (held, exact) not in self.solved:
-            posed = slice_step(self.posed, replace(self.slicing, held=held))
+            slicing = replace(self.slicing, held=held)
             options = replace(self.options, prefer="exact") if exact else self.options
-            self.solved[held, exact] = _solution(posed, options)
+            seconds = allowed_seconds(self.posed, self.whole, slicing, options.max_slowdown)
+            self.solved[held, exact] = _solution(slice_step(self.posed, slicing), options, seconds)
         return self.solved[held, exact]
 
     def candidates(self) -> list[int]:
@@ -131,10 +171,13 @@ class _Held:
         return sorted({self.slicing.count, (self.slicing.count + max(low, 0)) // 2, max(low, 0), 0})
 
 
-def _solution(posed: Posed, options: Options) -> Solution | None:
+def _solution(posed: Posed, options: Options, seconds: float | None) -> Solution | None:
     assert options.mem_budget is not None
+    if seconds is not None and seconds < 0:
+        return None
     usable = options.usable(options.mem_budget.resolve(0))
+    kept = limits(options, seconds)
     try:
-        return solve(posed.problem, usable, **effort(GLANCE), tradeoff=tradeoff(posed, options))
-    except Infeasible:
+        return solve(posed.problem, usable, **effort(GLANCE), tradeoff=tradeoff(posed, options), limits=kept)
+    except (Infeasible, OverLimits):
         return None

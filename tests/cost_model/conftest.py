@@ -23,7 +23,8 @@ def random_problem(seed: int, *, items: int = 5, steps: int = 9, options: int = 
             noise = rng.choice([0.0, rng.lognormvariate(-2, 2), rng.lognormvariate(-2, 2)])
             other = rng.choice([place for place in range(items) if place != index])
             needs = ((other, frozenset(rng.sample(range(options), 2))),) if rng.random() < 0.25 else ()
-            choices.append(Option(f"o{number}", loads, noise, rng.uniform(-0.2, 1.0), needs))
+            layers = ((f"l{rng.randrange(2)}", noise), ("l2", noise * rng.random())) if noise else ()
+            choices.append(Option(f"o{number}", loads, noise, rng.uniform(-0.2, 1.0), needs, layers))
         built.append(Item(f"r{index}", tuple(choices)))
     return Problem(tuple(rng.randint(0, 50) for _ in range(steps)), tuple(built))
 

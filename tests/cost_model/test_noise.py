@@ -12,5 +12,5 @@ def test_how_far_an_error_travels_orders_the_uses() -> None:
     assert [weight, norm, other] == pytest.approx([0, 0.5 * TRAVEL["norm"], 0.5])
     assert dict(Use.travelling("other", earlier).reaches) == dict(earlier)
     assert Use("weight", (("own", 0.1),)).sensitivity == 0.1 and Use("norm", ()).sensitivity == 0
-    with pytest.raises(ValueError, match="'bias' is not one of weight, norm, other"):
+    with pytest.raises(ValueError, match="'bias' is not one of weight, scale, norm, other"):
         Use.travelling("bias", earlier)

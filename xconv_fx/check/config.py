@@ -43,6 +43,7 @@ PLANNER = {
     "slices": "slices",
     "prefer": "prefer",
     "max_noise": "max_noise",
+    "max_layer_noise": "max_layer_noise",
     "max_slowdown": "max_slowdown",
     "reserve": "reserve",
     "calls": "calls",

@@ -26,6 +26,7 @@ FLAGS = {
     "slices": "--slices",
     "prefer": "--prefer",
     "max_noise": "--max-noise",
+    "max_layer_noise": "--max-layer-noise",
     "max_slowdown": "--max-slowdown",
     "stats": "--stats",
     "reserve": "--reserve",
@@ -66,7 +67,9 @@ def add_planner(command: argparse.ArgumentParser) -> None:
     add("--probes", metavar="N|LAYER=N,...", help="probes a layer must use, for all layers or by name or pattern")
     add("--slices", metavar="N", help="slices of the batch to run one after another; 1 for never (default: as needed)")
     add("--prefer", metavar="WHAT", help=f"{', '.join(PREFERENCES)}: what to give up last (default: balanced)")
-    add("--max-noise", metavar="X", help="limit of the predicted variance of the gradients, relative to their energy")
+    noise = "predicted variance of the gradients, relative to their energy"
+    add("--max-noise", metavar="X", help=f"limit of the {noise}, or none (default: 1, and 1 for any layer's)")
+    add("--max-layer-noise", metavar="X", help="the same for the gradient of the noisiest layer, or none")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
     add("--stats", metavar="FILE", help="what xconv calibrate-model measured, to predict noise by (default: priors)")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
@@ -95,6 +98,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         "slices": _number(arguments.slices, int),
         "prefer": arguments.prefer,
         "max_noise": _number(arguments.max_noise, float),
+        "max_layer_noise": _number(arguments.max_layer_noise, float),
         "max_slowdown": _number(arguments.max_slowdown, float),
         "stats": arguments.stats,
         "reserve": arguments.reserve,
