@@ -115,7 +115,7 @@ def gather_pooling(job: Job) -> None:
 
 
 def shapes_only(job: Job) -> None:
-    forget_values(job.joint)
+    forget_values(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
 
 
 def partition(job: Job) -> None:

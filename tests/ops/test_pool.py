@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from xconv_fx.ops import lowering
-from xconv_fx.ops.pool import max_pool_backward, overlapping_windows
+from xconv_fx.ops.pool import adaptive_pool_backward, adaptive_windows, max_pool_backward, overlapping_windows
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -94,4 +94,57 @@ def test_generated_kernels_compute_what_the_reference_does(dtype, cases):
     for (expected, _), gathered in zip(problems, found, strict=True):
         # A kernel adds up to nine windows in float32 and rounds once; the reference rounds after each.
         tolerance = 1e-13 if dtype == torch.float64 else 0.05
+        torch.testing.assert_close(gathered, expected, rtol=tolerance, atol=tolerance)
+
+
+# Input size and number of windows: divisible, overlapping, all in one, more windows than positions.
+ADAPTIVE = [((8, 6), (4, 3)), ((9, 7), (6, 3)), ((5, 8), (1, 1)), ((5, 4), (7, 4)), ((4, 6, 5), (2, 4, 3))]
+
+
+def adaptive(case, dtype=torch.float64):
+    """torch's gradient, and the operator's arguments."""
+    size, windows = case
+    x = torch.randn(2, 3, *size, dtype=dtype, requires_grad=True)
+    pooled = (F.adaptive_avg_pool2d if len(size) == 2 else F.adaptive_avg_pool3d)(x, windows)
+    grad = torch.randn_like(pooled)
+    pooled.backward(grad)
+    order = [0, *range(2, 2 + len(size)), 1]
+    return x.grad, (grad, list(size), order)
+
+
+@pytest.mark.parametrize("case", ADAPTIVE, ids=str)
+def test_adaptive_gradients_are_torchs(case):
+    expected, arguments = adaptive(case)
+    torch.testing.assert_close(adaptive_pool_backward(*arguments), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_adaptive_opcheck():
+    torch.library.opcheck(torch.ops.xconv.adaptive_pool_backward.default, adaptive(ADAPTIVE[1])[1])
+
+
+def test_adaptive_windows_over_one_position():
+    assert [adaptive_windows(8, 4), adaptive_windows(9, 6), adaptive_windows(5, 1), adaptive_windows(5, 7)] == [
+        1,
+        2,
+        1,
+        3,
+    ]
+
+
+def test_generated_adaptive_gradients_are_torchs():
+    """In float64, and in bfloat16, which is summed up in float32; channels-last."""
+    lowering.install()
+    torch._dynamo.reset()
+    problems = [adaptive(case) for case in ADAPTIVE] + [adaptive(ADAPTIVE[1], torch.bfloat16)]
+    fixed = [arguments[1:] for _, arguments in problems]
+
+    def gathers(*grads):
+        return [torch.ops.xconv.adaptive_pool_backward(grad, *rest) for grad, rest in zip(grads, fixed, strict=True)]
+
+    with fresh_cache():
+        call = torch.compile(gathers, backend="inductor", dynamic=False)
+        found, (code,) = run_and_get_code(call, *(arguments[0] for _, arguments in problems))
+    assert "torch.ops.xconv" not in code, "a lowering must have replaced the eager reference"
+    for (expected, _), gathered in zip(problems, found, strict=True):
+        tolerance = 1e-13 if expected.dtype == torch.float64 else 0.02
         torch.testing.assert_close(gathered, expected, rtol=tolerance, atol=tolerance)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from tracing import run_joint, trace
+from tracing import run_joint, targets, trace
 
 from xconv_fx.passes.graph import is_primal, nbytes
 from xconv_fx.passes.shapes_only import shapes_only
@@ -41,6 +41,22 @@ def test_the_gradient_is_the_same_and_the_input_is_let_go(case):
     # What the sines need: the image itself, which is an input, and the pooled one.
     held = [held_bytes(traced, disabled) for disabled in ((), ("shapes_only",))]
     assert held[0] == 8 * before[0].numel() and held[1] == held[0] + 8 * math.prod(shape)
+
+
+ADAPTIVE = {"of a batch": ((2, 3, 8, 5), True), "without": ((3, 8, 5), False), "of many windows": ((2, 3, 1, 1), False)}
+
+
+@pytest.mark.parametrize("case", ADAPTIVE)
+def test_adaptive_pooling_is_gathered(case):
+    """ATen's call would want the whole input in memory, and its gradient in the input's layout."""
+    size, gathered = ADAPTIVE[case]
+    pool = nn.AdaptiveAvgPool2d((6, 6) if case == "of many windows" else (3, 2))
+    traced = trace(lambda x: pool(x.sin()).sin(), torch.randn(size, dtype=torch.float64, requires_grad=True))
+    gm = traced.joint()
+    shapes_only(gm)
+    names = targets(gm.graph)
+    assert ("xconv.adaptive_pool_backward.default" in names) == gathered
+    assert ("aten._adaptive_avg_pool2d_backward.default" in names) != gathered
 
 
 def test_generated_code_agrees_with_eager():

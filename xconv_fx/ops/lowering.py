@@ -36,7 +36,7 @@ from . import (
     fold,
     layout,
     loops,
-    pool,  # noqa: F401 (defines its operator)
+    pool,
     quantize,
     samples_lowering,
     stored,  # noqa: F401 (defines its operator)
@@ -275,6 +275,41 @@ def _lower_max_pool_backward(
     return loops.decoded(grad, grad.get_dtype(), [size[dim] for dim in order], order, body)
 
 
+def _lower_adaptive_pool_backward(grad: ir.TensorBox, input_size: Sequence[int], order: Sequence[int]) -> ir.TensorBox:
+    grad.realize()
+    load = grad.make_loader()
+    dtype = grad.get_dtype()
+    pairs = [(extent, int(count)) for extent, count in zip(input_size, grad.get_size()[2:], strict=True)]
+    windows = list(itertools.product(*(range(pool.adaptive_windows(*pair)) for pair in pairs)))
+
+    def share(index: Index, ahead: Sequence[int]) -> Value:
+        """What comes from the window `ahead` windows after the first that the position is in."""
+        window, area, conditions = [], sympy.S.One, []
+        for at, (extent, count), further in zip(index[2:], pairs, ahead, strict=True):
+            number = FloorDiv(at * count, extent) + further
+            first = FloorDiv(number * extent, count)
+            area = area * (FloorDiv((number + 1) * extent + count - 1, count) - first)
+            window.append(number)
+            if further:
+                conditions += [(number, 0, count), (at - first, 0, extent)]
+
+        def value() -> Value:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            return ops.truediv(load([*index[:2], *window]), ops.to_dtype(ops.index_expr(area, torch.int32), wide))
+
+        return ops.masked(_within(conditions), value, 0.0) if conditions else value()
+
+    def body(physical: Index) -> Value:
+        index = [physical[place] for place in layout.inverse(order)]
+        total = share(index, windows[0])
+        for ahead in windows[1:]:
+            total = ops.add(total, share(index, ahead))
+        return total
+
+    size = [*grad.get_size()[:2], *input_size]
+    return loops.decoded(grad, dtype, [size[dim] for dim in order], order, body)
+
+
 def _within(conditions: Sequence[tuple[sympy.Expr, int, int]]) -> Value:
     """Whether first <= position < end holds for every (position, first, end)."""
     result = None
@@ -302,5 +337,6 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,
     torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,
+    torch.ops.xconv.adaptive_pool_backward.default: _lower_adaptive_pool_backward,
     torch.ops.xconv.stored.default: _lower_stored,
 }

@@ -1,13 +1,18 @@
-"""The backward of max-pooling as a gather: each input position adds up the windows that it won.
+"""Backwards of pooling as gathers: each input position adds up what comes from the windows that it was in.
 
 Inductor turns the backward of max-pooling on CPU into a scatter, which needs two int64 copies of the indices and
 contiguous copies of its operands, and cannot be fused: five times the pooled tensor in transients, often at the very
 peak of a backward. Gathering reads the int8 window offsets that the forward holds anyway, writes each element once and
-fuses with whatever reads it.
+fuses with whatever reads it. The backward of adaptive average pooling is a call of ATen's, given pooling's input for
+its size alone: that input is held, or made of zeros, and where its layout is not that of the gradient both that and
+the result are copied. Gathering needs none of these.
 
 `max_pool_backward(grad (N, C, *out), offsets int8 (N, C, *out), input_size, kernel, stride, padding) -> (N, C, *in)`,
 for 1 to 3 spatial dims and dilation 1. `offsets` number the winner's place inside its window, as
 `prims._low_memory_max_pool_with_offsets` does.
+
+`adaptive_pool_backward(grad (N, C, *out), input_size, order) -> (N, C, *in)`. Window i of O over an extent of H is
+floor(i H / O) to ceil((i + 1) H / O), so a position h is in windows floor(h O / H) to ceil((h + 1) O / H) - 1.
 """
 
 from __future__ import annotations
@@ -53,6 +58,34 @@ def _(
     padding: Sequence[int],
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:2], *input_size))
+
+
+@torch.library.custom_op("xconv::adaptive_pool_backward", mutates_args=())
+def adaptive_pool_backward(grad: Tensor, input_size: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Input gradient (N, C, *`input_size`) of adaptive average pooling from the pooled gradient; contiguous.
+
+    A generated kernel's result lies in memory in the `order` of these dims, outermost first.
+    """
+    for dim, extent in enumerate(input_size, start=2):
+        grad = (grad.movedim(dim, -1) @ _shares(grad, extent, grad.shape[dim])).movedim(-1, dim)
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+@adaptive_pool_backward.register_fake
+def _(grad: Tensor, input_size: Sequence[int], order: Sequence[int]) -> Tensor:
+    return grad.new_empty((*grad.shape[:2], *input_size))
+
+
+def _shares(like: Tensor, extent: int, windows: int) -> Tensor:
+    """What a window's gradient gives each position along a dim: (windows, extent)."""
+    position, window = torch.arange(extent, device=like.device), torch.arange(windows, device=like.device).unsqueeze(1)
+    first, end = window * extent // windows, -(-(window + 1) * extent // windows)
+    return ((position >= first) & (position < end)).to(like.dtype) / (end - first)
+
+
+def adaptive_windows(extent: int, windows: int) -> int:
+    """How many of adaptive pooling's windows can share one position along a dim."""
+    return max(-(-(h + 1) * windows // extent) - h * windows // extent for h in range(extent))
 
 
 def overlapping_windows(kernel: Sequence[int], stride: Sequence[int]) -> int:
