@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from . import hooks
+from . import hooks, unplanned
 from .compilation import Traced
 from .errors import XConvError, surfaced_by_dynamo
 from .ops import lowering
@@ -45,18 +45,18 @@ def xconv(
     hooks.specialise(example_inputs)
     if hooks.without_samples(gm, example_inputs):
         # Nothing to hold, no sizes to plan with, and of the empty gradients Inductor expects other strides than come.
-        return gm.forward
+        return unplanned.graph(gm.forward)
     if not hooks.needs_backward(example_inputs):
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
         plain = replace(chosen, mem_budget=None, slices=None, stats=None)
-        return Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile()
+        return unplanned.graph(Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile())
     session = Session.of(chosen)
     graph = session.graph(gm)
     compiled = _compile(gm, example_inputs, chosen, session, graph.key)
     compiled = watched(compiled) if chosen.shares_samples else compiled
-    if chosen.mem_budget is None or chosen.verify == "off" or graph.key not in session.records:
-        return compiled
-    return session.verifier.checked(compiled, session.records[graph.key])
+    if chosen.mem_budget is not None and chosen.verify != "off" and graph.key in session.records:
+        compiled = session.verifier.checked(compiled, session.records[graph.key])
+    return unplanned.graph(compiled, session, graph.key)
 
 
 def _compile(
@@ -74,6 +74,10 @@ def _compile(
         if not session.verifier.refused(error):
             raise
     return compiled()
+
+
+hooks.watch_calls(xconv, unplanned.Watch.over)
+hooks.watch_frames(unplanned.note)
 
 
 def plan_graph(

@@ -100,6 +100,14 @@ class BudgetInfeasibleError(XConvError):
         return "\n".join(lines)
 
 
+class BudgetLostError(XConvError):
+    """Part of a model that was compiled under a budget ran eagerly, and so without a plan."""
+
+
+class BudgetLostWarning(UserWarning):
+    """What `BudgetLostError` is where `torch.compile` itself was called, which falls back to eager code by design."""
+
+
 class UnsupportedTorchError(XConvError):
     """The installed torch is not one this package's private hooks were checked against.
 

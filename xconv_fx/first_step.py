@@ -189,7 +189,8 @@ class StepCheck:
         module = self.judge.module
         if module is not None:
             self.memory.resident([*module.parameters(), *module.buffers()])
-        before, after = self._optimiser_begins, self._optimiser_ends
+        # Dynamo would trace them into an optimiser's step that is compiled.
+        before, after = map(torch.compiler.disable, (self._optimiser_begins, self._optimiser_ends))
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
         atexit.register(self.finish)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
@@ -32,6 +32,9 @@ from .sizes import Budget
 from .verify import Verifier
 
 _streams = itertools.count(1)
+
+# The note of a plan that was made and is not in force.
+LOST = "not in force: in a later step, code of the model ran eagerly and this graph did not run"
 
 
 @dataclass(frozen=True)
@@ -237,5 +240,15 @@ class Session:
     def add(self, record: GraphRecord) -> None:
         """Record a graph's plan, and write all plans where the user asked for them."""
         self.records[record.graph.key] = record
-        if self.options.report is not None:
+        self._write()
+
+    def lose(self, ran: Collection[GraphKey]) -> None:
+        """Mark the plans of all graphs but those that `ran`: their code has run eagerly."""
+        for key, record in self.records.items():
+            if key not in ran and LOST not in record.plan.notes:
+                self.records[key] = replace(record, plan=replace(record.plan, notes=(*record.plan.notes, LOST)))
+        self._write()
+
+    def _write(self) -> None:
+        if self.options.report is not None and self.records:
             write_json(self.plans, self.options.report)

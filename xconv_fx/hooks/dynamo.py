@@ -1,16 +1,133 @@
-"""What Dynamo made dynamic, fixed to the sizes at hand.
+"""Dynamo: the functions that `torch.compile` makes, the frames it gives up, and the sizes it made dynamic.
 
-Private parts of PyTorch, read in torch 2.13: `torch/fx/experimental/symbolic_shapes.py`.
+Private parts of PyTorch, read in torch 2.13: `torch/_dynamo/eval_frame.py` (`OptimizeContext`, which makes what a user
+calls), `torch/_dynamo/convert_frame.py` (`ConvertFrameAssert`, which compiles a frame or says why not), and
+`torch/fx/experimental/symbolic_shapes.py`. The first two are wrapped for good when this backend is first looked up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from xconv_fx.errors import UnsupportedModelError
+
+Compiled = Callable[..., Any]
+# Characters that are quoted of a reason.
+LONGEST = 240
+# Reasons for which Dynamo leaves a frame alone that has nothing to compile.
+_NOTHING_THERE = ("already Dynamo-generated", "no tensor-related", "__setattr__", "__init__", "exec()", "namedtuple")
+
+
+def watch_calls(backend: Callable[..., Any], wrap: Callable[[Any, Compiled], Compiled]) -> None:
+    """Have `wrap(call, compiled)` called in the place of every function that `torch.compile` makes with this backend.
+
+    `call` is the object that `compile_call` finds.
+    """
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    make = OptimizeContext.__call__
+
+    def __call__(self: Any, function: Any) -> Any:
+        compiled = make(self, function)
+        call = call_of(self)
+        if call is None or not isinstance(compiled, types.FunctionType) or _backend(call) is not backend:
+            return compiled
+        watching: Any = wrap(call, compiled)
+        skip(watching)
+        watched: Any = functools.wraps(compiled)(watching)
+        watched._torchdynamo_wrapper_id = id(watched)
+        return watched
+
+    OptimizeContext.__call__ = __call__  # type: ignore[assignment, method-assign]
+
+
+def call_of(context: Any) -> Any:
+    """The `torch.compile` call behind the `dynamo_ctx` of a compiled module; None if that is not what it is."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    callback = getattr(context, "callback", None)
+    backend = innermost_backend(callback) if callable(callback) else None
+    return backend if isinstance(backend, torch._TorchCompileWrapper) else None
+
+
+def _backend(call: Any) -> Any:
+    function = call.compiler_fn
+    return function.func if isinstance(function, functools.partial) else function
+
+
+def watch_frames(note: Callable[[str | None], None]) -> None:
+    """Have `note` called with None for every frame that Dynamo looks at, and with each reason not to compile all of it.
+
+    Reasons begin with the place in the code.
+    """
+    from torch._dynamo.convert_frame import ConvertFrameAssert
+    from torch._dynamo.utils import graph_break_reasons
+
+    convert = ConvertFrameAssert.__call__
+
+    def __call__(self: Any, frame: Any, *arguments: Any, **keywords: Any) -> Any:
+        known = len(graph_break_reasons)
+        note(None)
+        try:
+            result = convert(self, frame, *arguments, **keywords)
+            why = result.skip_reason if result.guarded_code is None else None
+            if why and not any(some in why for some in _NOTHING_THERE):
+                note(f"{_place(frame.f_code)} for: {why}")
+            return result
+        except Exception as error:
+            note(f"{_place(frame.f_code)} for: {_summary(str(error))}")
+            raise
+        finally:
+            for broken in graph_break_reasons[known:]:
+                where = broken.user_stack[-1] if broken.user_stack else None
+                at = f"{os.path.basename(where.filename)}:{where.lineno}" if where is not None else _place(frame.f_code)
+                note(f"{at} for: {_summary(broken.reason)}")
+
+    ConvertFrameAssert.__call__ = __call__  # type: ignore[method-assign]
+
+
+def gave_up(error: BaseException) -> str:
+    """Why Dynamo cannot compile a function as one graph, if that is what it has raised; else ""."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+
+    if isinstance(error, FailOnRecompileLimitHit):
+        return _summary(str(error.__cause__ or error))
+    alone = isinstance(error, Unsupported) or "found no compiled frames" in str(error)
+    return _summary(str(error)) if alone else ""
+
+
+def skip(function: Any) -> None:
+    """Have Dynamo never compile this function itself, whatever calls it; what it calls may be compiled."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+
+
+def _place(code: types.CodeType) -> str:
+    return f"{code.co_name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def _summary(message: str) -> str:
+    """The first line of Dynamo's message, and its explanation."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    explained = [line.partition(": ")[2] for line in lines if line.startswith("Explanation:")]
+    return ". ".join(line.rstrip(".") for line in [*lines[:1], *explained[:1]])[:LONGEST]
+
+
+def compiling_is_off() -> str | None:
+    """What has switched Dynamo off, or None."""
+    from torch._dynamo import eval_frame
+
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1"
+    stance = eval_frame._stance.stance
+    return None if stance == "default" else f"the stance {stance!r} of torch.compiler.set_stance"
 
 
 def specialise(example_inputs: Sequence[Any]) -> None:
