@@ -42,6 +42,7 @@ def watch_calls(backend: Callable[..., Any], wrap: Callable[[Any, Compiled], Com
         skip(watching)
         watched: Any = functools.wraps(compiled)(watching)
         watched._torchdynamo_wrapper_id = id(watched)
+        watched._xconv_call = call
         return watched
 
     OptimizeContext.__call__ = __call__  # type: ignore[assignment, method-assign]
@@ -54,6 +55,18 @@ def call_of(context: Any) -> Any:
     callback = getattr(context, "callback", None)
     backend = innermost_backend(callback) if callable(callback) else None
     return backend if isinstance(backend, torch._TorchCompileWrapper) else None
+
+
+def call_behind(compiled: Any) -> Any:
+    """The `torch.compile` call that made a compiled module or function, or one that is part of a module; else None."""
+    if not isinstance(compiled, torch.nn.Module):
+        return getattr(compiled, "_xconv_call", None)
+    for module in compiled.modules():
+        within = getattr(module, "_compiled_call_impl", None)
+        call = call_of(module.__dict__.get("dynamo_ctx")) or getattr(within, "_xconv_call", None)
+        if call is not None:
+            return call
+    return None
 
 
 def _backend(call: Any) -> Any:
