@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -33,6 +33,7 @@ from .links import link
 from .partition import Pair
 from .partition import hoist as hoist_saved
 from .partition import partition as partition_joint
+from .peak_scenarios import ONCE, Calls
 from .plain_views import name_shapes
 from .problem import Posed
 from .problem import pose as pose_problem
@@ -40,6 +41,7 @@ from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
 from .separable import is_random, why_not_separable
 from .shapes_only import shapes_only as forget_values
+from .sliced import slice_step
 from .split_backward import split_backward as split_joint
 from .volume_kernels import volume_kernels as choose_volume_kernels
 
@@ -50,6 +52,7 @@ class Job:
 
     `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
     `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
+    `goes_on` says that its results are read by further code of the model, `calls` how often it runs in a step.
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
     many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
     the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
@@ -63,6 +66,8 @@ class Job:
     options: Options
     outside: int = 0
     corrections: dict[str, int] = field(default_factory=dict)
+    goes_on: bool = False
+    calls: Calls = ONCE
     stream: int | None = None
     batch: Batch | None = None
     slicing: Slicing | None = None
@@ -146,7 +151,10 @@ def analyse(job: Job) -> None:
 def pose(job: Job) -> None:
     assert job.pair is not None
     apart = not job.mixing
-    job.posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections, apart))
+    posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections, apart, job.goes_on))
+    posed = replace(posed, calls=job.calls)
+    # Of a slice it is the problem for any number of slices that are held.
+    job.posed = posed if job.slicing is not None else slice_step(posed, None)
 
 
 def plan(job: Job) -> None:

@@ -134,6 +134,7 @@ def describe(
         predicted_peak=bytes_at_peak,
         peak_at=posed.problem.labels[step],
         fixed_bytes=posed.fixed_bytes,
+        calls=posed.calls.count,
         choices=tuple(candidate.choice for candidate in chosen),
         noise=sum(candidate.option.noise for candidate in chosen),
         time=sum(candidate.option.time for candidate in chosen),

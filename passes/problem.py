@@ -41,20 +41,16 @@ from .graph import (
 )
 from .layouts import layout_copies
 from .lifetimes import Timeline, timeline
+from .loss import Ends
 from .normalisation import Norm, find_norms
 from .partition import Pair
+from .peak_scenarios import ONCE, Calls
 from .recompute import Chain, find_chain
 from .residuals import Residual, small
 from .sensitivities import EXACT, Added, Sensitivities
 from .step_time import step_seconds
 
 aten = torch.ops.aten
-
-# Tensors of the results' size that a loss outside the graph holds at once between forward and backward: for cross
-# entropy the log-probabilities and two gradients. One may live as long as the loss itself: the memory of
-# `mse_loss`'s scalar is that of the squares it is the mean of. Losses compute in 32 bits or more.
-LOSS_COPIES = 3
-LOSS_ITEMSIZE = 4
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,8 @@ def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]
 class Posed:
     """The problem for the solver, and what its items and options stand for.
 
-    `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. In bytes: `results` and
-    `tangents`, what the forward returns and the gradients of that, as a loss has them; `rest`, what crosses to the
+    `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. `ends` is what the
+    forward returns, as a loss has it, `calls` how often the graph runs in a step; `rest` are bytes that cross to the
     backward besides the residuals, whatever is chosen. `seconds` is what the forward and the backward take by the
     roofline when everything is kept; `noises` how much noise matters.
     """
@@ -96,11 +92,11 @@ class Posed:
     fixed_bytes: int
     device: str
     phases: tuple[str, ...]
-    results: int
-    tangents: int
+    ends: Ends
     rest: int
     seconds: Mapping[str, float]
     noises: Sensitivities
+    calls: Calls = ONCE
 
     def steps(self, phase: str) -> list[int]:
         """The steps of a phase: "forward", "loss" or "backward"."""
@@ -123,20 +119,15 @@ def pose(
     outside: int = 0,
     corrections: Mapping[str, int] | None = None,
     apart: bool = False,
+    goes_on: bool = False,
 ) -> Posed:
     """The planning problem of the pair.
 
     `outside` is what is alive throughout besides this graph's tensors, `corrections` what audits found the model to be
-    short of in each phase; both in bytes. `apart` says that samples are known to be computed apart.
+    short of in each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
+    results go on into further code of the model.
     """
-    return _Poser(pair, residuals, options, outside, corrections or {}, apart).pose()
-
-
-def bytes_in_loss(node: fx.Node) -> int:
-    """What a result, or its gradient, takes outside of the graph: a caller makes a float32 copy of 16-bit results."""
-    value = tensor_of(node)
-    widened = value is not None and value.is_floating_point() and value.dtype.itemsize < LOSS_ITEMSIZE
-    return LOSS_ITEMSIZE * numel(node) if widened else nbytes(node)
+    return _Poser(pair, residuals, options, outside, corrections or {}, apart, goes_on).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -161,6 +152,7 @@ class _Poser:
         outside: int,
         corrections: Mapping[str, int],
         apart: bool,
+        goes_on: bool,
     ) -> None:
         self.pair, self.options, self.corrections, self.apart = pair, options, corrections, apart
         total = sum(residual.bytes for residual in residuals.values())
@@ -175,9 +167,9 @@ class _Poser:
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.norms = find_norms(self.large.values()) if "fixed" in options.codecs else {}
         self.outside = outside
-        self.results = self._results()
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
-        self.tangents = sum(map(bytes_in_loss, tangents))
+        results = arguments(output_node(pair.forward.graph))[0][: pair.results]
+        self.ends = Ends.of([node for node in results if isinstance(node, fx.Node)], tangents, goes_on)
         # The loss gives them contiguous; AOTAutograd copies those that the graph wants otherwise.
         self.relaid = sum(nbytes(n) for n in tangents if (v := tensor_of(n)) is not None and not v.is_contiguous())
         crossing = pair.residuals().items()
@@ -206,25 +198,20 @@ class _Poser:
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
             problem, residuals, rows, self.chains, self.norms, fixed, self._device(), phases,
-            results=self.results, tangents=self.tangents, rest=self.rest + self.copies,
+            ends=self.ends, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
                      "backward": step_seconds(self.backward, self.machine)},
             noises=self.noises,
         )  # fmt: skip
 
-    def _results(self) -> int:
-        results = arguments(output_node(self.pair.forward.graph))[0][: self.pair.results]
-        nodes = dict.fromkeys(node for node in results if isinstance(node, fx.Node))
-        return sum(bytes_in_loss(node) for node in nodes if not is_primal(node))
-
     def _base(self) -> list[int]:
         constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + self.copies
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
-        held = self.rest + self.results
+        held = self.rest + self.ends.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        after = more["backward"] + held + self.results + self.tangents + self.relaid
+        after = more["backward"] + held + self.ends.kept + self.ends.tangents + self.relaid
         backward = [after + b for b in self.backward.profile()]
-        return [*forward, more["loss"] + held + LOSS_COPIES * self.tangents, *backward]
+        return [*forward, more["loss"] + held + self.ends.between, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

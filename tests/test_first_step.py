@@ -16,7 +16,7 @@ from xconv_fx.plan import Plan
 from xconv_fx.session import Graph, GraphKey, GraphRecord
 
 KB = 1024
-RECORD = GraphRecord(Graph(GraphKey(0, 0), None, 0, 0, 0, False), Plan("cpu", None, 0, 0, "", 0, ()))
+RECORD = GraphRecord(Graph(GraphKey(0, 0), None, 0, 0, 0, 0, False), Plan("cpu", None, 0, 0, "", 0, ()))
 
 
 class Judge:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xconv_fx.measure import physical_peak
-from xconv_fx.slices import Batch, Episode, Sliced, Slicing
+from xconv_fx.passes.loss import Ends
+from xconv_fx.slices import Batch, PeakScenario, Sliced, Slicing
 
 BATCH, COUNT = 8, 4
 
@@ -134,17 +135,18 @@ def test_batch_counts():
 
 def test_episodes_count_what_else_is_alive():
     batch = Batch(4, (True, False), inputs=400, input_gradients=0, gradients=50)
-    none = Slicing(batch, 4, 0).episodes(results=10, tangents=10, loss_copies=3)
+    ends = Ends(results=10, tangents=10, between=30, kept=10)
+    none = Slicing(batch, 4, 0).episodes(ends)
     assert none == (
-        Episode("forward", 300 + 40, 0),
-        Episode("loss", 300 + 3 * (10 + 30), -1),
-        Episode("backward", 300 + 90 + 50, 0),
-        Episode("forward", 300 + 120 + 50, 0),
+        PeakScenario("forward", 300 + 40, 0),
+        PeakScenario("loss", 300 + 3 * (10 + 30), -1),
+        PeakScenario("backward", 300 + 90 + 50, 0),
+        PeakScenario("forward", 300 + 120 + 50, 0, again=True),
     )
-    every = Slicing(batch, 4, 4, copies=7).episodes(results=10, tangents=10, loss_copies=3)
+    every = Slicing(batch, 4, 4, copies=7).episodes(ends)
     assert every == (
-        Episode("forward", 307 + 40, 3),
-        Episode("loss", 307 + 3 * (10 + 30), 3),
-        Episode("backward", 307 + 90 + 50, 2),
-        Episode("backward", 307 + 90, 3),
+        PeakScenario("forward", 307 + 40, 3),
+        PeakScenario("loss", 307 + 3 * (10 + 30), 3),
+        PeakScenario("backward", 307 + 90 + 50, 2),
+        PeakScenario("backward", 307 + 90, 3),
     )

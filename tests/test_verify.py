@@ -33,7 +33,7 @@ class Step:
 
     def compile(self) -> CheckedGraph:
         calls = self.asked.calls
-        record = GraphRecord(Graph(KEY, None, 0, 0, 0, False), Plan("cpu", BUDGET, 0, 0, "", 0, (), calls=calls))
+        record = GraphRecord(Graph(KEY, None, 0, 0, 0, 0, False), Plan("cpu", BUDGET, 0, 0, "", 0, (), calls=calls))
         self.session.records[KEY] = record
         return self.verifier.checked(lambda: (), record)
 
@@ -132,7 +132,7 @@ def test_a_budget_that_no_plan_meets_is_given_up_with_a_warning(monkeypatch: pyt
 
 def test_a_record_of_another_compilation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(monkeypatch)
-    other = Graph(KEY, (0, 1), 0, 0, 0, False)
+    other = Graph(KEY, (0, 1), 0, 0, 0, 0, False)
     step.session.records[KEY] = GraphRecord(other, step.graph.record.plan)
     step.took(500)
     assert step.graph.record.plan.measured_peak == 500

@@ -22,10 +22,10 @@ from .codec_set import CodecSet
 from .errors import BudgetInfeasibleError, find_ours
 from .log import log, publish
 from .options import Options, Probes
-from .passes.graph import is_tangent, nbytes, output_node
+from .passes.graph import is_primal, is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
+from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
-from .passes.problem import LOSS_COPIES, bytes_in_loss
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
@@ -72,6 +72,11 @@ class Traced:
     def graph(self) -> Graph:
         """What its session knows it by."""
         return self.session.graph(self.gm)
+
+    @property
+    def calls(self) -> Calls:
+        """How often it runs in a step."""
+        return Calls(self.options.calls, self.graph.given, self.graph.parameters)
 
     def within(self, budget: int) -> Traced:
         """The same under a budget in bytes."""
@@ -207,7 +212,8 @@ class Compilation:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
             stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.route.slicing,
-            saved=self.route.saved, device=self.traced.session.device, bounds=self.bounds,
+            saved=self.route.saved, device=self.traced.session.device, goes_on=self.traced.graph.goes_on,
+            calls=self.traced.calls, bounds=self.bounds,
         )  # fmt: skip
         self.job = job
         pipeline.run(job, disabled=self.skipped)
@@ -238,14 +244,11 @@ class Compilation:
             raise _Abandoned
 
     def _whole_step(self, phase: str, peak: Peak) -> int:
-        """The peak of a phase over all slices, from that of one slice."""
-        slicing = self.route.slicing
-        if slicing is None:
-            return peak.bytes
+        """The peak of a phase over all slices and calls, from that of one of them."""
         assert self.job is not None and self.job.posed is not None
-        episodes = slicing.episodes(self.job.posed.results, self.job.posed.tangents, LOSS_COPIES)
+        moments = scenarios(self.route.slicing, self.job.posed.calls, self.job.posed.ends)
         held = self.audit.saved_bytes
-        return max(peak.bytes + e.extra + e.others * held for e in episodes if e.phase == phase)
+        return max(peak.bytes + s.extra + s.others * held for s in moments if s.phase == phase)
 
     def _tighten(self, usable: int) -> None:
         """Correct the prediction of every phase by what the audit found; where it is over, by a hundredth at least."""
@@ -260,17 +263,18 @@ class Compilation:
     ) -> list[tuple[str, Peak]]:
         assert self.job is not None and self.job.pair is not None
         placeholders = gm.graph.find_nodes(op="placeholder")
+        assert self.job.posed is not None
+        ends = self.job.posed.ends
         if is_backward:
-            assert self.job.posed is not None
-            self.audit.hold(self.job.posed.results)  # What a loss may keep.
+            self.audit.hold(ends.kept)
             return [("backward", self.audit.backward(code, inputs, [is_tangent(node) for node in placeholders]))]
         self.audit = Audit(self.outside)
-        tangents = [node for node in self.job.pair.backward.graph.find_nodes(op="placeholder") if is_tangent(node)]
         forward = self.audit.forward(code, inputs, self.job.pair.results)
         results: Any = output_node(gm.graph).args[0]
         own = dict.fromkeys(node for node in results[: self.job.pair.results] if isinstance(node, fx.Node))
-        self.audit.hold(sum(bytes_in_loss(node) - nbytes(node) for node in own))
-        return [("forward", forward), ("loss", self.audit.loss(LOSS_COPIES * sum(map(bytes_in_loss, tangents))))]
+        # The caller makes float32 of 16-bit results.
+        self.audit.hold(max(0, ends.results - sum(nbytes(node) for node in own if not is_primal(node))))
+        return [("forward", forward), ("loss", self.audit.loss(ends.between))]
 
     def report(self, **known: Any) -> Plan | None:
         """Publish the plan of what was compiled, with what is `known` about it besides; None without a backward."""
@@ -289,5 +293,7 @@ class Compilation:
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes, *unknown), **found)
         publish(plan)
         assert self.job.posed is not None
-        self.traced.session.add(GraphRecord(self.traced.graph, plan, self.job.posed.problem, self.job.posed.results))
+        self.traced.session.add(
+            GraphRecord(self.traced.graph, plan, self.job.posed.problem, self.job.posed.ends.results)
+        )
         return plan

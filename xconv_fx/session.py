@@ -49,8 +49,9 @@ class GraphKey:
 class Graph:
     """A graph that Dynamo handed over in one `compilation`, before it is planned.
 
-    In bytes: its `parameters`, its `primals` (parameters and buffers), and the `inputs` that are neither. `goes_on`
-    says that its results are read by further code of the model, so that no loss follows.
+    In bytes: its `parameters`, its `primals` (parameters and buffers), and the `inputs` that are neither, of which
+    `given` were not computed in the step. `goes_on` says that its results are read by further code of the model, so
+    that no loss follows.
     """
 
     key: GraphKey
@@ -58,6 +59,7 @@ class Graph:
     parameters: int
     primals: int
     inputs: int
+    given: int
     goes_on: bool
 
 
@@ -139,6 +141,7 @@ class Session:
             hooks.parameter_bytes(gm),
             hooks.parameter_bytes(gm, buffers=True),
             hooks.input_bytes(gm),
+            hooks.input_bytes(gm, given=True),
             hooks.goes_on(),
         )
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,9 @@ from . import hooks
 from .errors import DoubleBackwardError
 from .sample_gradients import samples_of_slice
 from .unplanned import planned
+
+if TYPE_CHECKING:
+    from .passes.loss import Ends
 
 
 @dataclass(frozen=True)
@@ -91,38 +94,41 @@ class Slicing:
         """Inside, the samples of slice `index` are those that run."""
         return samples_of_slice(index * self.samples, self.samples)
 
-    def episodes(self, results: int, tangents: int, loss_copies: int) -> tuple[Episode, ...]:
-        """The moments of a sliced step at which memory may peak.
-
-        `results` and `tangents` are bytes of *one slice's* results and of their gradients; the loss takes
-        `loss_copies` tensors of the gradients' size, and may keep one of the results' size.
-        """
+    def episodes(self, ends: Ends) -> tuple[PeakScenario, ...]:
+        """The moments of a sliced step at which memory may peak; `ends` are those of *one slice*."""
         others = self.count - 1
         inputs = self.batch.inputs - self.batch.inputs // self.count + self.copies
-        waiting = inputs + others * (2 * results + tangents) + self.batch.input_gradients
+        outside = ends.results + ends.kept + ends.tangents
+        waiting = inputs + others * outside + self.batch.input_gradients
         moments = [
-            Episode("forward", inputs + self.count * results, max(self.held - 1, 0)),
-            Episode("loss", inputs + others * (results + loss_copies * tangents), self.held - 1),
-            Episode("backward", waiting + self.batch.gradients, max(self.held - 2, 0)),
+            PeakScenario("forward", inputs + self.count * ends.results, max(self.held - 1, 0)),
+            PeakScenario("loss", inputs + others * (ends.results + ends.between), self.held - 1),
+            PeakScenario("backward", waiting + self.batch.gradients, max(self.held - 2, 0)),
         ]
         if self.held:
-            moments.append(Episode("backward", waiting, self.held - 1))
+            moments.append(PeakScenario("backward", waiting, self.held - 1))
         if self.held < self.count:
-            again = inputs + self.count * (2 * results + tangents) + self.batch.input_gradients + self.batch.gradients
-            moments.append(Episode("forward", again, 0))
+            again = inputs + self.count * outside + self.batch.input_gradients + self.batch.gradients
+            moments.append(PeakScenario("forward", again, 0, again=True))
         return tuple(moments)
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One run of a slice's `phase` ("forward", "loss" or "backward") while more than that slice is alive.
+class PeakScenario:
+    """One run of a graph's `phase` ("forward", "loss" or "backward") while more is alive than that run needs.
 
-    `extra` bytes, and what `others` more slices hold (-1: not even this one's).
+    `extra` bytes, and what the graph's residuals take `others` times more (-1: not even this run's). `again` says that
+    a forward runs a second time, in the backward.
     """
 
     phase: str
     extra: int
     others: int
+    again: bool = False
+
+    def beside(self, extra: int, others: int) -> PeakScenario:
+        """The same beside so much more."""
+        return replace(self, extra=self.extra + extra, others=self.others + others)
 
 
 def slice_inputs(example_inputs: Sequence[Any], slicing: Slicing) -> list[Any]:

@@ -13,7 +13,8 @@ from xconv_fx.passes.graph import is_tangent, nbytes
 from xconv_fx.passes.layouts import layout_copies
 from xconv_fx.passes.lifetimes import timeline
 from xconv_fx.passes.links import link
-from xconv_fx.passes.problem import LOSS_COPIES, pose, resident_bytes
+from xconv_fx.passes.loss import LOSS_COPIES
+from xconv_fx.passes.problem import pose, resident_bytes
 from xconv_fx.passes.residuals import find_residuals
 
 

@@ -204,10 +204,14 @@ def needs_backward(example_inputs: Sequence[Any]) -> bool:
     )
 
 
-def input_bytes(gm: fx.GraphModule) -> int:
-    """Bytes of a Dynamo graph's inputs that are neither parameters nor buffers."""
-    values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder"))
-    every = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+def input_bytes(gm: fx.GraphModule, given: bool = False) -> int:
+    """Bytes of a Dynamo graph's inputs that are neither parameters nor buffers.
+
+    With `given`, of those alone that are no results of what is differentiated before the graph.
+    """
+    found = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder"))
+    values = [value for value in found if isinstance(value, torch.Tensor)]
+    every = sum(value.numel() * value.element_size() for value in values if value.is_leaf or not given)
     return max(0, int(every) - parameter_bytes(gm, buffers=True))
 
 
