@@ -76,7 +76,8 @@ class Traced:
     @property
     def calls(self) -> Calls:
         """How often it runs in a step."""
-        return Calls(self.options.calls, self.graph.given, self.graph.parameters)
+        graph = self.graph
+        return Calls(self.options.calls, graph.given, graph.parameters, chain=graph.given < graph.inputs)
 
     def within(self, budget: int) -> Traced:
         """The same under a budget in bytes."""

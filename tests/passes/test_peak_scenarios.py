@@ -19,9 +19,18 @@ def test_one_call_at_once_is_the_graph_itself() -> None:
 def test_calls_beside_each_other() -> None:
     assert scenarios(None, THREE, ENDS) == (
         PeakScenario("forward", 2 * (100 + 10), 2),
-        PeakScenario("loss", 2 * (100 + 10 + 30), 2),
+        PeakScenario("loss", 2 * (100 + 10 + 7), 2),
         PeakScenario("backward", 2 * (100 + 10 + 7 + 11), 2),
         PeakScenario("backward", 2 * (100 + 10 + 7 + 11) + 1000, 1),
+    )
+
+
+def test_a_chain_of_calls_has_one_loss() -> None:
+    assert scenarios(None, Calls(3, inputs=0, gradients=1000, chain=True), ENDS) == (
+        PeakScenario("forward", 20, 2),
+        PeakScenario("loss", 20, 2),
+        PeakScenario("backward", 20, 2),
+        PeakScenario("backward", 20 + 1000, 1),
     )
 
 
@@ -32,13 +41,13 @@ def test_slices_of_one_call_are_those_of_a_sliced_step() -> None:
 
 @pytest.mark.parametrize("held", [0, 2, 4])
 def test_slices_of_several_calls(held: int) -> None:
-    """Every moment of one sliced call, beside the slices that the other calls hold and what they return."""
-    slicing = Slicing(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, held)
+    """Every moment of one sliced call, beside the slices and weights that the other calls hold, and their results."""
+    slicing = Slicing(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, held, copies=3)
     one, found = slicing.episodes(ENDS), list(scenarios(slicing, THREE, ENDS))
     for moment in one:
-        of_others = 2 * (100 + 4 * 10)
+        of_others = 2 * (100 + 3 + 4 * 10)
         if moment.phase == "loss":
-            of_others += 2 * 4 * 30
+            of_others += 2 * 4 * 7
         elif moment.phase == "backward" or moment.again:
             of_others += 2 * 4 * (7 + 11)
         first = found.pop(0)
