@@ -39,7 +39,7 @@ from .problem import Posed
 from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
-from .separable import is_random, why_not_separable
+from .separable import NOTHING, separability
 from .shapes_only import shapes_only as forget_values
 from .sliced import slice_step
 from .split_backward import split_backward as split_joint
@@ -57,7 +57,8 @@ class Job:
     many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
     the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
     were traced on another one (None: nowhere), `bounds` what is known of the plan beforehand. The fields below are
-    filled by the passes: `mixing` is why the batch cannot be sliced, "" when it can; `phase_peaks` are the plan's.
+    filled by the passes: `mixing` is why the batch cannot be sliced, "" when it can, `draws` and `changed` what slices
+    need to know (`Separability`); `phase_peaks` are the plan's.
     """
 
     joint: fx.GraphModule
@@ -74,7 +75,8 @@ class Job:
     saved: float = 1.0
     device: str | None = None
     bounds: planning.Bounds = planning.ANY
-    random: bool = False
+    draws: str = NOTHING
+    changed: tuple[int, ...] = ()
     mixing: str = "no input holds samples"
     pair: Pair | None = None
     residuals: dict[str, Residual] = field(default_factory=dict)
@@ -107,8 +109,8 @@ def plain_views(job: Job) -> None:
 
 def separate(job: Job) -> None:
     if job.batch is not None:
-        job.random = is_random(job.joint.graph)
-        job.mixing = why_not_separable(job.joint, job.batch.batched, job.samples, job.arguments["num_fwd_outputs"])
+        found = separability(job.joint, job.batch.batched, job.samples, job.arguments["num_fwd_outputs"])
+        job.mixing, job.draws, job.changed = found.mixing, found.draws, found.changed
 
 
 def split_backward(job: Job) -> None:

@@ -106,8 +106,8 @@ def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
 
 
 def _replayable(node: fx.Node) -> bool:
-    if node.op != "call_function" or hooks.draws(node):
-        return False
+    if node.op != "call_function" or hooks.draws(node) or any(map(hooks.changes, node.all_input_nodes)):
+        return False  # Another draw, or of an input that is another one by then.
     if node.target is aten.as_strided.default and not is_primal(node.all_input_nodes[0]):
         return False  # A copy of its source may lie in memory in another way.
     return is_view(node) or is_elementwise(node) or node.target in _CHEAP

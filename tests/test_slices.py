@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xconv_fx.measure import physical_peak
 from xconv_fx.passes.loss import Ends
+from xconv_fx.passes.separable import NOTHING, SAMPLES
 from xconv_fx.slices import Batch, PeakScenario, Sliced, Slicing
 
 BATCH, COUNT = 8, 4
@@ -27,8 +28,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
 
 
-def slicing(held: int, count: int = COUNT, random: bool = False, relaid: tuple[int, ...] = ()) -> Slicing:
-    return Slicing(Batch(BATCH, (True, False, False), 0, 0, 0), count, held, random, relaid)
+def slicing(held: int, count: int = COUNT, draws: str = NOTHING, relaid: tuple[int, ...] = ()) -> Slicing:
+    return Slicing(Batch(BATCH, (True, False, False), 0, 0, 0), count, held, draws, relaid)
 
 
 @pytest.mark.parametrize("held", range(COUNT + 1))
@@ -88,13 +89,13 @@ def test_a_second_forward_draws_the_same_numbers(held):
 
     x, weight, bias = inputs()
     torch.manual_seed(3)
-    (result,) = Sliced(dropped, slicing(held, random=True))(x, weight, bias)
+    (result,) = Sliced(dropped, slicing(held, draws=SAMPLES))(x, weight, bias)
     after = torch.rand(1)
     result.sum().backward()
     # result = mask(x) * w, so that d/dw of its sum is the sum over w: of the very numbers of the forward.
     torch.testing.assert_close(weight.grad[0, 0, 0, 0], result.detach().sum() / weight.detach()[0, 0, 0, 0])
     torch.manual_seed(3)
-    Sliced(dropped, slicing(4, random=True))(x, weight, bias)
+    Sliced(dropped, slicing(4, draws=SAMPLES))(x, weight, bias)
     assert torch.rand(1) == after, "the generator goes on as if nothing had been run again"
 
 

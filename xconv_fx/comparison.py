@@ -150,7 +150,11 @@ class Comparison:
         for count in counts:
             if count == counts[-1] or not chosen or count >= 2 * chosen[-1]:
                 chosen.append(count)
-        return [Slicing(batch, n, 0, whole.random, *whole.relaid) for n in (chosen if fixed is None else [fixed])]
+        relaid, copies = whole.relaid
+        return [
+            Slicing(batch, n, 0, whole.draws, relaid, copies, whole.changed)
+            for n in (chosen if fixed is None else [fixed])
+        ]
 
     def _sliced(self, slicing: Slicing) -> tuple[Slicing, Job] | None:
         """The job of a slice; None, with a note, when the graph is not the same for a slice.

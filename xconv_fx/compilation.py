@@ -26,12 +26,13 @@ from .passes.graph import is_primal, is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
+from .passes.slice_graph import slice_graph
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
 from .session import Graph, GraphRecord, Session
 from .sizes import Budget
-from .slices import Batch, Sliced, slice_graph, slice_inputs
+from .slices import Batch, Sliced, differentiable, slice_inputs
 from .ways import AT_ONCE, Route
 
 
@@ -185,7 +186,8 @@ class Compilation:
         options, slicing = self.traced.options, self.route.slicing
         gm, inputs = copied(self.traced.gm), self.traced.example_inputs
         if slicing is not None:
-            gm, inputs = slice_graph(gm, slicing), slice_inputs(inputs, slicing)
+            whole, inputs = inputs, slice_inputs(inputs, slicing)
+            slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
@@ -207,7 +209,7 @@ class Compilation:
             self.kernels.collect(),
         ):
             compiled = hooks.compile_graph(gm, inputs, config, self._entering)
-        return compiled if slicing is None else Sliced(compiled, slicing)
+        return compiled if slicing is None else Sliced(compiled, slicing, differentiable(self.traced.gm))
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         job = pipeline.Job(

@@ -7,6 +7,10 @@ when the backward comes to them. So the step takes, besides parameters, inputs, 
 `held` slices and the working memory of one: from all that a batch needs (one slice) in steps of 1/count down to what a
 single sample needs, for up to one more forward of time.
 
+What a step does once, it does once: a draw that all samples share is made anew from the same state of the generator in
+every slice; buffers and inputs that the forward changes in place are copied for each slice, and changed for the caller
+by the first run of a slice alone.
+
 Gradient accumulation over micro-batches and checkpointing (Chen et al., arXiv 1604.06174) are the two ends of this
 scale; here the loss sees the whole batch, and the planner chooses the place in between.
 """
@@ -14,7 +18,7 @@ scale; here the loss sees the whole batch, and the planner chooses the place in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +28,16 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import hooks
 from .errors import DoubleBackwardError
+from .passes.graph import arguments, output_node
+from .passes.separable import BATCH, NOTHING, SAMPLES
 from .sample_gradients import samples_of_slice
 from .unplanned import planned
 
 if TYPE_CHECKING:
     from .passes.loss import Ends
+
+# Bytes of a state of the CPU's generator.
+STATE = 5056
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Batch:
     """The inputs of a graph that hold samples: `batched[i]` says whether input i does, `size` how many samples.
 
     Bytes of the whole batch: `inputs` of those, `input_gradients` of the gradients that they need, `gradients` of the
-    gradients of all other inputs.
+    gradients of all other inputs, and `sizes` of every input.
     """
 
     size: int
@@ -44,46 +53,54 @@ class Batch:
     inputs: int
     input_gradients: int
     gradients: int
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
     def of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Batch | None:
         """The batch that Dynamo's graph is traced for: what leads all its tensors but parameters and buffers."""
-        leading = [
-            int(value.shape[0]) if is_data and value.dim() > 0 else None
-            for value, is_data in zip(example_inputs, hooks.data_inputs(gm), strict=True)
-        ]
+        leading = leading_sizes(gm, example_inputs)
         samples = next((size for size in leading if size is not None), 0)
         if samples < 2:
             return None
         batched = tuple(size == samples for size in leading)
         inputs = input_gradients = gradients = 0
-        for value, is_batched in zip(example_inputs, batched, strict=True):
+        sizes = [int(v.numel()) * v.element_size() if isinstance(v, Tensor) else 0 for v in example_inputs]
+        for value, size, is_batched in zip(example_inputs, sizes, batched, strict=True):
             if isinstance(value, Tensor):
-                size = int(value.numel()) * value.element_size()
                 inputs += size * is_batched
                 input_gradients += size * (is_batched and value.requires_grad)
                 gradients += size * (not is_batched and value.requires_grad)
-        return Batch(samples, batched, inputs, input_gradients, gradients)
+        return Batch(samples, batched, inputs, input_gradients, gradients, tuple(sizes))
 
     def counts(self) -> list[int]:
         """Numbers of slices, ascending, that cut the batch into equal parts."""
         return [count for count in range(2, self.size + 1) if self.size % count == 0]
 
 
+def leading_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int | None]:
+    """The first size of every input of Dynamo's graph that is data; None for numbers, parameters and buffers."""
+    return [
+        int(value.shape[0]) if is_data and value.dim() > 0 else None
+        for value, is_data in zip(example_inputs, hooks.data_inputs(gm), strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Slicing:
     """`count` slices of a batch, of which `held` keep their residuals from forward to backward.
 
-    `random` says that the graph draws random numbers, which a second forward must draw again. `relaid` are the indices
-    of convolution weights that are laid out channels-last once, for all slices; `copies` is their size in bytes.
+    `draws` says what random numbers the graph draws (`Separability`), which a second forward must draw again. `relaid`
+    are the indices of convolution weights that are laid out channels-last once, for all slices; `copies` is their size
+    in bytes. `changed` are the indices of inputs that the forward changes in place.
     """
 
     batch: Batch
     count: int
     held: int
-    random: bool = False
+    draws: str = NOTHING
     relaid: tuple[int, ...] = ()
     copies: int = 0
+    changed: tuple[int, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -94,10 +111,20 @@ class Slicing:
         """Inside, the samples of slice `index` are those that run."""
         return samples_of_slice(index * self.samples, self.samples)
 
+    @property
+    def besides(self) -> int:
+        """Bytes that slicing takes throughout: copies of weights and of what is changed, states of generators."""
+        old = sum(self.batch.sizes[index] for index in self.changed)
+        of_slices = sum(
+            self.batch.sizes[index] // (self.count if self.batch.batched[index] else 1) for index in self.changed
+        )
+        states = 2 * STATE if self.draws != NOTHING else 0
+        return self.copies + old + max(self.held, 1) * of_slices + states
+
     def episodes(self, ends: Ends) -> tuple[PeakScenario, ...]:
         """The moments of a sliced step at which memory may peak; `ends` are those of *one slice*."""
         others = self.count - 1
-        inputs = self.batch.inputs - self.batch.inputs // self.count + self.copies
+        inputs = self.batch.inputs - self.batch.inputs // self.count + self.besides
         outside = ends.results + ends.kept + ends.tangents
         waiting = inputs + others * outside + self.batch.input_gradients
         moments = [
@@ -150,51 +177,63 @@ def slice_inputs(example_inputs: Sequence[Any], slicing: Slicing) -> list[Any]:
     return sliced
 
 
-_SIZED = {"view", "reshape", "expand", "repeat", "new_zeros", "new_ones", "new_full", "new_empty", "unflatten"}
-
-
-def slice_graph(gm: fx.GraphModule, slicing: Slicing) -> fx.GraphModule:
-    """Let the shapes that Dynamo wrote into its graph, `x.view(8, -1)`, speak of a slice. In place.
-
-    Only a leading size that is the batch's is changed; the rest is left to the proof that samples are apart.
-    """
-    for node in gm.graph.nodes:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if node.op in ("call_method", "call_function") and name in _SIZED and len(node.args) > 1:
-            head, *rest = node.args[1:]
-            if head == slicing.batch.size:
-                node.args = (node.args[0], slicing.samples, *rest)
-            elif isinstance(head, (list, tuple)) and head and head[0] == slicing.batch.size:
-                node.args = (node.args[0], (slicing.samples, *head[1:]), *rest)
-    gm.recompile()
-    return gm
+def differentiable(gm: fx.GraphModule) -> tuple[bool, ...]:
+    """Which results of Dynamo's graph require a gradient."""
+    values = [getattr(node, "meta", {}).get("example_value") for node in arguments(output_node(gm.graph))[0]]
+    return tuple(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 class Sliced:
     """Runs a function that was compiled for one slice on a whole batch, differentiably."""
 
-    def __init__(self, function: Callable[..., Any], slicing: Slicing) -> None:
-        self.function, self.slicing = function, slicing
+    def __init__(
+        self, function: Callable[..., Any], slicing: Slicing, differentiable: Sequence[bool] | None = None
+    ) -> None:
+        """`differentiable` says which results require a gradient; None: all of numbers that can have one."""
+        self.function, self.slicing, self.differentiable = function, slicing, differentiable
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return _SlicedStep.apply(self, *inputs)
 
     def arguments(self, leaves: Sequence[Any], index: int) -> list[Any]:
-        """What the function takes for slice `index`: batched leaves narrowed to it, the others as they are."""
+        """What the function takes for slice `index`: batched leaves narrowed to it, copies of what it changes."""
         start, length = index * self.slicing.samples, self.slicing.samples
-        return [
+        chosen = [
             leaf.detach().narrow(0, start, length).requires_grad_(leaf.requires_grad) if is_batched else leaf
             for leaf, is_batched in zip(leaves, self.slicing.batch.batched, strict=True)
         ]
+        for place in self.slicing.changed:
+            chosen[place] = chosen[place].clone()
+        return chosen
 
     def leaves(self, inputs: Sequence[Any]) -> list[Any]:
-        """The inputs cut off from the caller's autograd graph; weights relaid."""
+        """The inputs cut off from the caller's autograd graph; weights relaid, and what is changed as it was."""
         cut = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
         for index in self.slicing.relaid:
             cut[index] = cut[index].contiguous(memory_format=torch.channels_last)
+        for index in self.slicing.changed:
+            cut[index] = cut[index].clone()
         return [
             value.requires_grad_(given.requires_grad) if isinstance(given, Tensor) else value
             for value, given in zip(cut, inputs, strict=True)
+        ]
+
+    def change(self, inputs: Sequence[Any], arguments: Sequence[Any], index: int) -> None:
+        """Change the caller's tensors as slice `index` changed its own: samples once each, the shared at the end."""
+        start, length = index * self.slicing.samples, self.slicing.samples
+        for place in self.slicing.changed:
+            if self.slicing.batch.batched[place]:
+                inputs[place].narrow(0, start, length).copy_(arguments[place])
+            elif index == self.slicing.count - 1:
+                inputs[place].copy_(arguments[place])
+
+    def detached(self, results: Sequence[Any]) -> list[Tensor]:
+        """The results that require no gradient."""
+        known = self.differentiable or [True] * len(results)
+        return [
+            value
+            for value, differs in zip(results, known, strict=True)
+            if isinstance(value, Tensor) and not (differs and value.dtype.is_floating_point | value.dtype.is_complex)
         ]
 
 
@@ -204,25 +243,27 @@ class _SlicedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Sliced, *inputs: Any) -> tuple[Any, ...]:
         slicing = step.slicing
-        ctx.step, ctx.held, ctx.states = step, {}, {}
-        # Autograd's own check that nobody writes to what the backward reads.
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.held, ctx.draws = step, {}, _Draws(slicing, inputs)
+        # Autograd's own check that nobody writes to what the backward reads; of what is changed it reads copies.
+        kept = [value for place, value in enumerate(inputs) if place not in slicing.changed]
+        ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
         ctx.leaves = step.leaves(inputs)
-        results: list[Tensor] = []
+        results: list[Any] = []
         for index in range(slicing.count):
             held = index >= slicing.count - slicing.held and any(ctx.needs_input_grad)
-            if slicing.random:
-                ctx.states[index] = _random_state(inputs)
             arguments = step.arguments(ctx.leaves, index)
             if not held:
                 arguments = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-            with torch.enable_grad(), slicing.names(index):
+            with torch.enable_grad(), slicing.names(index), ctx.draws.first_run(index):
                 part = step.function(*arguments)
             results = results or [_whole(value, slicing.count) for value in part]
             _write(results, part, index * slicing.samples)
+            step.change(inputs, arguments, index)
             if held:
                 ctx.held[index] = arguments, _edges(part)
             del part, arguments
+        ctx.mark_non_differentiable(*step.detached(results))
         return tuple(results)
 
     @staticmethod
@@ -248,7 +289,8 @@ class _SlicedStep(torch.autograd.Function):
                 for edge, gradient in zip(edges, gradients, strict=True)
                 if edge is not None and gradient is not None
             ]
-            torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
+            if pairs:
+                torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
             for place, is_batched in enumerate(slicing.batch.batched):
                 if is_batched and arguments[place].grad is not None:
                     if place not in whole:
@@ -258,10 +300,11 @@ class _SlicedStep(torch.autograd.Function):
         return tuple(whole.get(place, _taken(leaf)) for place, leaf in enumerate(leaves))
 
 
-def _write(results: Sequence[Tensor], part: Sequence[Tensor], start: int) -> None:
+def _write(results: Sequence[Any], part: Sequence[Any], start: int) -> None:
     """Copy a slice's results to where they belong; a loop's variable in the caller would outlive `part`."""
     for whole, value in zip(results, part, strict=True):
-        whole.narrow(0, start, value.shape[0]).copy_(value.detach())
+        if isinstance(value, Tensor):
+            whole.narrow(0, start, value.shape[0]).copy_(value.detach())
 
 
 class _Constant(torch.autograd.Function):
@@ -287,18 +330,20 @@ def _taken(leaf: Any) -> Tensor | None:
 def _forward_again(ctx: Any, step: Sliced, index: int) -> tuple[list[Any], list[Any]]:
     """Slice `index` once more, from the random state that its first forward had; its arguments and gradient edges."""
     arguments = step.arguments(ctx.leaves, index)
-    with _with_random_state(ctx.states.get(index)), torch.enable_grad(), step.slicing.names(index):
+    with ctx.draws.again(index), torch.enable_grad(), step.slicing.names(index):
         part = step.function(*arguments)
     return arguments, _edges(part)
 
 
-def _edges(values: Sequence[Tensor]) -> list[Any]:
+def _edges(values: Sequence[Any]) -> list[Any]:
     """Where gradients of the values enter: keeps their graph alive, and not their memory."""
-    return [get_gradient_edge(value) if value.requires_grad else None for value in values]
+    return [get_gradient_edge(v) if isinstance(v, Tensor) and v.requires_grad else None for v in values]
 
 
-def _whole(part: Tensor, count: int) -> Tensor:
-    """Memory for `count` parts in one tensor, samples outermost, each laid out as in the part."""
+def _whole(part: Any, count: int) -> Any:
+    """Memory for `count` parts in one tensor, samples outermost, each laid out as in the part; numbers as they are."""
+    if not isinstance(part, Tensor):
+        return part
     shape, strides = list(part.shape), list(part.stride())
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
     shape[0] *= count
@@ -307,24 +352,46 @@ def _whole(part: Tensor, count: int) -> Tensor:
     return torch.empty(shape, dtype=part.dtype, device=part.device)
 
 
-def _random_state(inputs: Sequence[Any]) -> dict[str, Tensor]:
-    """The state of the generators that a graph on these inputs draws from."""
-    kinds = {value.device.type for value in inputs if isinstance(value, Tensor)}
-    state = {"cpu": torch.get_rng_state()}
-    if "cuda" in kinds:
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+class _Draws:
+    """The random numbers of one step: those that slice `index` drew first, it draws again.
 
+    What each sample draws for itself comes from a seed of the slice's own, drawn from the generator; what all samples
+    share from the state in which the step finds the generator, which goes on as after one run.
+    """
 
-@contextlib.contextmanager
-def _with_random_state(state: dict[str, Tensor] | None) -> Any:
-    """Draw from an earlier state, then go on from the present one."""
-    if state is None:
-        yield
-        return
-    devices = [torch.cuda.current_device()] if "cuda" in state else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
-        yield
+    def __init__(self, slicing: Slicing, inputs: Sequence[Any]) -> None:
+        self.kind = slicing.draws
+        self.cuda = any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)
+        if self.kind == SAMPLES:
+            self.seeds: list[int] = torch.randint(2**63 - 1, (slicing.count,)).tolist()
+        elif self.kind == BATCH:
+            self.states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.cuda else [])]
+
+    @contextlib.contextmanager
+    def first_run(self, index: int) -> Iterator[None]:
+        if self.kind == BATCH:
+            self._rewind()
+            yield
+        else:
+            with self.again(index):
+                yield
+
+    @contextlib.contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        """Inside, the draws of a slice; the generator is left as it was."""
+        if self.kind == NOTHING:
+            yield
+            return
+        with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
+            if self.kind == BATCH:
+                self._rewind()
+            else:
+                torch.default_generator.manual_seed(self.seeds[index])
+                if self.cuda:
+                    torch.cuda.manual_seed(self.seeds[index])
+            yield
+
+    def _rewind(self) -> None:
+        torch.set_rng_state(self.states[0])
+        if self.cuda:
+            torch.cuda.set_rng_state(self.states[1])

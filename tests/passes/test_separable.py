@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tracing import trace
 
-from xconv_fx.passes.separable import is_random, why_not_separable
+from xconv_fx.passes import separable
+from xconv_fx.passes.separable import separability
 
 BATCH = 6
 
@@ -65,8 +67,8 @@ MIXED = {
     "the loss inside": ((conv(3, 4), Apply(lambda x, w: (x * w).mean())), "reduction over"),
     "softmax over samples": ((Apply(lambda x, w: torch.softmax(x * w, 0)),), "samples"),
     "neighbours": ((Apply(lambda x, w: x * w + x.roll(1, 0)),), "samples"),
-    "reversed": ((Apply(lambda x, w: x * w + x.flip(0)),), "not known to treat samples apart"),
-    "sums so far": ((Apply(lambda x, w: torch.cumsum(x * w, 0)),), "not known"),
+    "reversed": ((Apply(lambda x, w: x * w + x.flip(0)),), "picks samples"),
+    "sums so far": ((Apply(lambda x, w: torch.cumsum(x * w, 0)),), "picks samples"),
     "half the batch": ((Apply(lambda x, w: x[:3] * w + x[3:]),), "picks samples"),
     "twice the batch": ((Apply(lambda x, w: torch.cat([x, x * w])),), "beside each other"),
     "a weight for each sample": ((Apply(lambda x, w: x * w, BATCH, 1, 1, 1),), "constant of its own"),
@@ -82,11 +84,11 @@ def model_of(layers):
     return nn.Sequential(*layers)
 
 
-def reason(model, x):
+def found(model, x):
     joint = trace(model, x)
     batched = [value.shape == x.shape for value in joint.primals]
     assert sum(batched) == 1
-    return why_not_separable(joint.gm, batched, BATCH, joint.arguments["num_fwd_outputs"])
+    return separability(joint.gm, batched, BATCH, joint.arguments["num_fwd_outputs"])
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def x():
 @pytest.mark.parametrize("name", APART)
 def test_samples_apart(name, x):
     model = model_of(APART[name])
-    assert reason(model, x) == ""
+    assert found(model, x).mixing == ""
     if name not in ("dropout", "a constant times the batch's size"):
         with torch.no_grad():
             parts = torch.cat([model(part) for part in x.split(2)])
@@ -107,13 +109,94 @@ def test_samples_apart(name, x):
 @pytest.mark.parametrize("name", MIXED)
 def test_samples_mixed(name, x):
     layers, expected = MIXED[name]
-    assert expected in reason(model_of(layers), x)
+    assert expected in found(model_of(layers), x).mixing
 
 
 def test_the_layer_is_named(x):
-    assert "in 1" in reason(nn.Sequential(conv(3, 4), Apply(lambda x, w: x - x.mean(0) * w)), x)
+    assert "in 1" in found(nn.Sequential(conv(3, 4), Apply(lambda x, w: x - x.mean(0) * w)), x).mixing
 
 
-def test_randomness_is_seen(x):
-    assert is_random(trace(nn.Sequential(conv(3, 4), nn.Dropout(0.5)), x).gm.graph)
-    assert not is_random(trace(nn.Sequential(conv(3, 4), nn.ReLU()), x).gm.graph)
+def kept(x):
+    return torch.empty(len(x), 1, 1, 1).bernoulli_(0.5)
+
+
+# What a model draws: numbers of each sample's own, or numbers that all samples share.
+DRAWS = {
+    "nothing": (separable.NOTHING, lambda x, w: torch.relu(x)),
+    "dropout": (separable.SAMPLES, lambda x, w: F.dropout(x, 0.5)),
+    "dropout of channels": (separable.SAMPLES, lambda x, w: F.dropout2d(x)),
+    "stochastic depth": (separable.SAMPLES, lambda x, w: x * kept(x) / 0.5),
+    "rrelu": (separable.SAMPLES, lambda x, w: F.rrelu(x, training=True)),
+    "noise like the samples": (separable.SAMPLES, lambda x, w: x + torch.randn_like(x)),
+    "a class for each sample": (separable.SAMPLES, lambda x, w: torch.multinomial(x.flatten(1).exp(), 2)),
+    "a number": (separable.BATCH, lambda x, w: x * torch.rand(())),
+    "a number of four dimensions": (separable.BATCH, lambda x, w: x * torch.empty(1, 1, 1, 1).bernoulli_(0.5)),
+    "a map": (separable.BATCH, lambda x, w: x + torch.randn(1, *x.shape[1:])),
+    "a draw for each of as many channels": (separable.BATCH, lambda x, w: x * torch.rand(BATCH).view(1, -1, 1, 1)),
+    "dropout of weights": (separable.BATCH, lambda x, w: x * F.dropout(w)),
+    "a permutation of channels": (separable.BATCH, lambda x, w: x[:, torch.randperm(BATCH)]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_whose_a_draw_is(name, x):
+    kind, function = DRAWS[name]
+    proof = found(nn.Sequential(conv(3, BATCH), Apply(lambda x, w: function(x, w) * w.sum(), BATCH, 1, 1)), x)
+    assert (proof.mixing, proof.draws) == ("", kind)
+
+
+def test_draws_of_both_kinds(x):
+    proof = found(nn.Sequential(conv(3, 4), nn.Dropout(), Apply(lambda x, w: x * torch.rand(()) * w)), x)
+    assert "a draw that all samples share" in proof.mixing
+
+
+class Changes(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.conv, self.change = conv(3, 4), change
+        self.register_buffer("buffer", torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        y = self.conv(x * 2)
+        self.change(self, x, y)
+        return y * self.buffer.sum()
+
+
+def average(y):
+    return y.detach().mean((0, 2, 3))[:, None, None]
+
+
+# How many inputs slices must change, or why there are none.
+CHANGES = {
+    "nothing": (0, lambda net, x, y: None),
+    "a counter": (1, lambda net, x, y: net.buffer.add_(1)),
+    "an average of weights": (1, lambda net, x, y: net.buffer.lerp_(net.conv.weight.detach()[:, :1, :1, 0], 0.1)),
+    "the input": (1, lambda net, x, y: x.mul_(2)),
+    "channels of the input": (1, lambda net, x, y: x[:, 0].sub_(x[:, 1])),
+    "an average of samples": ("reduction over samples", lambda net, x, y: net.buffer.copy_(average(y))),
+    "a sample": ("picks samples", lambda net, x, y: net.buffer.copy_(average(y[:1]))),
+    "the input by its mean": ("reduction over", lambda net, x, y: x.sub_(x.mean())),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_in_place(name, x):
+    wanted, change = CHANGES[name]
+    proof = found(Changes(change), x)
+    if isinstance(wanted, str):
+        assert wanted in proof.mixing
+    else:
+        assert (proof.mixing, len(proof.changed)) == ("", wanted)
+
+
+def test_a_parameter_that_is_changed(x):
+    def clipped(net, x, y):
+        with torch.no_grad():
+            net.conv.weight.clamp_(-1, 1)
+
+    class Clipped(Changes):
+        def forward(self, x):
+            self.change(self, x, None)
+            return self.conv(x)
+
+    assert "a parameter is changed in place" in found(Clipped(clipped), x).mixing

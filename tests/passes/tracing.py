@@ -36,12 +36,14 @@ class _Captured(Exception):
 
 @dataclass
 class Traced:
-    """A joint graph, what the partitioner is called with, and real tensors for its primals."""
+    """A joint graph, what the partitioner is called with, real tensors for its primals, Dynamo's graph and inputs."""
 
     gm: fx.GraphModule
     joint_inputs: Sequence[object]
     arguments: dict[str, Any]
     primals: list[Any]
+    dynamo: fx.GraphModule
+    example_inputs: list[Any]
 
     def joint(self) -> fx.GraphModule:
         """A copy to rewrite."""
@@ -82,13 +84,14 @@ def trace(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Traced:
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         hooks.specialise(example_inputs)
+        found.update(dynamo=gm, example_inputs=example_inputs)
         reshape_free_instance_norm(gm)
         config = {"custom_partitioner_fn": hooks.Partitioner(capture, "capture"), "fx_graph_cache": False}
         try:
             with hooks.ahead_of_time_backward():
                 hooks.compile_graph(copy.deepcopy(gm), example_inputs, config, lambda *_: None)
         except Exception:
-            if not found:
+            if "gm" not in found:
                 raise
 
         def eager(*arguments: Any) -> Any:

@@ -18,6 +18,9 @@ from torch import fx
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .aot import ChangedElsewhere as ChangedElsewhere
+from .aot import changed_inputs as changed_inputs
+from .aot import changes as changes
 from .aot import deduplicate as deduplicate
 from .aot import draws as draws
 from .aot import partition as partition
@@ -34,6 +37,7 @@ from .dynamo import skip as skip
 from .dynamo import specialise as specialise
 from .dynamo import watch_calls as watch_calls
 from .dynamo import watch_frames as watch_frames
+from .fake import trying_fake as trying_fake
 from .frames import callers as callers
 from .frames import compile_id as compile_id
 from .frames import compiling_code as compiling_code

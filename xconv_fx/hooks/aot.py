@@ -12,7 +12,7 @@ Checked on torch 2.13.0.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -55,6 +55,7 @@ def partition(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     pin_draws(gm.graph)
+    keep_changed_inputs(gm.graph)
     # A share of the user's own stands where nothing else is asked for.
     share = saved if saved < 1 else functorch_config.activation_memory_budget
     with functorch_config.patch(activation_memory_budget=max(share, _LEAST)), _draws_apart(gm.graph):
@@ -68,6 +69,65 @@ def pin_draws(graph: fx.Graph) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def keep_changed_inputs(graph: fx.Graph) -> None:
+    """Let the backward read what the forward found in the inputs that it changes in place, and not what it left there.
+
+    torch's partitioner takes an input for a value that is there in the backward as well. What reads one that changes is
+    marked to be saved, and the backward gets a copy of the input where it reads the input itself.
+    """
+    late = _closure(node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target))
+    for root in {copy.args[0] for copy in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}:
+        same = [root] if root.op == "placeholder" else []
+        for node in same:
+            readers = [user for user in node.users if user.op == "call_function" and not _writes(user, node)]
+            same += [user for user in readers if _is_view(user)]
+            for user in readers:
+                if user not in late and not _is_view(user):
+                    user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            in_backward = [user for user in readers if user in late]
+            if in_backward:
+                _read_copy(graph, node, in_backward)
+
+
+def changes(node: fx.Node) -> bool:
+    """Whether a graph's input is one that the graph changes in place."""
+    return node.op == "placeholder" and any(_writes(user, node) for user in node.users)
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    return user.target is torch.ops.aten.copy_.default and user.args[0] is node
+
+
+def _read_copy(graph: fx.Graph, node: fx.Node, readers: Sequence[fx.Node]) -> None:
+    with graph.inserting_after(node):
+        copied = graph.call_function(torch.ops.aten.clone.default, (node,))
+    value = node.meta["val"]
+    with torch._guards.detect_fake_mode([value]) or contextlib.nullcontext():
+        copied.meta = {**node.meta, "val": value.clone(), "recompute": CheckpointPolicy.MUST_SAVE}
+    copied.meta.pop("desc", None)
+    for reader in readers:
+        reader.replace_input_with(node, copied)
+
+
+def _closure(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.users
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result shares memory with the first operand."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
+        return False
+    alias = node.target._schema.arguments[0].alias_info
+    return alias is not None and not alias.is_write
+
+
 @contextlib.contextmanager
 def _draws_apart(graph: fx.Graph) -> Iterator[None]:
     """While active, calls of operators that draw are never taken for common subexpressions."""
@@ -76,3 +136,25 @@ def _draws_apart(graph: fx.Graph) -> Iterator[None]:
     known = [node.target.overloadpacket for node in graph.nodes if draws(node)]  # type: ignore[union-attr]
     with mock.patch.object(compile_utils, "rand_ops", [*compile_utils.rand_ops, *known]):
         yield
+
+
+class ChangedElsewhere(Exception):
+    """A change of an input that the compiled graph does not make itself."""
+
+
+def changed_inputs(joint: fx.Graph, results: int) -> dict[fx.Node, fx.Node]:
+    """The inputs that a joint graph changes in place, and their new values.
+
+    Raises `ChangedElsewhere` for changes that AOTAutograd makes outside of the graph, from one of its first `results`
+    outputs: those that a gradient flows through, or that change a shape.
+    """
+    from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
+
+    output = next(node for node in reversed(joint.nodes) if node.op == "output")
+    described: Any = output.meta.get("desc") or ()
+    for descriptor in described[:results]:
+        if isinstance(descriptor, InputMutationAOTOutput):
+            name = descriptor.mutated_input.expr()
+            raise ChangedElsewhere(f"the model changes its input {name} in place, in its shape or under autograd")
+    copies = joint.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {node.args[0]: node.args[1] for node in copies if node.args[0].op == "placeholder"}
