@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.hooks import aot
+from xconv_fx.passes.partition import Pair
 
 sys.path.append(str(Path(__file__).parents[1] / "passes"))
-from tracing import trace
+from tracing import Traced, run_pair, trace
 
 
 class Draws(nn.Module):
@@ -92,3 +93,68 @@ def test_what_the_user_checkpoints_is_drawn_again_from_the_same_state():
         forward, backward = aot.partition(joint, traced.joint_inputs, dict(traced.arguments), 1.0)
     assert any("run_and_save_rng_state" in str(node.target) for node in forward.graph.nodes)
     assert any("run_with_rng_state" in str(node.target) for node in backward.graph.nodes)
+
+
+class Counter(nn.Module):
+    """A counter and an average of weights, both read before and after they are changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("average", torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        y = F.silu(self.first(x) * (self.average * 1.5)) / (1 + 0.1 * self.steps)
+        self.average.mul_(0.9).add_(0.1 * self.first.weight.detach().mean((1, 2, 3))[:, None, None])
+        return self.second(y * (self.average * 2))
+
+
+class Normalises(nn.Module):
+    """The input, which is changed in place, is read before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.first(x * 2)
+        x.sub_(0.45).div_(0.225)
+        x[:, 0].mul_(0.5)
+        return self.second(F.silu(self.first(x).exp() + before))
+
+
+class ReadsACopy(nn.Module):
+    """The backward reads what a buffer was before it changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("scale", torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) * self.scale.clone()
+        self.scale.mul_(3)
+        return y
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("model", [Counter, Normalises, ReadsACopy])
+def test_the_backward_reads_what_the_forward_found(model, share):
+    traced: Traced = trace(model(), torch.randn(2, 3, 8, 8))
+    joint = traced.joint()
+    aot.deduplicate(joint)
+    halves = aot.partition(joint, traced.joint_inputs, dict(traced.arguments), share)
+    # The parameters ask for gradients; of what is changed everyone gets a copy.
+    asked = [value.requires_grad for value in traced.example_inputs]
+    mine = [value.clone() for value in traced.primals]
+    theirs = [value.clone().requires_grad_(asks) for value, asks in zip(traced.primals, asked, strict=True)]
+    results, gradients = run_pair(Pair(*halves, traced.arguments["num_fwd_outputs"]), mine, traced.tangents())
+    (wanted,) = traced.dynamo(*theirs)
+    wanted.backward(traced.tangents()[0])
+    torch.testing.assert_close(results[0], wanted.detach())
+    for gradient, leaf in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
+    for value, changed in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(value, changed.detach())

@@ -84,9 +84,9 @@ def keep_changed_inputs(graph: fx.Graph) -> None:
             for user in readers:
                 if user not in late and not _is_view(user):
                     user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            in_backward = [user for user in readers if user in late]
-            if in_backward:
-                _read_copy(graph, node, in_backward)
+            if any(user in late for user in readers):
+                # The forward reads it too: what the backward alone reads is made there.
+                _read_copy(graph, node, [user for user in readers if not _is_view(user)])
 
 
 def changes(node: fx.Node) -> bool:
