@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_the_peak_and_what_is_alive_at_it():
         (MEGABYTE, "aten::exp", line_of("# allocates in a helper"), "helper"),
     ]
     assert third is not None and all(item.frame.file == __file__ for item in recording.alive)
+
+
+def test_lines_survive_the_garbage_collector():
+    """Nodes of the profiler know their parents only as long as somebody holds these."""
+    with recorded() as recording:
+        kept = helper(torch.ones(BIG))
+    gc.collect()
+    assert {item.operation for item in recording.alive} == {"aten::ones", "aten::exp"}
+    assert all(item.frame is not None for item in recording.alive) and kept is not None
 
 
 def test_the_backward_is_told_by_the_forward_that_it_belongs_to():

@@ -183,6 +183,12 @@ class Event(NamedTuple):
     node: Any = None
 
 
+class Events(list[Event]):
+    """Events in order. `tree` are the roots above their nodes, which know their parents only as long as those live."""
+
+    tree: Sequence[Any] = ()
+
+
 def _cpu_transient(step: Callable[[], object]) -> int:
     with cpu_events() as events:
         step()
@@ -190,13 +196,13 @@ def _cpu_transient(step: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def cpu_events(stacks: bool = False) -> Iterator[list[Event]]:
+def cpu_events(stacks: bool = False) -> Iterator[Events]:
     """Watches the CPU allocator; the list is filled at the end, in the order of the events.
 
     With `stacks` Python's calls are among the parents of an event's node, which takes time at every call. Raises
     `RuntimeError` if another profiler is running.
     """
-    events: list[Event] = []
+    events = Events()
     activities = [ProfilerActivity.CPU]
     with _quiet_kineto(), profile(activities=activities, profile_memory=True, with_stack=stacks) as profiled:
         # A byte allocated and freed on either side of the step proves that the profiler saw all there was to see.
@@ -206,7 +212,8 @@ def cpu_events(stacks: bool = False) -> Iterator[list[Event]]:
     kineto = profiled.profiler
     if kineto is None or kineto.kineto_results is None:
         raise RuntimeError("the profiler returned no results")
-    found = _allocations(kineto.kineto_results.experimental_event_tree())
+    events.tree = kineto.kineto_results.experimental_event_tree()
+    found = _allocations(events.tree)
     marker = [1, -1]
     if [e.size for e in found[:2]] != marker or [e.size for e in found[-2:]] != marker or len(found) < 4:
         raise RuntimeError("the profiler lost allocator events; the peak of this step is unknown")
