@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from xconv_fx.ops import fixed, registry
 from xconv_fx.ops.registry import Held
+from xconv_fx.ops.seed import DEFAULT
 from xconv_fx.plan import Choice
 
 from .graph import inline, origin_meta, tensor_of
@@ -179,12 +180,10 @@ class _Writer:
     def drawn(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """The step's seeds on a device: the forward's node and the backward's placeholder, made once."""
         if device not in self.seeds:
-            stream, count = self.stream, self.draws
+            stream, count = self.stream or DEFAULT, self.draws
 
             def draw() -> Tensor:
-                if stream is not None:
-                    return torch.ops.xconv.seeds(stream, count, device)
-                return torch.ops.prims.inductor_seeds.default(count, device)
+                return torch.ops.xconv.seeds(stream, count, device)
 
             first = next(node for node in self.forward.nodes if node.op != "placeholder")
             with self.forward.inserting_before(first):

@@ -75,13 +75,14 @@ def graph(compiled: Callable[..., Any], session: Any = None, key: object = None)
 class Watch:
     """Watches the calls of one function that `torch.compile` made.
 
-    `strict` raises `BudgetLostError` where a warning is given otherwise. `ran` are the sessions and keys of the graphs
-    that ran in the last call with gradients, `sessions` all that ever did: equal models share compiled code.
+    `strict` raises `BudgetLostError` where a warning is given otherwise; `called` says that there was a call. `ran` are
+    the sessions and keys of the graphs that ran in the last call with gradients, `sessions` all that ever did: equal
+    models share compiled code.
     """
 
     def __init__(self, call: Any, compiled: Callable[..., Any]) -> None:
         self.call, self.compiled = call, compiled
-        self.strict = False
+        self.strict = self.called = False
         self.ran: list[tuple[Any, object]] = []
         self.sessions: dict[int, Any] = {}
         self.reasons: dict[str, None] = {}
@@ -98,6 +99,7 @@ class Watch:
 
     def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Call the function, and see to it that what it differentiates was planned."""
+        self.called = True
         if not torch.is_grad_enabled():
             return self._named(arguments, keywords)
         outer, spans = _local.watch, _local.spans

@@ -56,19 +56,19 @@ input primals_2
 input primals_3
 input primals_4
 input primals_5
-inductor_seeds = prims.inductor_seeds()
+seeds = xconv.seeds()
 clone = aten.clone(primals_3)
 convolution = aten.convolution(clone, primals_1, primals_2)
 relu = aten.relu(convolution)
 stored = xconv.stored(relu)
-quantize = xconv.quantize(stored, inductor_seeds)
+quantize = xconv.quantize(stored, seeds)
 getitem = quantize[0]
 getitem_1 = quantize[1]
 le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
 primals_3_matrix = aten.view(primals_3)
-return convolution_1, getitem_1, getitem, inductor_seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+return convolution_1, getitem_1, getitem, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
@@ -110,19 +110,19 @@ input primals_2
 input primals_3
 input primals_4
 input primals_5
-inductor_seeds = prims.inductor_seeds()
+seeds = xconv.seeds()
 clone = aten.clone(primals_3)
 convolution = aten.convolution(clone, primals_1, primals_2)
 relu = aten.relu(convolution)
 stored = xconv.stored(relu)
 mean = aten.mean(stored)
 sub = aten.sub(stored, mean)
-fold = xconv.fold(sub, inductor_seeds)
+fold = xconv.fold(sub, seeds)
 le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
 primals_3_matrix = aten.view(primals_3)
-return convolution_1, mean, fold, inductor_seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+return convolution_1, mean, fold, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(

@@ -1,0 +1,119 @@
+"""`xconv_fx.compile`: a budget that holds or an error; `plans` and `report` say what was made of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import xconv_fx
+from xconv_fx.errors import BudgetLostError, OptionError, UnsupportedModelError, UsageError
+
+BUDGET = 3_000_000
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def images(size: int = 16) -> Tensor:
+    return torch.randn(2, 3, size, size)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+
+class Breaking(nn.Module):
+    """Breaks between its layers, and runs the last one eagerly when told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.eager = net(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        torch._dynamo.graph_break()
+        return torch.compiler.disable(self.body[2].forward)(x) if self.eager else x
+
+
+def test_what_is_wrong_is_said_at_the_call() -> None:
+    with pytest.raises(OptionError, match="mem_bugdet='8GB': no such option"):
+        xconv_fx.compile(net(), mem_bugdet="8GB")
+    with pytest.raises(OptionError, match="mem_budget='8 bananas'"):
+        xconv_fx.compile(net(), "8 bananas")
+    with pytest.raises(OptionError, match="model=3: write a module"):
+        xconv_fx.compile(3)  # type: ignore[type-var]
+    with torch.compiler.set_stance("force_eager"), pytest.raises(BudgetLostError, match="stance 'force_eager'"):
+        xconv_fx.compile(net(), BUDGET)
+
+
+def test_what_is_not_compiled_is_named() -> None:
+    other = torch.compile(net(), backend="eager")
+    for ask in (xconv_fx.plans, xconv_fx.report):
+        with pytest.raises(UsageError, match=r"Sequential was not compiled with this backend: .*xconv_fx\.compile"):
+            ask(net())
+        with pytest.raises(UsageError, match="OptimizedModule was not compiled with this backend"):
+            ask(other)
+        with pytest.raises(UsageError, match="run a training step first"):
+            ask(xconv_fx.compile(net(), BUDGET))
+
+
+def test_plans_and_reports() -> None:
+    """One compilation: the module is torch's, and the report's; a size more than the limit is an error."""
+    model = net()
+    compiled = xconv_fx.compile(model, BUDGET, recompile_limit=1)
+    assert compiled.state_dict().keys() == {f"_orig_mod.{name}" for name in model.state_dict()}
+    compiled(images()).mean().backward()
+    (plan,) = xconv_fx.plans(compiled)
+    assert plan.budget == BUDGET and plan.audited_peak is not None
+    assert xconv_fx.plans(nn.Sequential(compiled, nn.ReLU())) == (plan,), "also of a part"
+    text = str(xconv_fx.report(compiled))
+    assert "3.00 MB: fits" in text
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(xconv_fx.report(compiled))
+    assert "3.00 MB: fits" in captured.get()
+    with pytest.raises(UnsupportedModelError, match=r"recompile limit.*recompile_limit"):
+        compiled(images(12))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_breaks_and_lost_budgets_are_errors() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"one graph: .*graph_break.*fullgraph=False"):
+        xconv_fx.compile(Breaking(), BUDGET)(images())
+    model = Breaking()
+    model.eager = True
+    compiled = xconv_fx.compile(model, BUDGET, fullgraph=False)
+    for _ in range(2):
+        with pytest.raises(BudgetLostError, match=r"ran eagerly, .*Convolution in body\.2"):
+            compiled(images())
+
+
+def test_graphs_without_a_backward_are_said() -> None:
+    weight = torch.zeros(3)
+    add = xconv_fx.compile(lambda: weight.add_(1), BUDGET)
+    add()
+    assert weight.tolist() == [1, 1, 1] and xconv_fx.plans(add) == ()
+    assert "nothing is planned" in str(xconv_fx.report(add))
+    plain = torch.compile(net(), backend="xconv")
+    with torch.no_grad():
+        plain(images())
+    assert xconv_fx.plans(plain) == ()
+
+
+def test_the_function_is_not_hidden_by_the_module() -> None:
+    code = """
+import xconv_fx, xconv_fx.report, sys
+from xconv_fx.report import read_json
+assert not isinstance(xconv_fx.report, type(sys)) and xconv_fx.report.read_json is read_json
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
