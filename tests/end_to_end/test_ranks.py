@@ -54,5 +54,5 @@ def test_errors_of_ranks_are_uncorrelated(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, error in first.items():
         correlation = torch.nn.functional.cosine_similarity(error, second[name], 0).item()
-        # Four draws of 872 gradients: independent errors correlate by 0.02 or so, and equal ones by 1.
-        assert correlation == pytest.approx(0, abs=0.1), name
+        # Equal errors correlate by 1; independent ones of few projections by 0.1 or so, for want of draws.
+        assert correlation == pytest.approx(0, abs=0.3), name
