@@ -1,0 +1,53 @@
+"""Steps whose graphs are interpreted instead of compiled: what they compute, at a small part of the cost.
+
+Everything up to Inductor's code is as it is for a user: the trace, the passes, the plan, slices, codecs by their eager
+references. Halves then run node by node, and predicted peaks stand for audited ones, so that budgets mean what the
+planner thinks. Generated code, audits and measured peaks are for the cases that are compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._inductor import compile_fx
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+from xconv_fx.compilation import Compilation
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """What is compiled meanwhile is interpreted."""
+    entering = Compilation._entering
+
+    def predicting(self: Compilation, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> None:
+        entering(self, gm, inputs, is_backward)
+        if self.job is not None and self.job.plan is not None:
+            self.peaks = dict(self.job.phase_peaks)
+
+    with (
+        mock.patch.object(compile_fx, "compile_fx_inner", _interpret),
+        mock.patch.object(Compilation, "_entering", predicting),
+    ):
+        yield
+
+
+def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    gm = copy.deepcopy(gm)
+    # As Inductor does: views of what lies in another layout than it was traced in.
+    view_to_reshape(gm)
+
+    def run(arguments: list[Any]) -> Any:
+        given = list(arguments)
+        arguments.clear()
+        with torch.no_grad():
+            return fx.Interpreter(gm).boxed_run(given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
