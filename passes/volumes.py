@@ -3,7 +3,8 @@
 Inductor lays images out channels-last, volumes (N, C, D, H, W) not. oneDNN's 3D convolutions work on channels-last
 data: for contiguous ones each call reorders input and output, which takes as much memory again as the two of them, and
 about half of the time. So inputs and convolution weights are laid out channels-last at the start of the graph, and
-everything between follows; results get the layout that they would have had.
+everything between follows; results get the layout that they would have had. Inputs that the model changes in place stay
+as they are: the change is the caller's to see, and would be made to the copy.
 
 The weight gradient is the exception: there oneDNN transposes one sample for each thread, so that many threads may need
 more memory than with contiguous volumes. The layout is therefore a choice of the strategy's.
@@ -35,6 +36,7 @@ def volumes_channels_last(gm: fx.GraphModule) -> None:
         return
     weights = [_operand(node, 1, "weight") for node in convolutions]
     volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]
+    volumes = [node for node in volumes if not _changes(node)]
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node in volumes:
         with gm.graph.inserting_before(first):
@@ -92,6 +94,12 @@ def _value(node: Any) -> Any:
 def _is_volume_on_cpu(node: Any) -> bool:
     value = _value(node)
     return isinstance(value, Tensor) and value.dim() == 5 and value.device.type == "cpu" and value.is_floating_point()
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether an input was changed in place, itself or through a view, while the graph was traced."""
+    value = _value(node)
+    return value is not None and value._version > 0
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

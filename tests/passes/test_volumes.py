@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -47,6 +48,32 @@ def unet():
         nn.Conv3d(8, 8, 3, padding=1),
         nn.ConvTranspose3d(8, 4, 2, stride=2),
     )
+
+
+class Changes(nn.Module):
+    """Changes its input in place, itself or through a view."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.conv = change, nn.Conv3d(2, 4, 3, padding=1)
+
+    def forward(self, x):
+        self.change(x)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: nn.functional.leaky_relu_(x, 0.1), lambda x: x.sub_(0.5), lambda x: x[:, 0].mul_(2)]
+)
+def test_the_caller_sees_inputs_change(change):
+    model, x = Changes(change), torch.randn(2, 2, 6, 6, 6)
+    gm, values = dynamo_graph(model, x.clone())
+    given = [x.clone() if value.shape == x.shape else value for value in values]
+    (result,) = gm(*given)
+    wanted = x.clone()
+    torch.testing.assert_close(result, model(wanted))
+    (changed,) = (value for value in given if value.shape == x.shape)
+    assert torch.equal(changed, wanted) and not torch.equal(changed, x)
 
 
 def test_volumes_and_weights_are_channels_last_inside():

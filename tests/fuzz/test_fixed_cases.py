@@ -1,0 +1,28 @@
+"""Cases of the fuzzer that are run every time: what they cover is printed by `benchmarks/fuzz.py --only`.
+
+Interpreted, but for a few whose code is generated, audited and measured. A number is added when what it found is mended.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .cases import draw_case
+from .oracles import check
+
+INTERPRETED = [2, 3, 5, 6, 7, 11, 14, 15, 18, 19, 21, 22, 23, 26, 27, 29, 30, 34, 37, 41, 42, 43, 45, 46, 47, 50, 53, 57, 59]
+COMPILED = [2, 3]
+
+
+@pytest.mark.parametrize("number", INTERPRETED)
+@pytest.mark.filterwarnings("default")
+def test_an_interpreted_case_is_right(number):
+    verdict = check(draw_case(0, number), interpret=True)
+    assert verdict.kind in ("ok", "refused"), verdict.detail
+
+
+@pytest.mark.parametrize("number", COMPILED)
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_case_is_right(number):
+    verdict = check(draw_case(0, number))
+    assert verdict.kind in ("ok", "refused"), verdict.detail
