@@ -21,7 +21,8 @@ BUDGET = 1_000_000
 class Step:
     """A session with a budget, one graph in it, and how often it was told to compile anew."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, peak: int = BUDGET, **options: Any) -> None:
+        self.peak = peak
         self.session = Session(Options.parse({"mem_budget": BUDGET, **options}))
         self.anew = 0
         monkeypatch.setattr(self.session, "compile_anew", self._compile_anew)
@@ -33,7 +34,9 @@ class Step:
 
     def compile(self) -> CheckedGraph:
         calls = self.asked.calls
-        record = GraphRecord(Graph(KEY, None, 0, 0, 0, 0, False), Plan("cpu", BUDGET, 0, 0, "", 0, (), calls=calls))
+        record = GraphRecord(
+            Graph(KEY, None, 0, 0, 0, 0, False), Plan("cpu", BUDGET, 0, self.peak, "", 0, (), calls=calls)
+        )
         self.session.records[KEY] = record
         return self.verifier.checked(lambda: (), record)
 
@@ -72,6 +75,12 @@ def test_what_it_is_over_by_becomes_a_reserve(
     assert step.took(1_050_000)
     assert (step.asked.reserve, step.anew) == (351_000, 2)
     assert not step.took(999_999)
+
+
+def test_a_plan_that_leaves_room_must_take_less_by_what_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch, peak=700_000)
+    step.took(1_300_000)
+    assert step.asked.reserve == 600_000, "plans of at most 400 kB, 300 kB less than it took"
 
 
 def test_it_is_not_planned_again_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

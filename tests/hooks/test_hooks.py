@@ -152,3 +152,12 @@ def test_channels_last_is_inductors_decision():
     node.meta["val"] = result
     next(reversed(gm.graph.nodes)).args = ((node,),)
     assert hooks.channels_last_convolutions(gm)
+
+
+def test_what_a_part_of_a_cut_graph_hands_on_is_data() -> None:
+    """DDPOptimizer's later graphs read results of earlier ones, which Dynamo knows nothing of: they hold samples."""
+    graph = fx.Graph()
+    graph.placeholder("relu").meta["example_value"] = torch.empty(4, 3)
+    graph.placeholder("size").meta["example_value"] = 3
+    graph.output(())
+    assert hooks.data_inputs(fx.GraphModule({}, graph)) == [True, False]
