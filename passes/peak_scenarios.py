@@ -46,8 +46,8 @@ def scenarios(slicing: Slicing | None, calls: Calls, ends: Ends) -> tuple[PeakSc
         return one
     if slicing is None:
         return tuple(found for scenario in one for found in _beside(scenario, calls, ends, 1))
-    # Every call lays out weights of its own.
-    calls = replace(calls, inputs=calls.inputs + slicing.copies)
+    # Every call lays out weights of its own, and keeps states of its own.
+    calls = replace(calls, inputs=calls.inputs + slicing.besides)
     whole = ends.times(slicing.count)
     return tuple(found for scenario in one for found in _beside(scenario, calls, whole, slicing.held))
 

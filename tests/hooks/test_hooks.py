@@ -104,7 +104,7 @@ def test_generated_code_goes_to_the_sink_and_nowhere_else_after():
 
 
 def test_frames_and_callers():
-    """Inside a backend: the `torch.compile` call, the module, and the number of the frame."""
+    """Inside a backend: the `torch.compile` call, the module, the number of the frame and of its compilation."""
     found = []
 
     def backend(gm, example_inputs):
@@ -112,24 +112,25 @@ def test_frames_and_callers():
             (
                 hooks.compile_call(),
                 hooks.compiled_module(),
-                hooks.frame(),
+                hooks.compile_id(),
                 hooks.parameter_bytes(gm),
                 hooks.parameter_bytes(gm, buffers=True),
             )
         )
         return gm
 
-    assert (hooks.compile_call(), hooks.compiled_module(), hooks.frame()) == (None, None, None)
+    assert (hooks.compile_call(), hooks.compiled_module(), hooks.compile_id()) == (None, None, None)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
     compiled(torch.randn(3, 4))
     compiled(torch.randn(5, 4))  # Compiled again: the same frame of the same call.
-    (call, module, frame, parameters, buffers), *again = found
-    assert isinstance(call, torch._TorchCompileWrapper) and module is model and frame is not None
+    (call, module, first, parameters, buffers), *again = found
+    assert isinstance(call, torch._TorchCompileWrapper) and module is model and first is not None
+    assert hooks.compiling_code() is None and not hooks.goes_on()
     assert parameters == (16 + 4 + 4 + 4) * 4
     assert buffers == parameters + (4 + 4) * 4 + 8
-    assert len(again) == 1 and again[0][:3] == (call, model, frame)
+    assert len(again) == 1 and again[0][:3] == (call, model, (first[0], first[1] + 1))
 
 
 def test_channels_last_is_inductors_decision():
