@@ -42,6 +42,8 @@ SLACK, ROUNDING = 20.0, {"float32": 3e-5, "float64": 1e-9, "bfloat16": 0.05, "au
 DRAWS, UNLIKELY = 24, 6.0
 # A numerical derivative's relative distance; draws that are made again miss by 10% and more.
 NUMERICAL = 0.03
+# Tensors of a smaller norm are rounding errors themselves, such as the mean of what a normalisation made.
+TINY = 1e-3
 RATE = 0.01
 
 
@@ -339,7 +341,7 @@ class Check:
                 raise Failed(
                     f"{what} wrong", f"step {step}, {name}: shape {tuple(g.shape)} of {tuple(t.shape)}, or not finite"
                 )
-            scale = max(t.norm().item(), floor, 1e-6)
+            scale = max(t.norm().item(), floor, TINY)
             own, off = ((w.double() - t).norm().item() / scale, (g - t).norm().item() / scale)
             if not want[name].is_floating_point():
                 if (t != g).double().mean() > 0.02:
