@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from xconv_fx import hooks
 
+from .early_draws import find_early_draws, name_of, take_early_draws
 from .graph import arguments
 from .separable_rules import samples_after_view
 
@@ -57,18 +58,40 @@ class _Conflict(Exception):
         self.node, self.order = node, order
 
 
-def slice_graph(gm: fx.GraphModule, inputs: Sequence[Any], parts: Sequence[Any], batch: int, samples: int) -> None:
+@dataclass(frozen=True)
+class Drawn:
+    """What a slice is handed besides the model's inputs: `parts` of what `draw()` gives for the whole batch.
+
+    `batched` says of which of them a slice takes its samples' rows; of the others it takes all.
+    """
+
+    draw: Callable[[], tuple[Tensor, ...]] | None = None
+    parts: tuple[Tensor, ...] = ()
+    batched: tuple[bool, ...] = ()
+    bytes: int = 0
+
+
+def slice_graph(gm: fx.GraphModule, inputs: Sequence[Any], parts: Sequence[Any], batch: int, samples: int) -> Drawn:
     """Rewrite, in place, a Dynamo graph for `inputs` (fake tensors; `batch` samples) to one for `parts` (`samples`).
 
-    Raises `NotSliceable`.
+    The new graph takes, behind the inputs, what is drawn for all slices at once. Raises `NotSliceable`.
     """
+    draws = find_early_draws(gm, batch)
     with hooks.trying_fake([*inputs, *parts]):
         run = _settle(gm, inputs, parts, _Sizes(batch, samples))
+        pairs = [run.values[node] for node in draws.nodes] if draws is not None else []
     for node, (args, kwargs) in run.rewritten.items():
         node.args, node.kwargs = args, kwargs
     for module in {node.graph.owning_module for node in run.rewritten} | {gm}:
         if module is not None:
             module.recompile()
+    differing = [_differing(whole, part) for whole, part in pairs]
+    if draws is None or any(axes not in ((), (0,)) for axes in differing):
+        return Drawn()
+    small = tuple(part for _, part in pairs)
+    take_early_draws(gm, draws, list(small))
+    size = sum(whole.numel() * whole.element_size() for whole, _ in pairs)
+    return Drawn(draws.graph, small, tuple(axes == (0,) for axes in differing), size)
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,7 @@ class _SideBySide:
     open: dict[fx.Node, list[int]] = field(default_factory=dict)
     parents: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     follows: set[fx.Node] = field(default_factory=set)
+    values: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     order: int = 0
 
     def all(self, gm: fx.GraphModule, inputs: Sequence[tuple[Any, Any]]) -> None:
@@ -160,7 +184,7 @@ class _SideBySide:
             elif node.op == "output":
                 return tuple(_picked(node.args[0], {}, values, side)[0] for side in (0, 1))
             else:
-                values[node] = self.call(gm, node, values, entered)
+                values[node] = self.values[node] = self.call(gm, node, values, entered)
         return None
 
     def call(
@@ -289,13 +313,6 @@ def _closed() -> Iterator[list[Any]]:
     finally:
         for context in reversed(entered):
             context.__exit__(None, None, None)
-
-
-def name_of(node: fx.Node) -> str:
-    """What a node of Dynamo's graph calls: a method's or a function's own name."""
-    if node.op == "call_method":
-        return str(node.target)
-    return str(getattr(node.target, "__name__", "")) or str(getattr(node.target, "_name", ""))
 
 
 def _makes(node: fx.Node, name: str) -> bool:

@@ -26,7 +26,8 @@ from .passes.graph import is_primal, is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
-from .passes.slice_graph import slice_graph
+from .passes.separable import NOTHING
+from .passes.slice_graph import Drawn, slice_graph
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
@@ -111,6 +112,7 @@ class Compilation:
         self.outside = self.traced.session.outside(self.traced.graph)
         self.job: pipeline.Job | None = None
         self.audit = Audit(self.outside)
+        self.batch, self.drawn = self.traced.batch, Drawn()
         self.half: tuple[fx.GraphModule, Sequence[Any], bool] | None = None
         self.kernels = hooks.Deferred()
         self.compiled: Callable[..., Any] | None = None
@@ -187,7 +189,8 @@ class Compilation:
         gm, inputs = copied(self.traced.gm), self.traced.example_inputs
         if slicing is not None:
             whole, inputs = inputs, slice_inputs(inputs, slicing)
-            slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
+            self.drawn = slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
+            self.batch, inputs = slicing.batch.beside(self.drawn.batched), [*inputs, *self.drawn.parts]
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
@@ -209,12 +212,16 @@ class Compilation:
             self.kernels.collect(),
         ):
             compiled = hooks.compile_graph(gm, inputs, config, self._entering)
-        return compiled if slicing is None else Sliced(compiled, slicing, differentiable(self.traced.gm))
+        if slicing is None:
+            return compiled
+        if self.job is not None and self.job.draws == NOTHING:
+            slicing = replace(slicing, draws=NOTHING)
+        return Sliced(compiled, slicing, differentiable(self.traced.gm), self.drawn)
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         job = pipeline.Job(
             gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
-            stream=self.traced.session.stream, batch=self.traced.batch, slicing=self.route.slicing,
+            stream=self.traced.session.stream, batch=self.batch, slicing=self.route.slicing,
             saved=self.route.saved, device=self.traced.session.device, goes_on=self.traced.graph.goes_on,
             calls=self.traced.calls, bounds=self.bounds,
         )  # fmt: skip
@@ -251,7 +258,8 @@ class Compilation:
         assert self.job is not None and self.job.posed is not None
         moments = scenarios(self.route.slicing, self.job.posed.calls, self.job.posed.ends)
         held = self.audit.saved_bytes
-        return max(peak.bytes + s.extra + s.others * held for s in moments if s.phase == phase)
+        whole = max(peak.bytes + s.extra + s.others * held for s in moments if s.phase == phase)
+        return whole + self.drawn.bytes
 
     def _tighten(self, usable: int) -> None:
         """Correct the prediction of every phase by what the audit found; where it is over, by a hundredth at least."""

@@ -30,6 +30,7 @@ from . import hooks
 from .errors import DoubleBackwardError
 from .passes.graph import arguments, output_node
 from .passes.separable import BATCH, NOTHING, SAMPLES
+from .passes.slice_graph import Drawn
 from .sample_gradients import samples_of_slice
 from .unplanned import planned
 
@@ -71,6 +72,10 @@ class Batch:
                 input_gradients += size * (is_batched and value.requires_grad)
                 gradients += size * (not is_batched and value.requires_grad)
         return Batch(samples, batched, inputs, input_gradients, gradients, tuple(sizes))
+
+    def beside(self, batched: Sequence[bool]) -> Batch:
+        """The same with more inputs behind those it has, of which these hold samples."""
+        return replace(self, batched=(*self.batched, *batched), sizes=(*self.sizes, *(0 for _ in batched)))
 
     def counts(self) -> list[int]:
         """Numbers of slices, ascending, that cut the batch into equal parts."""
@@ -187,13 +192,22 @@ class Sliced:
     """Runs a function that was compiled for one slice on a whole batch, differentiably."""
 
     def __init__(
-        self, function: Callable[..., Any], slicing: Slicing, differentiable: Sequence[bool] | None = None
+        self,
+        function: Callable[..., Any],
+        slicing: Slicing,
+        differentiable: Sequence[bool] | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
-        """`differentiable` says which results require a gradient; None: all of numbers that can have one."""
-        self.function, self.slicing, self.differentiable = function, slicing, differentiable
+        """`differentiable` says which results require a gradient; None: all of numbers that can have one.
+
+        `drawn` is what the function takes besides its inputs.
+        """
+        self.function, self.differentiable, self.drawn = function, differentiable, drawn or Drawn()
+        self.slicing = replace(slicing, batch=slicing.batch.beside(self.drawn.batched))
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        return _SlicedStep.apply(self, *inputs)
+        more = () if self.drawn.draw is None else self.drawn.draw()
+        return _SlicedStep.apply(self, *inputs, *more)
 
     def arguments(self, leaves: Sequence[Any], index: int) -> list[Any]:
         """What the function takes for slice `index`: batched leaves narrowed to it, copies of what it changes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import Compile
@@ -120,6 +122,46 @@ def test_sizes_written_into_the_model(compile_model):
     compiled = compile_model(model, mem_budget="50%", codecs="exact")
     assert_same(gradients(compiled.model, images(torch.float64)), expected, 1e-9)
     assert compiled.plan.slices > 1
+
+
+class Whole(nn.Module):
+    """What a step does once, whatever its slices: parameters of the batch's size, changes in place, draws, results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, BATCH, 3, padding=1)
+        self.second = nn.Conv2d(BATCH, BATCH, 3, padding=1)
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x.sub_(0.45).div_(0.225)
+        self.steps.add_(1)
+        weight = self.second.weight - self.second.weight.mean((1, 2, 3), keepdim=True)
+        std = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        y = nn.functional.silu(self.first(x))
+        branch = nn.functional.silu(nn.functional.conv2d(y, weight / std.expand_as(weight), padding=1))
+        y = y + branch * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(0.7).div_(0.7)
+        state = torch.zeros(y.shape[0], 1, *y.shape[2:], dtype=y.dtype)
+        y = torch.cat([y / (1 + 0.1 * self.steps), state], 1)
+        return y, y.mean((2, 3)).detach(), y.argmax(1)
+
+
+def test_what_a_step_does_once(compile_model):
+    torch._dynamo.reset()
+    theirs, start = Whole().double(), images(torch.float64)
+    compiled = compile_model(copy.deepcopy(theirs), mem_budget="99%", codecs="exact", slices=4)
+    seen = []
+    for call, model in ((theirs, theirs), (compiled, compiled.model)):
+        for step in range(2):
+            torch.manual_seed(step)
+            x = start.clone()
+            results = call(x)
+            results[0].square().mean().backward()
+        gradients = [p.grad for p in model.parameters()]
+        seen.append((*results, x, *model.buffers(), *gradients, torch.get_rng_state()))
+        assert [value.requires_grad for value in results] == [True, False, False]
+    torch.testing.assert_close(seen[1], seen[0])
+    assert compiled.plan.slices == 4
 
 
 def test_batch_norm_is_named_where_slices_are_impossible(compile_model):

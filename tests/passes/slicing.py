@@ -31,8 +31,8 @@ class Step:
     def sliced(self, count: int, held: int) -> Sliced:
         slicing = Slicing(self.batch, count, held, self.proof.draws, changed=self.proof.changed)
         gm, whole = copied(self.traced.dynamo), self.traced.example_inputs
-        slice_graph(gm, whole, slice_inputs(whole, slicing), self.batch.size, slicing.samples)
-        return Sliced(gm, slicing, differentiable(self.traced.dynamo))
+        drawn = slice_graph(gm, whole, slice_inputs(whole, slicing), self.batch.size, slicing.samples)
+        return Sliced(gm, slicing, differentiable(self.traced.dynamo), drawn)
 
 
 def step_of(model: nn.Module, *inputs: Tensor) -> Step:

@@ -116,7 +116,23 @@ def unpooled(net, y):
     return F.max_unpool2d(small * 2, places, 2)
 
 
+def stochastic_depth(net, y):
+    for _ in range(2):
+        y = y + F.silu(y) * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(0.5).div_(0.5)
+    noise = torch.empty(y.shape[0], 1, 1, 1, dtype=y.dtype)
+    noise.bernoulli_(0.5)
+    noise.div_(0.5)
+    return y * noise
+
+
+def drawn_for_all(net, y):
+    channels = torch.rand(y.shape[1], dtype=y.dtype).view(1, -1, 1, 1)
+    return y * channels * torch.bernoulli(torch.full((1, 1, 1, 1), 0.5)) + net.weight[0, 0, 0, 0] * channels
+
+
 FOLLOW = {
+    "stochastic depth": stochastic_depth,
+    "drawn for all": drawn_for_all,
     "weight standardisation": standardised,
     "first states": convlstm,
     "class tokens": tokens,
