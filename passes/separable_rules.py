@@ -348,6 +348,7 @@ _RULES: dict[Any, Rule] = {
         [
             aten.convolution.default,
             prims._low_memory_max_pool_with_offsets.default,
+            prims._low_memory_max_pool_offsets_to_indices.default,
             *_named(
                 "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
                 "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",

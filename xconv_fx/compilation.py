@@ -28,6 +28,7 @@ from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
 from .passes.separable import NOTHING
 from .passes.slice_graph import Drawn, slice_graph
+from .passes.unpooling import scatter_unpooling
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
@@ -194,6 +195,7 @@ class Compilation:
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
+            scatter_unpooling(gm)
             if self.route.relayout:
                 volumes_channels_last(gm)
         sources = hooks.source_hash()

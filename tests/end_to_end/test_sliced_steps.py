@@ -56,7 +56,8 @@ def tight(compile_model: Compile):
     """A third of Inductor's peak with exact codecs, in float64: beyond what the whole batch at once can do."""
     torch._dynamo.reset()
     model = net(torch.float64)
-    compiled = compile_model(model, mem_budget="33%", codecs="exact")
+    # Tests run the uncompiled network between steps, which the first-step check would count as part of them.
+    compiled = compile_model(model, mem_budget="33%", codecs="exact", verify="off")
     compiled(images(torch.float64))
     return compiled
 

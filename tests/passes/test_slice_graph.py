@@ -130,7 +130,18 @@ def drawn_for_all(net, y):
     return y * channels * torch.bernoulli(torch.full((1, 1, 1, 1), 0.5)) + net.weight[0, 0, 0, 0] * channels
 
 
+def unpooled_volume(net, y):
+    volume = y.unflatten(1, (BATCH // 2, 2))
+    small, places = F.max_pool3d(volume, 2, return_indices=True)
+    return F.max_unpool3d(small * 2, places, 2).flatten(1, 2)
+
+
 FOLLOW = {
+    "unpooling": unpooled,
+    "unpooling of volumes": unpooled_volume,
+    "circular and reflected": lambda net, y: F.pad(
+        F.pad(y, (1, 0, 2, 1), mode="circular"), (1, 1, 1, 1), mode="reflect"
+    ),
     "stochastic depth": stochastic_depth,
     "drawn for all": drawn_for_all,
     "weight standardisation": standardised,
