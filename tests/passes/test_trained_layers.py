@@ -1,0 +1,79 @@
+"""Which layers noise can reach: not only those whose input is a residual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from tracing import trace
+
+from xconv_fx.ops.registry import Held
+from xconv_fx.options import Options
+from xconv_fx.passes.links import link
+from xconv_fx.passes.planning import describe
+from xconv_fx.passes.problem import pose
+from xconv_fx.passes.residuals import find_residuals
+from xconv_fx.passes.sensitivities import Sensitivities
+from xconv_fx.passes.trained_layers import TrainedLayers
+
+X = torch.randn(4, 3, 16, 16)
+
+
+def normed(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+def layers_of(model: nn.Module) -> TrainedLayers:
+    pair = trace(model, X).pair()
+    return TrainedLayers.of(pair, find_residuals(pair))
+
+
+@pytest.mark.parametrize(
+    ("norm", "scales"),
+    [
+        (nn.BatchNorm2d(8), {"convolution": ("1",)}),
+        (nn.BatchNorm2d(8, affine=False), {}),
+        (nn.GroupNorm(2, 8), {"convolution": ("1",)}),
+        (nn.GroupNorm(2, 8, affine=False), {}),
+        (nn.Identity(), {}),
+    ],
+)
+def test_the_first_layer_and_scales_of_normalisations_count(norm, scales):
+    found = layers_of(normed(norm))
+    assert dict(found.weights) == {"0": 1, "3": 1}
+    assert dict(found.scales) == scales
+
+
+def test_frozen_layers_have_no_gradient():
+    model = normed(nn.BatchNorm2d(8))
+    model[3].requires_grad_(False)
+    assert dict(layers_of(model).weights) == {"0": 1}
+
+
+def test_a_normalisations_codes_are_noise_of_its_scale_and_of_the_layer_before():
+    """A stem in front of a batch norm: its input is the network's, and no residual."""
+    pair = trace(normed(nn.BatchNorm2d(8)), X).pair()
+    residuals = find_residuals(pair)
+    noises = Sensitivities(residuals, None, pair)
+    residual = residuals["convolution"]
+    held = Held("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
+    added = noises.coded(residual, held)
+    relative = dict(noises.relative(added))
+    assert relative["1"] == pytest.approx(added.noise), "the scale's own gradient is a sum over what is in codes"
+    assert relative["0"] == pytest.approx(0.05 * added.noise), "what travels reaches the convolution"
+    assert "3" not in relative, "not what runs later"
+    assert added.total == pytest.approx(sum(noise for _, noise in added.layers)) and added.total > 0
+
+
+def test_plans_tell_each_layers_noise_without_statistics():
+    pair = trace(normed(nn.BatchNorm2d(8)), X).pair()
+    posed = link(pose(pair, find_residuals(pair), Options.parse({"codecs": "quantize:2,bitmask"})))
+    coded = tuple(len(row) - 1 for row in posed.candidates)
+    plan = describe(posed, coded, None, 0, 0.0)
+    assert dict(plan.layers).keys() == {"0", "1", "3"} and not plan.measured
+    assert plan.noisiest == max(plan.layers, key=lambda row: row[1]) and plan.noisiest[0] == "1"
+    assert describe(posed, tuple(0 for _ in coded), None, 0, 0.0).noisiest == ("", 0.0)
+    for layer, noise in plan.layers:
+        taken = [row[place].option for row, place in zip(posed.candidates, coded, strict=True)]
+        limited = sum(dict(option.layers).get(layer, 0.0) for option in taken)
+        assert limited == pytest.approx(noise), "what the solver limits is what the plan tells"
