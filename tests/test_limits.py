@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from xconv_fx.cost_model.solver import Infeasible
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.explain import explain
 from xconv_fx.options import PROTECTION, UNSET, NoiseLimits, Options
@@ -75,6 +76,15 @@ def test_by_default_no_budget_drowns_a_gradient():
 def test_a_superset_of_codecs_needs_no_larger_budget():
     budgets = [smallest(codecs=codecs).smallest for codecs in ("all", "exact,quantize:4", "exact")]
     assert budgets == sorted(budgets)
+
+
+def test_the_budget_that_an_error_names_has_a_plan_however_little_time_the_solver_has(monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise Infeasible(budget=0, smallest=0, choice=(), step=0, bound=0)
+
+    budget = smallest(codecs="exact").smallest
+    monkeypatch.setattr("xconv_fx.ways.solve", stopped)
+    assert plan.__wrapped__(budget, codecs="exact").predicted_peak <= budget
 
 
 def test_a_limit_of_noise_finds_the_plans_that_keep_it():

@@ -15,6 +15,7 @@ problems of thousands of residuals.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -114,27 +115,33 @@ class Strategy(Comparison):
             compiled = compilation.attempt(1)
             self.foreseen = self.foreseen or compilation.foreseen
             if compiled is not None:
-                return self._exact_instead(way) or (way, compilation)
+                return self._exact_instead(way, compilation) or (way, compilation)
         return None
 
     def _repeats(self, way: Way) -> bool:
         """Whether the way was rejected, and nothing is known since that would change its plan."""
         return self.rejected.get(way.route) == self.corrections.get(compared_route(way.route), {})
 
-    def _exact_instead(self, noisy: Way) -> tuple[Way, Compilation] | None:
-        """The exact way of least peak where that is better than a noisy one, and its code fits.
+    def _exact_instead(self, noisy: Way, generated: Compilation) -> tuple[Way, Compilation] | None:
+        """The plain step, or the exact way of least peak, where that is better than a noisy one and its code fits.
 
-        Corrections err: what exact plans were found to be short of may be less for the one of least peak. So it is
-        generated, unless it is predicted to exceed the budget by far.
+        Predictions err, and corrections as well: what other plans were found to be short of may be less for these. So
+        they are generated, unless they are predicted to exceed the budget by far more than the noisy one's audit was
+        off.
         """
         options = self.traced.options
         if noisy.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
+        assert options.mem_budget is not None and self.whole is not None and self.whole.posed is not None
+        usable = options.usable(options.mem_budget.resolve(0))
+        doubtful = usable * (1 + CLOSE) + _overestimated(generated)
+        if self._plain_will_do and self.whole.posed.baseline_peak() <= doubtful:
+            plain = self._plain()
+            if plain.peak <= usable:
+                return Way(AT_ONCE, 0.0, 0.0), plain
         exact = replace(options, max_noise=0.0)
         found = self.lowest(exact, self.corrections)
-        assert options.mem_budget is not None
-        usable = options.usable(options.mem_budget.resolve(0))
-        if found is None or found.predicted > usable * (1 + CLOSE):
+        if found is None or found.predicted > doubtful:
             return None
         corrections = self.corrections.get(compared_route(found.route), {})
         compilation = self._generated(found, exact, dict(corrections))
@@ -212,21 +219,37 @@ class Strategy(Comparison):
         if options.codecs.preset:
             return self._plan_preset()
         if options.mem_budget is None:
-            route, known = self._wanted_route(), {}
-        else:
-            self.whole = job = self.pose(AT_ONCE)
-            if job is None or job.posed is None:
-                return None
-            baseline = job.posed.baseline_peak()
-            self.traced = self.traced.within(self._budget(options.mem_budget, baseline))
-            ways = self.ways()
-            if not ways:
-                raise self._refusal(self.lowest(self.traced.options))
-            route = ways[0].route
-            known = {"baseline_peak": baseline, **self._time(ways[0])}
-        self.planned = Compilation(self.traced, route, bounds=Bounds(self.allowed(route)))
-        self.planned.plan(self.jobs.get(compared_route(route)))
-        return self.planned.report(**known)
+            self.planned = Compilation(self.traced, self._wanted_route())
+            self.planned.plan()
+            return self.planned.report()
+        self.whole = job = self.pose(AT_ONCE)
+        if job is None or job.posed is None:
+            return None
+        baseline = job.posed.baseline_peak()
+        self.traced = self.traced.within(self._budget(options.mem_budget, baseline))
+        self.planned = self._first_planned() or self._lowest_planned()
+        return self.planned.report(baseline_peak=baseline, **self._time(self._way_of(self.planned)))
+
+    def _first_planned(self) -> Compilation | None:
+        """The plan of the best way; None where the solver, stopped by its clock, found none."""
+        for way in self.ways()[:1]:
+            planned = Compilation(self.traced, way.route, bounds=Bounds(self.allowed(way.route)))
+            with contextlib.suppress(BudgetInfeasibleError):
+                planned.plan(self.jobs.get(compared_route(way.route)))
+                return planned
+        return None
+
+    def _lowest_planned(self) -> Compilation:
+        """The plan that starts from the one of least peak. Raises why there is none."""
+        options = self.traced.options
+        assert options.mem_budget is not None
+        found = self.lowest(options)
+        if found is None or found.predicted > options.usable(options.mem_budget.resolve(0)):
+            raise self._refusal(found)
+        bounds = Bounds(self.allowed(found.route), found.found.choice)
+        planned = Compilation(self.traced, found.route, bounds=bounds)
+        planned.plan(self.jobs.get(found.route))
+        return planned
 
     def _plan_preset(self) -> Plan | None:
         """The predicted plan of a published system. Raises `BudgetInfeasibleError` where that exceeds the budget."""
@@ -257,7 +280,7 @@ class Strategy(Comparison):
         if steps and options.probes == Probes():
             quiet = replace(options, max_noise=0.0)
             exact = self.lowest(quiet)
-            if exact is not None and self._might_be_lower(exact, found, steps[0].peak):
+            if exact is not None and self._might_be_lower(exact, found, steps[0]):
                 steps.append(self._generated(exact, quiet, {}))
         best = min(steps, key=lambda step: step.peak, default=None)
         if best is not None and best.peak <= usable:
@@ -271,11 +294,11 @@ class Strategy(Comparison):
         smallest = options.needed(min((step.peak for step in steps), default=0))
         raise self._refusal(found, smallest)
 
-    def _might_be_lower(self, exact: Lowest, found: Lowest | None, peak: int) -> bool:
+    def _might_be_lower(self, exact: Lowest, found: Lowest | None, generated: Compilation) -> bool:
         """Whether the exact plan of least predicted peak is another one than the plan found, and may have a lower peak
         than that was audited to have."""
         another = found is None or (exact.route, exact.found.choice) != (found.route, found.found.choice)
-        return another and exact.predicted <= peak * (1 + CLOSE)
+        return another and exact.predicted <= generated.peak * (1 + CLOSE) + _overestimated(generated)
 
     def _refusal(self, found: Lowest | None, smallest: int | None = None) -> XConvError:
         """Why there is no plan; by predictions the smallest budget is that of the plan `found`."""
@@ -295,6 +318,12 @@ class Strategy(Comparison):
         assert whole is not None and whole.posed is not None
         slower = slowdown(job.posed, whole.posed, compilation.route.slicing, job.plan.time)
         return Way(compilation.route, job.plan.noise, slower)
+
+
+def _overestimated(compilation: Compilation) -> int:
+    """By how much a plan's predicted peak is above its audited one, in bytes."""
+    assert compilation.job is not None and compilation.job.plan is not None
+    return max(0, compilation.job.plan.predicted_peak - compilation.peak)
 
 
 def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:

@@ -100,7 +100,7 @@ class Short(dict[Route, dict[str, int]]):
 
 
 def test_an_exact_way_is_tried_before_a_noisy_one_is_taken(compile_model, exact, monkeypatch):
-    """Audits may have ruled out exact ways by what other plans were short of: the lowest exact plan is generated."""
+    """Audits may have ruled out exact ways by what other plans were short of: what is lowest of them is generated."""
     start = Comparison.__init__
 
     def short(self: Comparison, traced: Traced) -> None:
@@ -110,7 +110,7 @@ def test_an_exact_way_is_tried_before_a_noisy_one_is_taken(compile_model, exact,
     monkeypatch.setattr(Comparison, "__init__", short)
     compiled = compile_model(Mixing(), codecs="all", prefer="exact", mem_budget=exact * 101 // 100, verify="off")
     compiled(X)
-    assert compiled.plan.attempts == 2 and compiled.plan.noise == 0
+    assert compiled.plan.noise == 0
 
 
 def test_slices_without_a_budget(compile_model):
