@@ -16,6 +16,7 @@ problems of thousands of residuals.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,8 @@ from .ways import AT_ONCE, Route, Way, select, slowdown
 ATTEMPTS = 8
 # A plain step predicted to exceed its budget by more than this share is not generated to make sure.
 DOUBT = 0.1
+# Passes change what keeping everything takes: of a graph predicted with them, only this much is beyond doubt.
+FAR = 1.5
 # Two plans whose predicted peaks are this close may come out the other way round in the audit.
 CLOSE = 0.05
 
@@ -132,10 +135,10 @@ class Strategy(Comparison):
         options = self.traced.options
         if noisy.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
-        assert options.mem_budget is not None and self.whole is not None and self.whole.posed is not None
+        assert options.mem_budget is not None
         usable = options.usable(options.mem_budget.resolve(0))
         doubtful = usable * (1 + CLOSE) + _overestimated(generated)
-        if self._plain_will_do and self.whole.posed.baseline_peak() <= doubtful:
+        if self._plain_will_do and self._plain_predicted <= doubtful:
             plain = self._plain()
             if plain.peak <= usable:
                 return Way(AT_ONCE, 0.0, 0.0), plain
@@ -208,7 +211,16 @@ class Strategy(Comparison):
         if self.whole is None or self.whole.posed is None:
             return {}
         predicted = self.whole.posed.baseline_peak()
+        if budget * (1 + DOUBT) < predicted <= budget * FAR:
+            predicted = self._plain_predicted
         return {"baseline_peak": predicted, "budget": budget} if predicted > budget * (1 + DOUBT) else {}
+
+    @functools.cached_property
+    def _plain_predicted(self) -> int:
+        """The predicted peak of the graph as Inductor compiles it, without what passes do to it under a budget."""
+        job = Compilation(self.traced.plain()).pose()
+        assert job is not None and job.posed is not None
+        return job.posed.baseline_peak()
 
     def plan(self) -> Plan | None:
         """The plan to start from, on predictions alone; None for a graph without a backward.
