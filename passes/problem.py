@@ -225,6 +225,8 @@ class _Poser:
         allowed = self.options.codecs
         if "bitmask" in allowed and residual.uses == {"mask"}:
             row.append(self._bitmask(residual))
+        if "bitmask" in allowed and not allowed.preset and residual.uses == {"mask", "weight_grad"}:
+            row += self._masks_apart(residual)
         if residual.name in self.chains:
             row += self._recomputed(residual, self.chains[residual.name])
         if residual.name in self.norms and "nonlinear" not in residual.uses:
@@ -268,6 +270,23 @@ class _Poser:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
         size = count * _packed_bytes(residual.forward)
         return self._candidate(residual, "bitmask", size, decoded=False, traffic=residual.bytes + 2 * size)
+
+    def _masks_apart(self, residual: Residual) -> list[Candidate]:
+        """The tensor until the weight gradients are computed, and bits for the masks that are read later.
+
+        They are read with the input gradient, which is where backwards peak.
+        """
+        steps = {node: self.turn + step for step, node in enumerate(self.backward.steps)}
+        readers = [steps.get(user, self.end) for user in residual.backward.users if user not in residual.masks]
+        last = max(readers, default=self.end)
+        if last >= self._last(residual):
+            return []
+        masks = len(residual.masks) * _packed_bytes(residual.forward)
+        held = self._candidate(residual, "bitmask", masks, decoded=False, traffic=2 * masks)
+        tensor = (self._produced(residual, kept=True), last, residual.bytes)
+        option = replace(held.option, loads=(tensor, *held.option.loads))
+        choice = replace(held.choice, bytes_after=residual.bytes + masks)
+        return [replace(held, choice=choice, option=option)]
 
     def _coded(self, residual: Residual, held: Held) -> Candidate:
         codec = registry.codec(held.codec)

@@ -109,6 +109,8 @@ class _Writer:
             for reader in readers:
                 reader.replace_input_with(residual.backward, self.replay(chain, residual, reader, approximate))
         elif residual.backward.users:
+            if choice.codec == "bitmask" and residual.value.dtype != torch.bool:
+                return  # Its masks are read from bits; weight gradients read the tensor itself.
             self.hold(residual, held_for(residual, choice))
         self.pair.uncross(residual.forward, residual.backward)
 

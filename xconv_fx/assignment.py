@@ -111,6 +111,7 @@ class ByPlan:
 
 _LEFT = {
     "keep": "the plan keeps its input",
+    "bitmask": "the plan keeps its input",
     "recompute": "the plan recomputes its input, which needs a compiler",
 }
 

@@ -101,15 +101,20 @@ def test_corrections_and_outside_bytes_are_added(pairs):
 
 
 LEGAL = [
-    ("relu", "relu", {}, {"keep", "quantize1", "quantize2", "quantize4", "quantize8", "probe2"}),
-    ("relu", "relu", {"codecs": "exact"}, {"keep"}),
+    ("relu", "relu", {}, {"keep", "bitmask", "quantize1", "quantize2", "quantize4", "quantize8", "probe2"}),
+    ("relu", "relu", {"codecs": "exact"}, {"keep", "bitmask"}),
     ("relu", "relu", {"codecs": ["quantize:2"]}, {"keep"}),  # Without "bitmask" its sign cannot be held.
-    ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "quantize2"}),
-    ("relu", "relu", {"codecs": ["probe:gaussian", "bitmask"]}, {"keep", "probe"}),
+    ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "bitmask", "quantize2"}),
+    ("relu", "relu", {"codecs": ["probe:gaussian", "bitmask"]}, {"keep", "bitmask", "probe"}),
     ("norm", "convolution", {}, {"keep", "rerun", "quantize1", "quantize2", "quantize4", "quantize8"}),
     ("norm", "convolution", {"codecs": "bitmask"}, {"keep"}),
-    ("norm", "relu", {"codecs": "exact"}, {"keep", "recompute"}),
-    ("norm", "relu", {"codecs": ["recompute", "quantize:4", "bitmask"]}, {"keep", "recompute", "replay", "quantize4"}),
+    ("norm", "relu", {"codecs": "exact"}, {"keep", "bitmask", "recompute"}),
+    (
+        "norm",
+        "relu",
+        {"codecs": ["recompute", "quantize:4", "bitmask"]},
+        {"keep", "bitmask", "recompute", "replay", "quantize4"},
+    ),
     ("norm", "relu", {"codecs": ["recompute", "quantize:4"]}, {"keep", "recompute"}),
     ("silu", "convolution", {}, {"keep", "rerun"}),
     ("silu", "div", {"codecs": "exact"}, {"keep", "recompute"}),
@@ -165,6 +170,17 @@ def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
     assert replayed.option.noise == 0 and replayed.option.time > 0
 
 
+def test_bits_for_the_mask_let_go_of_the_tensor_before_the_input_gradient(pairs):
+    posed = posed_of(pairs["relu"], codecs="exact")
+    keep, apart = posed.candidates[0]
+    labels = posed.problem.labels
+    kept, held = (
+        {labels[end] for _, end, size in c.option.loads if size == c.choice.bytes_before} for c in (keep, apart)
+    )
+    assert "convolution_backward_default" in held and "convolution_backward_default" not in kept
+    assert apart.choice.bytes_after == keep.choice.bytes_after + 512 and apart.option.noise == 0
+
+
 def test_codes_hold_less_and_add_noise(pairs):
     row = posed_of(pairs["relu"], codecs=["quantize", "bitmask"]).candidates[0]
     held = {candidate.choice.bits: candidate for candidate in row[1:]}
@@ -178,7 +194,7 @@ def test_codes_hold_less_and_add_noise(pairs):
 
 def test_a_decoded_tensor_exists_where_an_extern_kernel_reads_it(pairs):
     posed = posed_of(pairs["relu"], codecs=["quantize:4", "bitmask"])
-    coded = posed.candidates[0][1]
+    coded = next(candidate for candidate in posed.candidates[0] if candidate.option.name == "quantize")
     decoded = [load for load in coded.option.loads if load[2] == coded.choice.bytes_before]
     assert [(first, last) for first, last, _ in decoded] == [(first, first) for first, _, _ in decoded]
     assert {posed.problem.labels[first] for first, _, _ in decoded} == {"convolution_backward_default"}
