@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx import hooks
+from xconv_fx import hooks, unplanned
 from xconv_fx.errors import BudgetLostWarning
 from xconv_fx.session import LOST
-from xconv_fx.unplanned import Watch
+from xconv_fx.unplanned import Watch, planned
 
 BUDGET = 3_000_000
 
@@ -155,3 +155,13 @@ def test_planned_models_are_silent_and_looked_at_no_more(monkeypatch: pytest.Mon
             call(images())
         for _ in range(2):
             call(images())["result"].mean().backward()
+
+
+def test_nothing_is_kept_from_call_to_call() -> None:
+    watch = Watch(None, lambda x: x)
+    before = len(unplanned._local.spans)
+    for _ in range(3):
+        watch.run((torch.ones(1),), {})
+        with planned():
+            torch.ones(1)
+    assert len(unplanned._local.spans) == before

@@ -56,7 +56,8 @@ def planned() -> Iterator[None]:
     try:
         yield
     finally:
-        _local.spans.append((start, _number()))
+        if _local.watch is not None:
+            _local.spans.append((start, _number()))
 
 
 def graph(compiled: Callable[..., Any], session: Any = None, key: object = None) -> Callable[..., Any]:
@@ -114,7 +115,8 @@ class Watch:
                 self.sessions.update((id(session), session) for session, _ in self.ran if session is not None)
             return result
         finally:
-            spans.append((start, _number()))
+            if outer is not None:
+                spans.append((start, _number()))
             _local.watch, _local.spans = outer, spans
 
     def note(self, reason: str | None) -> None:
