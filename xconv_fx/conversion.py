@@ -87,7 +87,8 @@ def plan_and_convert(
     from .explain import explain
 
     arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    options = {"codecs": EAGER_CODECS, "slices": 1, **options}
+    if mem_budget is not None:
+        options = {"codecs": EAGER_CODECS, "slices": 1, **options}
     return _convert(model, ByPlan(explain(model, *arguments, mem_budget=mem_budget, **options).plans), inplace)
 
 

@@ -81,11 +81,11 @@ def workspace_bytes(
     if func is xconv.volume_weight_gradient.default:
         args = tuple(map(_cut, volume.two_slabs(args), args))
     try:
-        call, rest = signature(args), signature(named)
+        call, rest, returned = signature(args), signature(named), signature(results)
     except TypeError:  # A sparse tensor, or a tensor on another device.
         return 0
     found = None if dispatch.is_profiled() else _found(func, call, rest, dispatch.settings())
-    return max(copies(call, signature(results)), rough_bytes(func, args)) if found is None else found
+    return max(copies(call, returned), rough_bytes(func, args)) if found is None else found
 
 
 @functools.cache

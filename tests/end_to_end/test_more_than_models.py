@@ -43,7 +43,7 @@ def clipping() -> Made:
 
 def closure() -> Made:
     """Tensors that a function has closed over: a counter, and an average."""
-    count, weight = torch.zeros(3), torch.ones(3)
+    count, weight = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
 
     def call() -> Tensor:
         count.add_(1)
