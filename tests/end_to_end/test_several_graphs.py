@@ -70,7 +70,7 @@ class Unit(nn.Module):
 
 
 class Loop(nn.Module):
-    """Dynamo compiles no loop with a break in it, but what it calls: one graph, which runs three times."""
+    """Dynamo compiles no loop with a break in it, but what it calls: graphs that run several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,12 +146,13 @@ def test_a_percentage_is_of_what_all_graphs_take(tmp_path: Path) -> None:
     assert first.saved_after < first.saved_before, "the first graph leaves room for the second"
 
 
-def test_a_graph_that_runs_three_times_in_a_step_is_planned_for_that(tmp_path: Path) -> None:
+def test_graphs_that_run_several_times_in_a_step_are_planned_for_that(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = trained(Loop(), torch.randn(4, 8, 32, 32), tmp_path / "plans.json", mem_budget="70%")
-    (plan,) = found.plans
-    assert plan.calls == 3
-    assert plan.budget is not None and found.peak <= plan.budget
+    # Only the first block reads what needs no gradient: a graph of its own.
+    assert sorted(plan.calls for plan in found.plans) == [1, 2]
+    (budget,) = {plan.budget for plan in found.plans}
+    assert budget is not None and found.peak <= budget
 
 
 def test_a_model_that_is_not_run_ahead_says_so(tmp_path: Path) -> None:
