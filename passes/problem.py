@@ -26,7 +26,6 @@ from xconv_fx.ops.fold import fitted
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
-from xconv_fx.surroundings import ALONE, Surroundings
 
 from . import rungs
 from .graph import (
@@ -117,18 +116,18 @@ def pose(
     pair: Pair,
     residuals: dict[str, Residual],
     options: Options,
-    around: Surroundings = ALONE,
+    outside: int = 0,
     corrections: Mapping[str, int] | None = None,
     apart: bool = False,
     goes_on: bool = False,
 ) -> Posed:
     """The planning problem of the pair.
 
-    `around` is what is alive besides this graph's tensors, `corrections` what audits found the model to be short of in
-    each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
+    `outside` is what is alive throughout besides this graph's tensors, `corrections` what audits found the model to be
+    short of in each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
     results go on into further code of the model.
     """
-    return _Poser(pair, residuals, options, around, corrections or {}, apart, goes_on).pose()
+    return _Poser(pair, residuals, options, outside, corrections or {}, apart, goes_on).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -150,7 +149,7 @@ class _Poser:
         pair: Pair,
         residuals: dict[str, Residual],
         options: Options,
-        around: Surroundings,
+        outside: int,
         corrections: Mapping[str, int],
         apart: bool,
         goes_on: bool,
@@ -167,7 +166,7 @@ class _Poser:
         saved = set(pair.saved())
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.norms = find_norms(self.large.values()) if "fixed" in options.codecs else {}
-        self.around = around
+        self.outside = outside
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
         results = arguments(output_node(pair.forward.graph))[0][: pair.results]
         self.ends = Ends.of([node for node in results if isinstance(node, fx.Node)], tangents, goes_on)
@@ -194,7 +193,7 @@ class _Poser:
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
         phases = ("forward",) * len(self.forward.steps) + ("loss",) + ("backward",) * len(self.backward.steps)
-        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout
+        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
         residuals = tuple(self.large.values())
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
@@ -206,13 +205,13 @@ class _Poser:
         )  # fmt: skip
 
     def _base(self) -> list[int]:
-        constant = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout + self.copies
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + self.copies
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
         held = self.rest + self.ends.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        after = more["backward"] + self.around.returning + held + self.ends.kept + self.ends.tangents + self.relaid
+        after = more["backward"] + held + self.ends.kept + self.ends.tangents + self.relaid
         backward = [after + b for b in self.backward.profile()]
-        return [*forward, more["loss"] + self.around.inside + held + self.ends.between, *backward]
+        return [*forward, more["loss"] + held + self.ends.between, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 
