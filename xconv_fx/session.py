@@ -104,7 +104,7 @@ class Session:
         if self.options.stats is not None and self.module is not None:
             self.options.stats.check(self.module)
         self.records: dict[GraphKey, GraphRecord] = {}
-        self._compilations: dict[Hashable, tuple[object, list[weakref.ref[fx.GraphModule]]]] = {}
+        self._compilations: dict[Hashable, tuple[tuple[object, object], list[weakref.ref[fx.GraphModule]]]] = {}
         self._codes: dict[CompileId, CodeType] = {}
         self._plain_peak = 0
         self._settled = False
@@ -149,17 +149,19 @@ class Session:
         """The graph's key; forgets the frame's former graphs when it is compiled anew."""
         compilation = hooks.compile_id()
         frame = None if compilation is None else compilation[0]
-        known, seen = self._compilations.get(frame, (None, []))
+        known, seen = self._compilations.get(frame, ((None, None), []))
         numbers = [ordinal for ordinal, graph in enumerate(seen) if graph() is gm]
         if numbers:
             return GraphKey(frame, numbers[0])
-        if seen and (compilation is None or known != compilation):
+        context = hooks.compilation()
+        current = compilation, None if context is None else weakref.ref(context)
+        if seen and (compilation is None or known != current):
             self.settle()
             self.records = {key: record for key, record in self.records.items() if key.frame != frame}
             seen = []
         if compilation is not None and (code := hooks.compiling_code()) is not None:
             self._codes[compilation] = code
-        self._compilations[frame] = compilation, [*seen, weakref.ref(gm)]
+        self._compilations[frame] = current, [*seen, weakref.ref(gm)]
         return GraphKey(frame, len(seen))
 
     def settle(self) -> None:

@@ -39,6 +39,7 @@ from .dynamo import watch_calls as watch_calls
 from .dynamo import watch_frames as watch_frames
 from .fake import trying_fake as trying_fake
 from .frames import callers as callers
+from .frames import compilation as compilation
 from .frames import compile_id as compile_id
 from .frames import compiling_code as compiling_code
 from .frames import forget as forget

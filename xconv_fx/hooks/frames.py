@@ -38,6 +38,11 @@ def compile_id() -> CompileId | None:
     return None if identity is None else (identity.frame_id, identity.frame_compile_id)
 
 
+def compilation() -> object | None:
+    """What stands for the compilation that is going on and for no other: numbers begin anew after a reset of Dynamo."""
+    return torch._guards.CompileContext.try_get()
+
+
 def goes_on() -> bool:
     """Whether the results of the graph that is compiled now go on into further code of the model.
 
