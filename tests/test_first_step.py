@@ -115,6 +115,22 @@ def test_an_optimiser_belongs_to_the_step_but_its_state_does_not(net: Net, judge
     assert judge.peaks[-1] > backward
 
 
+def test_what_a_program_does_after_the_backward_is_no_part_of_the_step(net: Net, judge: Judge) -> None:
+    """Such as an evaluation, or another model's step."""
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    for ends in (optimiser.step, lambda: None):
+        net.check.again()
+        loss(net(X)).backward()
+        alone = judge.peaks[-1]
+        torch.empty(5000 * KB, dtype=torch.uint8)
+        ends()
+        torch.empty(5000 * KB, dtype=torch.uint8)
+        net(X)
+        assert max(judge.peaks) == alone
+        net.zero_grad()
+    net.check.stop()
+
+
 def test_another_models_optimiser_does_not_end_the_step(net: Net, judge: Judge) -> None:
     other = nn.Linear(300, 300)
     optimiser = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9)
@@ -124,7 +140,7 @@ def test_another_models_optimiser_does_not_end_the_step(net: Net, judge: Judge) 
     assert net.check.memory is not None and not judge.peaks
     loss(y).backward()
     assert len(judge.peaks) == 1
-    net.check.finish()
+    net.check.stop()
 
 
 def test_calls_are_one_step_until_a_backward(net: Net, judge: Judge) -> None:
@@ -135,7 +151,7 @@ def test_calls_are_one_step_until_a_backward(net: Net, judge: Judge) -> None:
 
     step()
     assert net.graph.most == 2 and net.graph.outstanding == 0
-    net.check.finish()
+    net.check.stop()
     net.zero_grad()
     assert judge.peaks[-1] == physical_peak(step, resident=[*views, net.layer.weight]).bytes
 
@@ -145,7 +161,7 @@ def test_evaluation_with_gradients_enabled_is_no_step(net: Net, judge: Judge) ->
         net(X)
     assert net.graph.most == 1 and net.graph.outstanding == 0
     run(net)
-    net.check.finish()
+    net.check.stop()
     assert set(judge.peaks) == {expected(net, lambda: loss(net(X)).backward())}
     with torch.no_grad():
         net(X)
@@ -177,7 +193,7 @@ def test_two_backwards_are_one_step(net: Net, judge: Judge) -> None:
 
     step()
     assert len(judge.peaks) == 2 and judge.peaks[1] > judge.peaks[0]
-    net.check.finish()
+    net.check.stop()
     assert judge.peaks[-1] == expected(net, step)
 
 
@@ -213,7 +229,7 @@ def test_losses_that_always_differ_are_not_measured_for_ever(net: Net, judge: Ju
 def test_calls_beyond_the_plan_are_told_where_nothing_is_measured(net: Net, judge: Judge) -> None:
     run(net, 2)
     (net(X).mean() + net(X).mean()).backward()
-    net.check.finish()
+    net.check.stop()
     assert judge.more == [2]
 
 
@@ -223,7 +239,7 @@ def test_calls_within_a_backward_are_part_of_its_step(net: Net, judge: Judge) ->
     for _ in range(2):
         y = checkpoint(net, X, use_reentrant=False) + checkpoint(net, X, use_reentrant=False)
         y.square().mean().backward()
-    net.check.finish()
+    net.check.stop()
     assert net.graph.outstanding == 0
     assert len(judge.peaks) >= before
 

@@ -1,10 +1,11 @@
 """The first-step check: what a training step really takes, losses and optimiser included, and what follows from it.
 
 A step begins with the first call, with gradients enabled, of a graph of the session, and goes on over further calls,
-the loss and the backward, until an optimiser has made its step or the next call comes after a backward; a step that is
-over its budget at the end of a backward is settled there and then. Calls without a backward (evaluation with gradients
-enabled) begin anew as soon as their results are dropped. Everything that is allocated between counts. A call within a
-backward is part of its step: checkpointing runs forwards again there.
+the loss and the backward, until an optimiser has made its step or the next call comes after a backward. What it took is
+told at the end of every backward and of the optimiser's step; what a program does between these two, or after them, is
+no part of it. A step that is over its budget is settled there and then. Calls without a backward (evaluation with
+gradients enabled) begin anew as soon as their results are dropped. A call within a backward is part of its step:
+checkpointing runs forwards again there.
 
 The step after compiling is measured (`step_memory.py`), and later ones only where something is new: another loss, by
 the number of autograd nodes that are made between forward and backward. All other steps count calls whose backward is
@@ -13,7 +14,6 @@ outstanding, and cost nothing else.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -121,10 +121,10 @@ class StepCheck:
         """A graph is about to run."""
         self.queued = False
         if self.backward_seen and not hooks.in_backward():
-            self.finish()
+            self.stop()
             self._new_step()
         elif self.memory is not None and not any(g.outstanding for g in self.graphs):
-            self._stop()  # What ran so far was dropped without a backward.
+            self.stop()  # What ran so far was dropped without a backward.
         self.graphs[graph] = None
         if self.memory is None and self.wanted and self.possible and not hooks.in_backward():
             self._start(graph.record.plan.device)
@@ -160,17 +160,21 @@ class StepCheck:
 
     def _end_backward(self) -> None:
         self.queued = False
-        if self.memory is not None and self.judge.measured(list(self.graphs), self.memory.peak):
-            self._stop()
+        if self.memory is not None:
+            self.memory.keep()
+            self._tell()
 
-    def finish(self) -> None:
+    def _tell(self) -> None:
+        if self.memory is not None and self.judge.measured(list(self.graphs), self.memory.peak):
+            self.stop()
+
+    def stop(self) -> None:
         """The measured step is over."""
-        if self.memory is None:
-            return
-        peak = self.memory.peak
-        self._stop()
-        if self.backward_seen:
-            self.judge.measured(list(self.graphs), peak)
+        if self.memory is not None:
+            self.memory.end()
+            self.memory = None
+            for handle in self._handles:
+                handle.remove()
 
     def _new_step(self) -> None:
         self.backward_seen = False
@@ -193,27 +197,20 @@ class StepCheck:
         # Dynamo would trace them into an optimiser's step that is compiled.
         before, after = map(torch.compiler.disable, (self._optimiser_begins, self._optimiser_ends))
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        atexit.register(self.finish)
-
-    def _stop(self) -> None:
-        if self.memory is not None:
-            self.memory.end()
-            self.memory = None
-            atexit.unregister(self.finish)
-            for handle in self._handles:
-                handle.remove()
 
     def _optimiser_begins(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
         if self.memory is not None and not torch.compiler.is_compiling():
+            if not self.backward_seen:
+                self.memory.keep()  # Another model's optimiser, while this one's step goes on.
             self.memory.mark(_state(optimiser))
 
     def _optimiser_ends(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
         if self.memory is None or torch.compiler.is_compiling():
             return
         self.memory.disown(_state(optimiser))
-        # Another model's optimiser may run while this one's step goes on.
         if self.backward_seen:
-            self.finish()
+            self._tell()
+            self.stop()
 
 
 def _state(optimiser: torch.optim.Optimizer) -> Iterator[Any]:

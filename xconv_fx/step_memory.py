@@ -47,8 +47,8 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes: what was there, and the most that came on top of it so far."""
-        return sum(self._storages.values()) + max(self._highest, self._watch.most)
+        """Bytes: what was there, and the most that came on top of it until the last `keep`."""
+        return sum(self._storages.values()) + self._highest
 
     def resident(self, values: Iterable[Any]) -> None:
         """These tensors belong to the model's step: those that were there before it count as resident."""
@@ -56,9 +56,12 @@ class StepMemory:
             if address and address not in self._storages and not self._watch.owns(address, value):
                 self._storages[address] = value.untyped_storage().nbytes()
 
-    def mark(self, state: Iterable[Any]) -> None:
-        """Before an optimiser's step, which has this state already."""
+    def keep(self) -> None:
+        """What was allocated so far is part of the step."""
         self._highest = max(self._highest, self._watch.most)
+
+    def mark(self, state: Iterable[Any]) -> None:
+        """Before an optimiser's step, which has this state already. What was not kept is forgotten."""
         self._known = set(self._addresses(state))
         self._watch.restart()
 
@@ -77,7 +80,6 @@ class StepMemory:
 
     def end(self) -> None:
         """Stop watching."""
-        self._highest = max(self._highest, self._watch.most)
         self._compiling.close()
         self._pause(False)
         self._watch.end()
