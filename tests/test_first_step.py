@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks as registry
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.first_step import CheckedGraph, StepCheck
@@ -128,6 +131,26 @@ def test_what_a_program_does_after_the_backward_is_no_part_of_the_step(net: Net,
         net(X)
         assert max(judge.peaks) == alone
         net.zero_grad()
+    net.check.stop()
+
+
+def test_hooks_of_optimisers_end_with_their_steps(net: Net, judge: Judge) -> None:
+    """Two checked models and a hook of the user's share torch's registry, which must not change while it is gone through."""
+    seen: list[object] = []
+    users = register_optimizer_step_post_hook(lambda optimiser, *_: seen.append(optimiser))
+    other = Net(Judge())
+    optimiser = torch.optim.SGD([*net.parameters(), *other.parameters()], 0.1)
+    (loss(net(X)) + loss(other(X))).backward()
+    optimiser.step()
+    users.remove()
+    assert seen == [optimiser]
+    assert net.check.memory is None and other.check.memory is None
+    before = len(registry)
+    net.check.again()
+    del other
+    gc.collect()
+    net(X)
+    assert len(registry) == before - 1, "three hooks less, one more"
     net.check.stop()
 
 

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from . import hooks
 from .log import log
 from .step_memory import StepMemory
+from .weak import weak_method
 
 if TYPE_CHECKING:
     from .session import GraphRecord
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 LOSSES = 4
 # Steps in a row that are measured to meet that loss again.
 LOOKS = 4
+
+# Hooks of optimisers that are to be removed with the next call: some optimiser may be going through them now.
+_LEFT: list[RemovableHandle] = []
 
 
 class Judge(Protocol):
@@ -126,6 +130,8 @@ class StepCheck:
         elif self.memory is not None and not any(g.outstanding for g in self.graphs):
             self.stop()  # What ran so far was dropped without a backward.
         self.graphs[graph] = None
+        while _LEFT:
+            _LEFT.pop().remove()
         if self.memory is None and self.wanted and self.possible and not hooks.in_backward():
             self._start(graph.record.plan.device)
         if self.memory is not None:
@@ -173,8 +179,11 @@ class StepCheck:
         if self.memory is not None:
             self.memory.end()
             self.memory = None
-            for handle in self._handles:
-                handle.remove()
+            _LEFT.extend(self._handles)
+            self._handles.clear()
+
+    def __del__(self) -> None:
+        _LEFT.extend(self._handles)
 
     def _new_step(self) -> None:
         self.backward_seen = False
@@ -194,9 +203,8 @@ class StepCheck:
         module = self.judge.module
         if module is not None:
             self.memory.resident([*module.parameters(), *module.buffers()])
-        # Dynamo would trace them into an optimiser's step that is compiled.
-        before, after = map(torch.compiler.disable, (self._optimiser_begins, self._optimiser_ends))
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        before, after = weak_method(self._optimiser_begins), weak_method(self._optimiser_ends)
+        self._handles[:] = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def _optimiser_begins(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
         if self.memory is not None and not torch.compiler.is_compiling():

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from . import hooks
 from .hooks import allocator_watch
+from .weak import weak_method
 
 
 class StepMemory:
-    """Watches one device from here on. `end` must be called.
+    """Watches one device from here on, until `end` or until nobody holds it.
 
     Raises `RuntimeError` when the device's allocator cannot be watched.
     """
@@ -38,7 +39,7 @@ class StepMemory:
         self._watch: Any = _CudaWatch(self.device) if self.device.type == "cuda" else allocator_watch.CpuWatch()
         self._paused = False
         self._compiling = contextlib.ExitStack()
-        self._compiling.enter_context(hooks.while_compiling(self._pause))
+        self._compiling.enter_context(hooks.while_compiling(weak_method(self._pause)))
 
     def _pause(self, on: bool) -> None:
         if on != self._paused and self.device.type == "cpu":

@@ -102,3 +102,14 @@ def test_equals_the_profiler_to_the_byte() -> None:
         profiled = physical_peak(watched).transient
         assert found == [profiled]
         assert profiled > 0
+
+
+def test_many_may_watch_and_ones_that_nobody_holds_end() -> None:
+    watches = [CpuWatch() for _ in range(40)]
+    kept = block(1)
+    assert {watch.live for watch in watches} == {kept.nbytes}
+    raw = allocator_watch._library()
+    del watches
+    last = CpuWatch()
+    last.end()
+    assert raw.xconv_watching() == 0, "the allocator is put back"

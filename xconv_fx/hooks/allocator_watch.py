@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from typing import Any
 
 SOURCE = r"""
@@ -22,6 +23,7 @@ SOURCE = r"""
 #include <c10/core/CPUAllocator.h>
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -30,18 +32,18 @@ namespace {
 struct Block { int64_t size; uint64_t number; };
 struct Watch { bool on = false; uint64_t start = 0; int64_t live = 0, most = 0; };
 
-constexpr int kWatches = 16;
 std::mutex mutex;
 std::unordered_map<void*, Block> blocks;
-Watch watches[kWatches];
+std::map<int, Watch> watches;
 uint64_t number = 0;
 int paused = 0;
+int begun = 0;
 int watching = 0;
 c10::Allocator* base = nullptr;
 c10::DeleterFnPtr base_delete = nullptr;
 
 void forget(std::unordered_map<void*, Block>::iterator found) {
-  for (auto& watch : watches)
+  for (auto& [_, watch] : watches)
     if (watch.on && watch.start <= found->second.number) watch.live -= found->second.size;
   blocks.erase(found);
 }
@@ -66,7 +68,7 @@ struct Counting final : c10::Allocator {
     if (known != blocks.end()) forget(known);
     if (!paused) {
       blocks[pointer] = {static_cast<int64_t>(size), number++};
-      for (auto& watch : watches)
+      for (auto& [_, watch] : watches)
         if (watch.on) watch.most = std::max(watch.most, watch.live += static_cast<int64_t>(size));
     }
     if (!block.compare_exchange_deleter(base_delete, remove)) blocks.erase(pointer);
@@ -86,59 +88,65 @@ Counting* counting() {
 
 extern "C" {
 
-// A watch that begins now; -1 when there are too many, -2 when the allocator is of a kind that cannot be watched.
+// A watch that begins now; -1 when the allocator is of a kind that cannot be watched.
 int xconv_begin() {
   std::lock_guard<std::mutex> lock(mutex);
   c10::Allocator* present = c10::GetCPUAllocator();
   if (present != counting()) {
-    if (present->raw_deleter() == nullptr || (watching && present != base)) return -2;
+    if (present->raw_deleter() == nullptr || (watching && present != base)) return -1;
     base = present;
     base_delete = present->raw_deleter();
   }
-  for (int index = 0; index < kWatches; ++index) {
-    if (watches[index].on) continue;
-    if (!watching++) {
-      blocks.clear();
-      c10::SetCPUAllocator(counting(), 255);
-    }
-    watches[index] = {true, number, 0, 0};
-    return index;
+  if (!watching++) {
+    blocks.clear();
+    c10::SetCPUAllocator(counting(), 255);
   }
-  return -1;
+  watches[begun] = {true, number, 0, 0};
+  return begun++;
 }
 
+// It counts no more, but what it counted can be asked for until it is forgotten.
 void xconv_end(int index) {
   std::lock_guard<std::mutex> lock(mutex);
-  if (!watches[index].on) return;
-  watches[index].on = false;
-  if (!--watching) {
-    blocks.clear();
-    // Of the highest priority, so that a later watch can be installed again.
-    if (c10::GetCPUAllocator() == counting()) c10::SetCPUAllocator(base, 255);
-  }
+  auto& watch = watches.at(index);
+  if (!watch.on) return;
+  watch.on = false;
+  if (--watching) return;
+  blocks.clear();
+  // Of the highest priority, so that a later watch can be installed again.
+  if (c10::GetCPUAllocator() == counting()) c10::SetCPUAllocator(base, 255);
 }
 
-int64_t xconv_live(int index) { std::lock_guard<std::mutex> lock(mutex); return watches[index].live; }
-int64_t xconv_most(int index) { std::lock_guard<std::mutex> lock(mutex); return watches[index].most; }
+void xconv_forget(int index) {
+  xconv_end(index);
+  std::lock_guard<std::mutex> lock(mutex);
+  watches.erase(index);
+}
+
+// Watches that have not ended; with none, the allocator is as it was.
+int xconv_watching() { std::lock_guard<std::mutex> lock(mutex); return watching; }
+
+int64_t xconv_live(int index) { std::lock_guard<std::mutex> lock(mutex); return watches.at(index).live; }
+int64_t xconv_most(int index) { std::lock_guard<std::mutex> lock(mutex); return watches.at(index).most; }
 
 // The maximum is from here on that of what comes.
 void xconv_restart(int index) {
   std::lock_guard<std::mutex> lock(mutex);
-  watches[index].most = watches[index].live;
+  watches.at(index).most = watches.at(index).live;
 }
 
 // Whether the block was allocated during the watch.
 int xconv_owns(int index, void* pointer) {
   std::lock_guard<std::mutex> lock(mutex);
   auto found = blocks.find(pointer);
-  return found != blocks.end() && watches[index].start <= found->second.number;
+  return found != blocks.end() && watches.at(index).start <= found->second.number;
 }
 
 // The block is as one from before the watch. Its bytes, or 0.
 int64_t xconv_disown(int index, void* pointer) {
   std::lock_guard<std::mutex> lock(mutex);
   auto found = blocks.find(pointer);
-  if (found == blocks.end() || found->second.number < watches[index].start) return 0;
+  if (found == blocks.end() || found->second.number < watches.at(index).start) return 0;
   int64_t size = found->second.size;
   forget(found);
   return size;
@@ -172,7 +180,7 @@ def prepare() -> None:
 
 
 class CpuWatch:
-    """The CPU allocator's bytes from the watch's beginning on, in all threads.
+    """The CPU allocator's bytes from the watch's beginning on, in all threads. Ends when nobody holds it.
 
     Raises `RuntimeError` when the allocator cannot be watched.
     """
@@ -181,8 +189,8 @@ class CpuWatch:
         self._library = _library()
         self._index: int = self._library.xconv_begin()
         if self._index < 0:
-            reason = "too many steps are measured at once" if self._index == -1 else "it has no deleter of its own"
-            raise RuntimeError(f"PyTorch's CPU allocator cannot be watched: {reason}")
+            raise RuntimeError("PyTorch's CPU allocator cannot be watched: it has no deleter of its own")
+        weakref.finalize(self, self._library.xconv_forget, self._index)
 
     @property
     def most(self) -> int:
