@@ -135,7 +135,7 @@ def test_what_a_program_does_after_the_backward_is_no_part_of_the_step(net: Net,
 
 
 def test_hooks_of_optimisers_end_with_their_steps(net: Net, judge: Judge) -> None:
-    """Two checked models and a hook of the user's share torch's registry, which must not change while it is gone through."""
+    """Two checked models and a hook of the user's share a registry, which must not change while it is gone through."""
     seen: list[object] = []
     users = register_optimizer_step_post_hook(lambda optimiser, *_: seen.append(optimiser))
     other = Net(Judge())

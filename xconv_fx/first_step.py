@@ -7,9 +7,10 @@ no part of it. A step that is over its budget is settled there and then. Calls w
 gradients enabled) begin anew as soon as their results are dropped. A call within a backward is part of its step:
 checkpointing runs forwards again there.
 
-The step after compiling is measured (`step_memory.py`), and later ones only where something is new: another loss, by
-the number of autograd nodes that are made between forward and backward. All other steps count calls whose backward is
-outstanding, and cost nothing else.
+The first step that runs whole after compiling is measured (`step_memory.py`); one in which a graph behind a graph
+break, or a backward, is compiled holds more than those that follow. Later ones are where something is new: another
+loss, by the number of autograd nodes that are made between forward and backward. All other steps count calls whose
+backward is outstanding, and cost nothing else.
 """
 
 from __future__ import annotations
@@ -171,7 +172,11 @@ class StepCheck:
             self._tell()
 
     def _tell(self) -> None:
-        if self.memory is not None and self.judge.measured(list(self.graphs), self.memory.peak):
+        if self.memory is None:
+            return
+        if self.memory.compiled:
+            self.again()
+        elif self.judge.measured(list(self.graphs), self.memory.peak):
             self.stop()
 
     def stop(self) -> None:

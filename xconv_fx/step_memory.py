@@ -28,6 +28,9 @@ from .weak import weak_method
 class StepMemory:
     """Watches one device from here on, until `end` or until nobody holds it.
 
+    `compiled` tells whether something was compiled meanwhile, whose frames may have held the step's tensors for longer
+    than a step does where all is compiled.
+
     Raises `RuntimeError` when the device's allocator cannot be watched.
     """
 
@@ -37,11 +40,12 @@ class StepMemory:
         self._known: set[int] = set()
         self._highest = 0
         self._watch: Any = _CudaWatch(self.device) if self.device.type == "cuda" else allocator_watch.CpuWatch()
-        self._paused = False
+        self.compiled = self._paused = False
         self._compiling = contextlib.ExitStack()
         self._compiling.enter_context(hooks.while_compiling(weak_method(self._pause)))
 
     def _pause(self, on: bool) -> None:
+        self.compiled |= on
         if on != self._paused and self.device.type == "cpu":
             self._paused = on
             allocator_watch.pause(on)

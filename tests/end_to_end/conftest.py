@@ -8,43 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from compiled import Compile, Compiled
 from torch import nn
 
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.plan import Plan
-from xconv_fx.report import read_json
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled model and the file that its plans are written to."""
-
-    model: nn.Module
-    report: Path
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.model(*inputs)
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The plans of its graphs so far; none before the first call."""
-        return read_json(self.report) if self.report.exists() else ()
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of its only graph."""
-        (only,) = self.plans
-        return only
-
-
-Compile = Callable[..., Compiled]
 
 
 @pytest.fixture(scope="session")

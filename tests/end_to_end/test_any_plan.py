@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compile
+from compiled import Compile
 from torch import Tensor, nn
 
 from xconv_fx.errors import DoubleBackwardError

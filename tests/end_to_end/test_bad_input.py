@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import Compile
+from compiled import Compile
 from nets import loss
 from torch import Tensor, nn
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import Compile
+from compiled import Compile
 from nets import gradients
 from torch import Tensor, nn
 from torch.profiler import profile

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import Compile
+from compiled import Compile
 from nets import gradients, loss
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from conftest import Compile, Compiled
+from compiled import Compile, Compiled
 from nets import loss
 from torch import Tensor, nn
 
@@ -202,7 +202,9 @@ def test_measured_peak_is_within_the_budget(compile_model: Compile, codecs: str,
     plan = compiled.plan
     assert plan.budget is not None and plan.audited_peak is not None
     assert measured <= plan.budget
-    assert measured == pytest.approx(plan.audited_peak, rel=0.1), "the audit tells what is measured"
+    # The audit allows for a loss that takes four copies of the result, as `benchmarks/losses.py` found; this takes two.
+    spare = 2 * compiled(batch).nbytes
+    assert measured <= plan.audited_peak <= 1.05 * measured + spare, "the audit tells what is measured"
     assert expected in codecs_of(compiled)
 
 

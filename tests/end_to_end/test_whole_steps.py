@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compile, Compiled
+from compiled import Compile, Compiled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,10 +126,10 @@ def test_what_uncompiled_code_holds_is_measured(compile_model: Compile) -> None:
     def step() -> None:
         compiled(x).square().mean().backward()
 
-    with (
-        pytest.warns(BudgetLostWarning, match="Between ran eagerly"),
-        pytest.warns(BudgetExceededWarning, match="option reserve='"),
-    ):
+    with pytest.warns(BudgetLostWarning, match="Between ran eagerly"):
+        step()  # Its second graph is compiled when the first has run.
+    compiled.model.zero_grad()
+    with pytest.warns(BudgetExceededWarning, match="option reserve='"):
         step()
     assert all(plan.measured_peak == measured(compiled, step, x) for plan in compiled.plans)
 
@@ -153,6 +153,8 @@ def process_group(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.distributed.destroy_process_group()
 
 
+# Whichever step of a program is the first to see gradients of 1x1 kernels: their strides may be written in two ways.
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides:UserWarning")
 @pytest.mark.usefixtures("process_group")
 def test_graphs_of_ddp_share_the_budget(compile_model: Compile) -> None:
     x, model = images(4), Whole()

@@ -73,8 +73,8 @@ def test_a_normalisations_input_adds_what_reaches_the_layers_before(pair, stats)
 
 def test_plans_report_each_layer_relative_to_its_own_sgd_noise(pair, stats):
     posed = posed_of(pair, stats, codecs="quantize,bitmask")
-    choice = tuple(1 if len(row) > 1 else 0 for row in posed.candidates)
-    plan = planning.describe(posed, choice, None, 0, 0.0)
+    codes = [[i for i, c in enumerate(row) if c.choice.codec == "quantize"] for row in posed.candidates]
+    plan = planning.describe(posed, tuple(row[0] if row else 0 for row in codes), None, 0, 0.0)
     assert plan.measured and dict(plan.layers).keys() <= {"0", "3", "5"} and len(plan.layers) > 1
     # Every layer's noise in units of its own SGD noise adds up to the plan's, in units of all.
     total = sum(noise * stats.layers[name].sgd for name, noise in plan.layers) / stats.sgd
