@@ -99,8 +99,11 @@ class Nested:
         return max(tops)
 
 
-def nest(parts: Sequence[Part], runs: Sequence[Run]) -> Nested:
-    """The problem of a step that runs these parts in this order. Raises `ValueError` without a run."""
+def nest(parts: Sequence[Part], runs: Sequence[Run], between: int = 0) -> Nested:
+    """The problem of a step that runs these parts in this order. Raises `ValueError` without a run.
+
+    So many bytes `between` are alive besides after the last forward and before the first backward.
+    """
     if not runs:
         raise ValueError("runs: a step has at least one")
     places = _places(parts, runs)
@@ -112,7 +115,7 @@ def nest(parts: Sequence[Part], runs: Sequence[Run]) -> Nested:
     ]
     used = {run.part for run in runs}
     labels = _labels(parts, runs) if all(parts[index].problem.labels for index in used) else ()
-    problem = Problem(tuple(_base(parts, runs)), tuple(items), labels)
+    problem = Problem(tuple(_base(parts, runs, between)), tuple(items), labels)
     return Nested(tuple(parts), tuple(runs), problem, places, first)
 
 
@@ -127,13 +130,13 @@ def _places(parts: Sequence[Part], runs: Sequence[Run]) -> tuple[tuple[int, int,
     return tuple(zip(starts[:-1], starts[1:], ends, strict=True))
 
 
-def _base(parts: Sequence[Part], runs: Sequence[Run]) -> list[int]:
+def _base(parts: Sequence[Part], runs: Sequence[Run], between: int) -> list[int]:
     outer = list(accumulate((parts[run.part].problem.base[parts[run.part].turn] for run in runs), initial=0))
     base: list[int] = []
     for run, around in zip(runs, outer[:-1], strict=True):
         part = parts[run.part]
         base += [size + around + run.forward for size in part.problem.base[: part.turn]]
-    base.append(outer[-1] + runs[-1].forward)
+    base.append(outer[-1] + runs[-1].forward + between)
     for run, around in zip(reversed(runs), reversed(outer[:-1]), strict=True):
         part = parts[run.part]
         base += [size + around + run.backward for size in part.problem.base[part.turn + 1 :]]

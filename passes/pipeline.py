@@ -23,6 +23,7 @@ from xconv_fx.log import log
 from xconv_fx.options import Options
 from xconv_fx.plan import Plan
 from xconv_fx.slices import Batch, Slicing
+from xconv_fx.surroundings import ALONE, Surroundings
 
 from . import planning
 from .gather_pooling import gather_pooling as gather_pool_backward
@@ -50,7 +51,7 @@ from .volume_kernels import volume_kernels as choose_volume_kernels
 class Job:
     """One joint graph on its way through the pipeline.
 
-    `arguments` are the partitioner's. `outside` is what is alive during the step besides this graph's own tensors,
+    `arguments` are the partitioner's. `around` is what is alive during the step besides this graph's own tensors,
     `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
     `goes_on` says that its results are read by further code of the model, `calls` how often it runs in a step.
     `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
@@ -65,7 +66,7 @@ class Job:
     joint_inputs: Sequence[object]
     arguments: dict[str, Any]
     options: Options
-    outside: int = 0
+    around: Surroundings = ALONE
     corrections: dict[str, int] = field(default_factory=dict)
     goes_on: bool = False
     calls: Calls = ONCE
@@ -153,7 +154,7 @@ def analyse(job: Job) -> None:
 def pose(job: Job) -> None:
     assert job.pair is not None
     apart = not job.mixing
-    posed = link(pose_problem(job.pair, job.residuals, job.options, job.outside, job.corrections, apart, job.goes_on))
+    posed = link(pose_problem(job.pair, job.residuals, job.options, job.around, job.corrections, apart, job.goes_on))
     posed = replace(posed, calls=job.calls)
     # Of a slice it is the problem for any number of slices that are held.
     job.posed = posed if job.slicing is not None else slice_step(posed, None)

@@ -116,8 +116,13 @@ def _too_noisy(options: Options) -> OptionError:
 
 def tradeoff(posed: Posed, options: Options) -> float:
     """The noise that a second is worth to the user, by `prefer`: none, NOISE_PRICE a step's time, or any."""
+    return tradeoff_of(sum(posed.seconds.values()), options)
+
+
+def tradeoff_of(seconds: float, options: Options) -> float:
+    """The same for a step that takes so many seconds."""
     if options.prefer == "balanced":
-        return 1 / (NOISE_PRICE * max(sum(posed.seconds.values()), 1e-9))
+        return 1 / (NOISE_PRICE * max(seconds, 1e-9))
     return 0.0 if options.prefer == "exact" else math.inf
 
 

@@ -26,6 +26,7 @@ from xconv_fx.ops.fold import fitted
 from xconv_fx.ops.registry import Held
 from xconv_fx.options import Options
 from xconv_fx.plan import Choice
+from xconv_fx.surroundings import ALONE, Surroundings
 
 from . import rungs
 from .graph import (
@@ -116,18 +117,18 @@ def pose(
     pair: Pair,
     residuals: dict[str, Residual],
     options: Options,
-    outside: int = 0,
+    around: Surroundings = ALONE,
     corrections: Mapping[str, int] | None = None,
     apart: bool = False,
     goes_on: bool = False,
 ) -> Posed:
     """The planning problem of the pair.
 
-    `outside` is what is alive throughout besides this graph's tensors, `corrections` what audits found the model to be
-    short of in each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
+    `around` is what is alive besides this graph's tensors, `corrections` what audits found the model to be short of in
+    each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
     results go on into further code of the model.
     """
-    return _Poser(pair, residuals, options, outside, corrections or {}, apart, goes_on).pose()
+    return _Poser(pair, residuals, options, around, corrections or {}, apart, goes_on).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -149,7 +150,7 @@ class _Poser:
         pair: Pair,
         residuals: dict[str, Residual],
         options: Options,
-        outside: int,
+        around: Surroundings,
         corrections: Mapping[str, int],
         apart: bool,
         goes_on: bool,
@@ -166,7 +167,7 @@ class _Poser:
         saved = set(pair.saved())
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.norms = find_norms(self.large.values()) if "fixed" in options.codecs else {}
-        self.outside = outside
+        self.around = around
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
         results = arguments(output_node(pair.forward.graph))[0][: pair.results]
         self.ends = Ends.of([node for node in results if isinstance(node, fx.Node)], tangents, goes_on)
@@ -193,7 +194,7 @@ class _Poser:
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
         phases = ("forward",) * len(self.forward.steps) + ("loss",) + ("backward",) * len(self.backward.steps)
-        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.outside
+        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout
         residuals = tuple(self.large.values())
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
@@ -205,13 +206,13 @@ class _Poser:
         )  # fmt: skip
 
     def _base(self) -> list[int]:
-        constant = resident_bytes(self.pair.forward.graph.nodes) + self.outside + self.copies
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout + self.copies
         more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
         held = self.rest + self.ends.results
         forward = [more["forward"] + b for b in self.forward.profile()]
-        after = more["backward"] + held + self.ends.kept + self.ends.tangents + self.relaid
+        after = more["backward"] + self.around.returning + held + self.ends.kept + self.ends.tangents + self.relaid
         backward = [after + b for b in self.backward.profile()]
-        return [*forward, more["loss"] + held + self.ends.between, *backward]
+        return [*forward, more["loss"] + self.around.inside + held + self.ends.between, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

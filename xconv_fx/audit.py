@@ -41,7 +41,8 @@ class Audit:
     """The replay of one training step: its forward, then its backward on what the forward saved.
 
     `resident_bytes` are alive throughout and not among the graphs' inputs. After the forward, `saved_bytes` are what it
-    holds for the backward besides its inputs. `uncounted` are operators that may allocate inside what nobody knows.
+    holds for the backward besides its inputs, and `held_bytes` that and its results. `uncounted` are operators that may
+    allocate inside what nobody knows.
     """
 
     def __init__(self, resident_bytes: int = 0) -> None:
@@ -50,7 +51,7 @@ class Audit:
         self.inputs: list[Any] = []
         self.results: list[Any] = []
         self.saved: list[Any] = []
-        self.saved_bytes = 0
+        self.saved_bytes = self.held_bytes = 0
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class Audit:
             outputs = list(self._call(source, list(self.inputs)))
         self.results, self.saved = outputs[:results], outputs[results:]
         self.saved_bytes = _storage_bytes(self.saved, besides=self.inputs)
+        self.held_bytes = _storage_bytes(outputs, besides=self.inputs)
         return self.tracker.take()
 
     def hold(self, extra_bytes: int) -> None:

@@ -22,6 +22,7 @@ from .sample_gradients import watched
 from .session import GraphKey, Session
 from .stack_room import with_stack_room
 from .strategy import Strategy
+from .together import plan_together
 
 
 @surfaced_by_dynamo
@@ -51,6 +52,8 @@ def xconv(
         plain = replace(chosen, mem_budget=None, slices=None, stats=None)
         return unplanned.graph(Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile())
     session = Session.of(chosen)
+    if chosen.mem_budget is not None and not chosen.codecs.preset and not session.is_next(gm, example_inputs):
+        plan_together(session, gm, example_inputs)
     graph = session.graph(gm)
     compiled = _compile(gm, example_inputs, chosen, session, graph.key)
     compiled = watched(compiled) if chosen.shares_samples else compiled
@@ -65,8 +68,8 @@ def _compile(
     """The compiled step of a graph, planned by what measured steps were found to need, if any plan is."""
 
     def compiled() -> Callable[..., Any]:
-        options = session.verifier.options(session.settled(chosen), key)
-        return Strategy(Traced(gm, example_inputs, options, session)).compile()
+        options = session.calling(session.verifier.options(session.settled(chosen), key), key)
+        return Strategy(Traced(gm, example_inputs, options, session, session.notes)).compile()
 
     try:
         return compiled()

@@ -26,6 +26,7 @@ from .passes.graph import is_primal, is_tangent, nbytes, output_node
 from .passes.instance_norm import reshape_free_instance_norm
 from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
+from .passes.problem import Posed
 from .passes.separable import NOTHING
 from .passes.slice_graph import Drawn, slice_graph
 from .passes.unpooling import scatter_unpooling
@@ -35,6 +36,7 @@ from .schedule import LocalFusion, in_order
 from .session import Graph, GraphRecord, Session
 from .sizes import Budget
 from .slices import Batch, Sliced, differentiable, slice_inputs
+from .surroundings import Surroundings
 from .ways import AT_ONCE, Route
 
 
@@ -58,13 +60,18 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass
 class Traced:
-    """The graph that Dynamo traced, and what it is compiled with."""
+    """The graph that Dynamo traced, and what it is compiled with.
+
+    `known` is what is known of it, and `surroundings` what it is planned beside, where its session is not asked.
+    """
 
     gm: fx.GraphModule
     example_inputs: Sequence[Any]
     options: Options
     session: Session
     notes: tuple[str, ...] = ()
+    known: Graph | None = None
+    surroundings: Surroundings | None = None
 
     @functools.cached_property
     def batch(self) -> Batch | None:
@@ -74,13 +81,18 @@ class Traced:
     @functools.cached_property
     def graph(self) -> Graph:
         """What its session knows it by."""
-        return self.session.graph(self.gm)
+        return self.known or self.session.graph(self.gm)
 
     @property
     def calls(self) -> Calls:
         """How often it runs in a step."""
         graph = self.graph
         return Calls(self.options.calls, graph.given, graph.parameters, chain=graph.given < graph.inputs)
+
+    @functools.cached_property
+    def around(self) -> Surroundings:
+        """What is alive in the step besides it. Raises `BudgetInfeasibleError` where the step cannot be planned."""
+        return self.surroundings or self.session.surroundings(self.graph)
 
     def within(self, budget: int) -> Traced:
         """The same under a budget in bytes."""
@@ -110,9 +122,9 @@ class Compilation:
     bounds: Bounds = ANY
 
     def __post_init__(self) -> None:
-        self.outside = self.traced.session.outside(self.traced.graph)
+        self.around = self.traced.around
         self.job: pipeline.Job | None = None
-        self.audit = Audit(self.outside)
+        self.audit = Audit(self.around.throughout)
         self.batch, self.drawn = self.traced.batch, Drawn()
         self.half: tuple[fx.GraphModule, Sequence[Any], bool] | None = None
         self.kernels = hooks.Deferred()
@@ -200,7 +212,7 @@ class Compilation:
                 volumes_channels_last(gm)
         sources = hooks.source_hash()
         rates = calibration.specs(inputs)
-        key = f"{sources} {options.fingerprint()} {self.outside} {self.corrections} {self.bounds} {self.route} {rates}"
+        key = f"{sources} {options.fingerprint()} {self.around} {self.corrections} {self.bounds} {self.route} {rates}"
         config = {**options.inductor_config(), "custom_partitioner_fn": hooks.Partitioner(self._partition, key)}
         if budgeted:
             config.update(in_order(sources))
@@ -222,7 +234,7 @@ class Compilation:
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         job = pipeline.Job(
-            gm, joint_inputs, arguments, self.traced.options, self.outside, dict(self.corrections),
+            gm, joint_inputs, arguments, self.traced.options, self.around, dict(self.corrections),
             stream=self.traced.session.stream, batch=self.batch, slicing=self.route.slicing,
             saved=self.route.saved, device=self.traced.session.device, goes_on=self.traced.graph.goes_on,
             calls=self.traced.calls, bounds=self.bounds,
@@ -279,15 +291,15 @@ class Compilation:
         assert self.job.posed is not None
         ends = self.job.posed.ends
         if is_backward:
-            self.audit.hold(ends.kept)
+            self.audit.hold(ends.kept + self.around.returning)
             return [("backward", self.audit.backward(code, inputs, [is_tangent(node) for node in placeholders]))]
-        self.audit = Audit(self.outside)
+        self.audit = Audit(self.around.throughout)
         forward = self.audit.forward(code, inputs, self.job.pair.results)
         results: Any = output_node(gm.graph).args[0]
         own = dict.fromkeys(node for node in results[: self.job.pair.results] if isinstance(node, fx.Node))
         # The caller makes float32 of 16-bit results.
         self.audit.hold(max(0, ends.results - sum(nbytes(node) for node in own if not is_primal(node))))
-        return [("forward", forward), ("loss", self.audit.loss(ends.between))]
+        return [("forward", forward), ("loss", self.audit.loss(ends.between + self.around.inside))]
 
     def report(self, **known: Any) -> Plan | None:
         """Publish the plan of what was compiled, with what is `known` about it besides; None without a backward."""
@@ -301,12 +313,22 @@ class Compilation:
             "foreseen": self.foreseen,
             **self.traced.session.facts,
             **known,
+            **self.traced.session.of_step(self.traced.graph.key),
         }
         unknown = tuple(f"what {name} allocates inside its calls is not known" for name in self.audit.uncounted)
         plan = replace(self.job.plan, notes=(*self.job.plan.notes, *self.traced.notes, *unknown), **found)
         publish(plan)
         assert self.job.posed is not None
+        posed = self.job.posed
         self.traced.session.add(
-            GraphRecord(self.traced.graph, plan, self.job.posed.problem, self.job.posed.ends.results)
+            GraphRecord(self.traced.graph, plan, posed.problem, posed.ends.results, held=self._held(posed, plan))
         )
         return plan
+
+    def _held(self, posed: Posed, plan: Plan) -> int:
+        """Bytes that one call holds from its forward to its backward, its results included: audited if it was."""
+        slicing = self.route.slicing
+        if slicing is None:
+            return self.audit.held_bytes or posed.rest + posed.ends.results + plan.saved_after // plan.calls
+        slice_holds = self.audit.saved_bytes or posed.rest + sum(choice.bytes_after for choice in plan.choices)
+        return slicing.held * slice_holds + slicing.count * posed.ends.results + slicing.copies

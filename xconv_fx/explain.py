@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from . import hooks
 from .backend import plan_graph
 from .errors import UnsupportedModelError, surfaced_by_dynamo
 from .fake_device import fake_mode, fake_module, fake_tensor, place_inputs
+from .found_graph import FoundGraph
 from .ops import lowering
 from .options import Options
 from .plan import Plan
@@ -29,6 +30,8 @@ from .report import render
 from .scenario import Scenario
 from .session import Session
 from .stack_room import with_stack_room
+from .step_graphs import Collector, StepGraphs
+from .together import Finder, plan_found, share
 
 # Variants of one piece of code that Dynamo traces before it gives up.
 MANY = 1 << 20
@@ -83,8 +86,28 @@ def explain(
     scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
     trace = Trace(model, inputs, scenario, loss, targets)
     session = trace.session(chosen)
-    trace.run(lambda gm, example_inputs: plan_graph(gm, example_inputs, chosen, session, scenario.notes))
+    if chosen.mem_budget is None or chosen.codecs.preset:
+        trace.run(lambda gm, example_inputs: plan_graph(gm, example_inputs, chosen, session, scenario.notes))
+    else:
+        _plan_together(trace, session, chosen)
     return Explanation(session.plans)
+
+
+def _plan_together(trace: Trace, session: Session, options: Options) -> None:
+    """Plan the graphs of a step for the budget that they share."""
+    finder, alone = Finder(session, options, trace.scenario.notes), []
+
+    def take(gm: fx.GraphModule, example_inputs: list[Any]) -> FoundGraph:
+        alone.append(session.graph(gm))
+        return finder(gm, example_inputs)
+
+    with trace.tracing():
+        step = trace.graphs(take)
+        if len(step.runs) > 1:
+            share(session, step, options)
+        for number, (graph, known) in enumerate(zip(step.graphs, alone, strict=True), start=1):
+            announce(f"planning graph {number} of {len(step.graphs)}")
+            plan_found(graph, session, options, known)
 
 
 class Trace:
@@ -131,23 +154,9 @@ class Trace:
             facts=self.scenario.facts(parameters),
         )
 
-    def run(self, planner: Planner) -> None:
-        """Let `planner` plan every graph of the step that has a backward, in the order in which they run.
-
-        Raises `UnsupportedModelError` when there is none.
-        """
-        planned: list[object] = []
-
-        def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-            hooks.specialise(example_inputs)
-            if hooks.needs_backward(example_inputs):
-                if self.scenario.moves:
-                    place_inputs(gm, "cuda")
-                announce(f"planning graph {len(planned) + 1}")
-                planned.append(planner(gm, example_inputs))
-            # What the graph computes is left to itself: shapes.
-            return gm.forward
-
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """What is traced inside is traced as the step."""
         with contextlib.ExitStack() as stack:
             for entered in (torch.enable_grad(), hooks.cheap_graphs(), self.scenario.in_effect(self.home), self.mode):
                 stack.enter_context(entered)
@@ -156,9 +165,41 @@ class Trace:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             # However often the same code is planned: each of its shapes is a plan of its own.
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY))
-            torch.compile(self.step, backend=surfaced_by_dynamo(backend), dynamic=False)(*self.inputs)
-        if not any(planned):
+            yield
+
+    def run(self, planner: Planner) -> None:
+        """Let `planner` plan every graph of the step that has a backward, in the order in which they run.
+
+        Raises `UnsupportedModelError` when there is none.
+        """
+        planned = 0
+
+        def counted(gm: fx.GraphModule, example_inputs: list[Any]) -> object:
+            nonlocal planned
+            planned += 1
+            announce(f"planning graph {planned}")
+            return planner(gm, example_inputs)
+
+        with self.tracing():
+            self.graphs(counted)
+
+    def graphs(self, take: Planner) -> StepGraphs:
+        """The graphs of the step that have a backward: what `take` makes of each, within its compilation.
+
+        Raises `UnsupportedModelError` when there is none.
+        """
+
+        def placed(gm: fx.GraphModule, example_inputs: list[Any]) -> object:
+            if self.scenario.moves:
+                place_inputs(gm, "cuda")
+            return take(gm, example_inputs)
+
+        collector = Collector(placed)
+        outputs = torch.compile(self.step, backend=surfaced_by_dynamo(collector), dynamic=False)(*self.inputs)
+        found = collector.found(outputs)
+        if not any(found.graphs):
             kind = type(self.model).__name__
             raise UnsupportedModelError(
                 kind, "nothing in it requires a gradient", "train at least one parameter or input"
             )
+        return found

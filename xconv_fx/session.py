@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -29,12 +29,19 @@ from .options import Options, with_unseen
 from .plan import Plan
 from .report import write_json
 from .sizes import Budget
+from .step_graphs import Signature
+from .surroundings import Surroundings
 from .verify import Verifier
+
+if TYPE_CHECKING:
+    from .shares import Shares
 
 _streams = itertools.count(1)
 
 # The note of a plan that was made and is not in force.
 LOST = "not in force: in a later step, code of the model ran eagerly and this graph did not run"
+# The frame of graphs that are planned together, which have one sequence of numbers whatever frames they are of.
+TOGETHER = "the step"
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class GraphRecord:
     """What a session knows of a planned graph.
 
     Besides its plan the `problem` that the plan solves, which has no graphs in it, bytes of its `results` as a caller
-    holds them, and how many `calls` without a backward the last measured step had (0: none was measured).
+    holds them, and how many `calls` without a backward the last measured step had (0: none was measured). `held` are
+    the bytes that one run holds from its forward to its backward, results included.
     """
 
     graph: Graph
@@ -76,6 +84,7 @@ class GraphRecord:
     problem: Problem | None = None
     results: int = 0
     calls: int = 0
+    held: int = 0
 
     @property
     def saved(self) -> int:
@@ -108,6 +117,9 @@ class Session:
         self._codes: dict[CompileId, CodeType] = {}
         self._plain_peak = 0
         self._settled = False
+        self.shares: Shares | None = None
+        self.apart = ""
+        self._places: list[tuple[weakref.ref[fx.GraphModule], int]] = []
         self._measured_peak: int | None = None
         self.verifier = Verifier(self)
 
@@ -133,8 +145,47 @@ class Session:
         ordered = sorted(self.records, key=self._place)
         return tuple(self.records[key].plan for key in ordered)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the plans of all graphs."""
+        if self.shares is None:
+            return (f"the graphs of a step are planned one after another: {self.apart}",) if self.apart else ()
+        return (f"planned together with the other graphs of a step, {len(self.shares.step.graphs)} in all",)
+
+    def together(self, shares: Shares) -> None:
+        """The graphs that are compiled next are those of one step, which are planned together.
+
+        Those among them that were compiled before, and are not compiled anew, hold what they held.
+        """
+        self.settle()
+        known = {} if self.shares is None else self.shares.known()
+        shares.held = {
+            place: known[signature] for place, signature in enumerate(shares.step.signatures) if signature in known
+        }
+        self.records, self._places = {}, []
+        self._compilations = {TOGETHER: (None, [])}
+        self.shares = shares
+        if not self._settled:
+            self._plain_peak = shares.plain
+        shares.options = self.settled(shares.options)
+
+    def is_next(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+        """Whether this graph is one of those that are planned together, and was not compiled yet."""
+        if self.shares is None:
+            return False
+        taken = {place for _, place in self._places}
+        signature = Signature.of(gm, example_inputs)
+        for place, known in enumerate(self.shares.step.signatures):
+            if place not in taken and known == signature:
+                self._places.append((weakref.ref(gm), place))
+                return True
+        return False
+
     def graph(self, gm: fx.GraphModule) -> Graph:
         """What is known of the graph that is compiled now. Each is to be asked for before its frame's next one."""
+        place = next((place for known, place in self._places if known() is gm), None)
+        if place is not None:
+            return self._together(gm, place)
         return Graph(
             self._key(gm),
             hooks.compile_id(),
@@ -144,6 +195,15 @@ class Session:
             hooks.input_bytes(gm, given=True),
             hooks.goes_on(),
         )
+
+    def _together(self, gm: fx.GraphModule, place: int) -> Graph:
+        """A graph that is planned together with others: what a loss takes is counted for all of them."""
+        compilation, code = hooks.compile_id(), hooks.compiling_code()
+        if compilation is not None and code is not None:
+            self._codes[compilation] = code
+        key, primals = GraphKey(TOGETHER, place), hooks.parameter_bytes(gm, buffers=True)
+        inputs = hooks.input_bytes(gm)
+        return Graph(key, compilation, hooks.parameter_bytes(gm), primals, inputs, given=0, goes_on=True)
 
     def _key(self, gm: fx.GraphModule) -> GraphKey:
         """The graph's key; forgets the frame's former graphs when it is compiled anew."""
@@ -170,7 +230,7 @@ class Session:
 
     def settled(self, options: Options) -> Options:
         """The options, with bytes in the place of a percentage that is resolved."""
-        if options.mem_budget is None or not self._settled:
+        if options.mem_budget is None or not (self._settled or (self.shares is not None and self._plain_peak)):
             return options
         budget = options.mem_budget.resolve(with_unseen(self._plain_peak))
         return replace(options, mem_budget=Budget(bytes=budget))
@@ -195,6 +255,24 @@ class Session:
     def _place(self, key: GraphKey) -> tuple[int, int]:
         """Frames are first compiled in the order in which they run, and keep their place when compiled anew."""
         return list(self._compilations).index(key.frame), key.ordinal
+
+    def of_step(self, key: GraphKey) -> dict[str, int]:
+        """Fields of the plan of a graph that tell of all graphs: without xconv, it would not be alone either."""
+        if key.frame != TOGETHER or self.shares is None:
+            return {}
+        return {"baseline_peak": self.shares.plain}
+
+    def calling(self, options: Options, key: GraphKey) -> Options:
+        """The options for a graph, with how often it runs in a step before a backward."""
+        if key.frame != TOGETHER or self.shares is None:
+            return options
+        return replace(options, calls=self.shares.count(key.ordinal))
+
+    def surroundings(self, graph: Graph) -> Surroundings:
+        """What is alive in the step besides this graph. Raises `BudgetInfeasibleError` where the step has no plan."""
+        if graph.key.frame != TOGETHER or self.shares is None:
+            return Surroundings(self.outside(graph))
+        return self.shares.surroundings(graph.key.ordinal)
 
     def outside(self, graph: Graph) -> int:
         """Bytes alive while this graph runs that are none of its tensors.
@@ -241,9 +319,12 @@ class Session:
         """Let Dynamo compile all graphs again when they are next called."""
         hooks.forget(self._codes)
         self._codes.clear()
+        self.shares = None
 
     def add(self, record: GraphRecord) -> None:
         """Record a graph's plan, and write all plans where the user asked for them."""
+        if self.shares is not None and record.graph.key.frame == TOGETHER:
+            self.shares.held[record.graph.key.ordinal] = record.held
         self.records[record.graph.key] = record
         self._write()
 

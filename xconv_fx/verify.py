@@ -51,9 +51,9 @@ class Verifier:
     def module(self) -> nn.Module | None:
         return self.session.module
 
-    def options(self, options: Options, key: GraphKey) -> Options:
-        """The options by which a graph is to be planned, with what was found."""
-        calls = max(options.calls, self.found.calls.get(key, 1))
+    def options(self, options: Options, key: GraphKey | None = None) -> Options:
+        """The options by which a graph, or one that is not known yet, is to be planned, with what was found."""
+        calls = options.calls if key is None else max(options.calls, self.found.calls.get(key, 1))
         return replace(options, reserve=options.reserve + self.found.reserve, calls=calls)
 
     def checked(self, function: Callable[..., Any], record: GraphRecord) -> CheckedGraph:

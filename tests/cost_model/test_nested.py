@@ -19,7 +19,7 @@ ITEM = Item("r", (KEEP, Option("half", ((0, 2, 5), (2, 2, 10)), noise=1.0)))
 PLAIN = Part(Problem((1, 100, 2), (ITEM,), ("f", "loss", "b")), 1)
 
 
-def simulated(parts: Sequence[Part], runs: Sequence[Run], choice: Sequence[tuple[int, ...]]) -> list[int]:
+def simulated(parts: Sequence[Part], runs: Sequence[Run], choice: Sequence[tuple[int, ...]], between: int) -> list[int]:
     """Bytes alive, by running the step: what an outer run holds at its turn is added to all that is inside."""
 
     def steps(index: int, held: int) -> list[int]:
@@ -29,7 +29,7 @@ def simulated(parts: Sequence[Part], runs: Sequence[Run], choice: Sequence[tuple
         before = [size + held + run.forward for size in own[: part.turn]]
         after = [size + held + run.backward for size in own[part.turn + 1 :]]
         if index + 1 == len(runs):
-            return [*before, own[part.turn] + held + run.forward, *after]
+            return [*before, own[part.turn] + held + run.forward + between, *after]
         return [*before, *steps(index + 1, held + own[part.turn]), *after]
 
     return steps(0, 0)
@@ -42,7 +42,7 @@ def drawn(seed: int, random_problems: Callable[..., Problem]) -> Nested:
         problem = random_problems(seed * 10 + number, items=rng.randint(2, 3), steps=rng.randint(3, 6), options=3)
         parts.append(Part(problem, rng.randrange(len(problem.base))))
     order = [rng.randrange(len(parts)) for _ in range(rng.randint(1, 4))]
-    return nest(parts, [Run(part, rng.randint(0, 20), rng.randint(0, 20)) for part in order])
+    return nest(parts, [Run(part, rng.randint(0, 20), rng.randint(0, 20)) for part in order], between=seed)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -54,7 +54,7 @@ def test_a_step_is_what_running_it_would_take(
     for _ in range(5):
         choice = [rng.randrange(len(item.options)) for item in nested.problem.items]
         split = [nested.choice_of(index, choice) for index in range(len(nested.parts))]
-        assert profile(nested.problem, choice).tolist() == simulated(nested.parts, nested.runs, split)
+        assert profile(nested.problem, choice).tolist() == simulated(nested.parts, nested.runs, split, seed)
 
 
 def test_all_parts_are_solved_for_together() -> None:

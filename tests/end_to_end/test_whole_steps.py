@@ -168,6 +168,7 @@ def test_graphs_of_ddp_share_the_budget(compile_model: Compile) -> None:
 
     step()
     assert len(compiled.plans) > 1
+    assert all("planned together" in plan.notes[-1] for plan in compiled.plans)
     held = [plan.fixed_bytes for plan in compiled.plans]
     assert held == sorted(held) and held[0] < held[-1], "what earlier graphs hold counts"
     for mine, theirs in zip(compiled.model.parameters(), alone.model.parameters(), strict=True):

@@ -16,6 +16,7 @@ from xconv_fx.passes.links import link
 from xconv_fx.passes.loss import LOSS_COPIES
 from xconv_fx.passes.problem import pose, resident_bytes
 from xconv_fx.passes.residuals import find_residuals
+from xconv_fx.surroundings import Surroundings
 
 
 def conv(before, after):
@@ -36,7 +37,7 @@ def pairs():
 
 
 def posed_of(pair, outside=0, corrections=None, **options):
-    return link(pose(pair, find_residuals(pair), Options.parse(options), outside, corrections))
+    return link(pose(pair, find_residuals(pair), Options.parse(options), Surroundings(outside), corrections))
 
 
 def names(posed, residual):

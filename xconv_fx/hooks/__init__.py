@@ -18,6 +18,14 @@ from torch import fx
 
 from xconv_fx.errors import UnsupportedTorchError
 
+from .ahead import TracedWithin as TracedWithin
+from .ahead import calls_functions as calls_functions
+from .ahead import current_call as current_call
+from .ahead import more_follows as more_follows
+from .ahead import parts_of_graph as parts_of_graph
+from .ahead import run_ahead as run_ahead
+from .ahead import run_parts as run_parts
+from .ahead import storage_of as storage_of
 from .aot import ChangedElsewhere as ChangedElsewhere
 from .aot import changed_inputs as changed_inputs
 from .aot import changes as changes

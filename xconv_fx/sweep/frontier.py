@@ -33,6 +33,7 @@ from xconv_fx.session import Session
 from xconv_fx.sizes import Budget, format_size
 from xconv_fx.stack_room import with_stack_room
 from xconv_fx.strategy import Strategy
+from xconv_fx.surroundings import Surroundings
 from xconv_fx.sweep.memory import Memory, memory_of
 from xconv_fx.ways import AT_ONCE, Route, Way
 
@@ -283,17 +284,17 @@ class _OncePosed(Strategy):
         found = self.problems[route]
         if isinstance(found, Exception):
             raise found
-        return found and _beside(found, self.traced.session.outside(self.traced.graph))
+        return found and _beside(found, self.traced.around)
 
 
-def _beside(job: Job, outside: int) -> Job:
-    """The job with `outside` bytes alive throughout besides its graph's own tensors."""
-    more = outside - job.outside
+def _beside(job: Job, around: Surroundings) -> Job:
+    """The job with this alive throughout besides its graph's own tensors."""
+    more = around.throughout - job.around.throughout
     if not more or job.posed is None:
         return job
     problem = replace(job.posed.problem, base=tuple(size + more for size in job.posed.problem.base))
     posed = replace(job.posed, problem=problem, fixed_bytes=job.posed.fixed_bytes + more)
-    return replace(job, outside=outside, posed=posed)
+    return replace(job, around=around, posed=posed)
 
 
 def _memory(planned: Compilation, plan: Plan) -> Memory:

@@ -1,0 +1,74 @@
+"""A graph that was seen ahead of time, and the planning problems of the ways to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from . import hooks
+from .compilation import Compilation, Traced
+from .errors import XConvError
+from .options import Options
+from .passes.problem import Posed
+from .strategy import Strategy
+from .surroundings import Surroundings
+from .ways import AT_ONCE, Route
+
+
+class FoundGraph:
+    """A graph of a step that is planned as a whole, within whose compilation this is made.
+
+    It is planned beside nothing, and as if its results went on into further graphs: what is around it is counted where
+    all graphs are put together.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced, self.strategy = traced, Strategy(traced)
+        self.compiling = hooks.TracedWithin()
+        # Known from the graph only while it is being compiled.
+        self.batch = traced.batch
+
+    def pose(self, route: Route) -> Posed | None:
+        """The planning problem of a route, of one slice where it has slices; None for a graph without a backward."""
+        with self.compiling.again():
+            job = self.strategy.jobs.get(route) or self.strategy.pose(route)
+        if job is None or job.posed is None:
+            return None
+        self.strategy.jobs[route] = job
+        if route == AT_ONCE:
+            self.strategy.whole = job
+        return job.posed
+
+    def slicings(self) -> Iterator[Route]:
+        """The routes in slices, of which none is held, that the graph can take: fewer slices first."""
+        strategy = self.strategy
+        if self.pose(AT_ONCE) is None or strategy.traced.options.slices == 1:
+            return
+        with self.compiling.again():
+            assert strategy.whole is not None
+            if not strategy.unsliceable(strategy.whole):
+                for found in strategy.slices(strategy.whole):
+                    if found is not None:
+                        yield Route(found[0])
+
+    def short_of(
+        self, route: Route, around: Surroundings, options: Options, corrections: Mapping[str, int]
+    ) -> dict[str, int]:
+        """What the prediction of each phase is short of, in bytes, by an audit of the code that is generated.
+
+        `corrections` are known already. Empty when there is no plan of the graph by itself.
+        """
+        compilation = Compilation(
+            replace(self.traced, options=options, surroundings=around), route, dict(corrections), enforced=False
+        )
+        with self.compiling.again():
+            try:
+                compilation.generate()
+            except XConvError:
+                return {}
+        assert compilation.job is not None
+        predicted = compilation.job.phase_peaks
+        return {
+            phase: audited - predicted[phase] + corrections.get(phase, 0)
+            for phase, audited in compilation.peaks.items()
+        }

@@ -1,0 +1,80 @@
+"""Begin a step of several graphs: see all of them, and plan them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+from torch import fx
+
+from .compilation import Traced, copied
+from .found_graph import FoundGraph
+from .options import Options
+from .plan import Plan
+from .session import TOGETHER, Graph, GraphKey, Session
+from .shares import Shares
+from .step_graphs import StepGraphs, look_ahead
+from .strategy import Strategy
+from .surroundings import ALONE
+from .unplanned import planned
+
+
+def plan_together(session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Look for further graphs of the step that begins with this one; with several, they are planned together."""
+    if session.apart:
+        return
+    options = session.verifier.options(session.settled(session.options))
+    with planned():  # Nothing of it runs.
+        step = look_ahead(Finder(session, options))
+    if isinstance(step, str):
+        session.apart = step
+    elif len(step.runs) > 1:
+        share(session, step, options, audited=False)
+        session.is_next(gm, example_inputs)
+
+
+class Finder:
+    """Keeps graphs, in the order in which they are found, to be planned in a session by these options."""
+
+    def __init__(self, session: Session, options: Options, notes: tuple[str, ...] = ()) -> None:
+        self.session, self.options, self.notes = session, replace(options, calls=1), notes
+        self.count = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FoundGraph:
+        known = Graph(GraphKey(TOGETHER, self.count), None, 0, 0, 0, given=0, goes_on=True)
+        self.count += 1
+        # Dynamo takes away from its graph what it knows of the inputs when it has compiled it.
+        kept = copied(gm)
+        return FoundGraph(Traced(kept, list(example_inputs), self.options, self.session, self.notes, known, ALONE))
+
+
+def share(session: Session, step: StepGraphs, options: Options, *, audited: bool = True) -> None:
+    """Plan these graphs together, by these options; unless that is `audited` enough, by code that is generated."""
+    resident = session.optimizer_bytes
+    if session.module is not None:
+        values = (*session.module.parameters(), *session.module.buffers())
+        resident += sum(value.numel() * value.element_size() for value in values)
+    once = Shares(step, replace(options, calls=1), resident)
+    calls = [
+        ceil(session.verifier.options(options, GraphKey(TOGETHER, graph)).calls / once.count(graph))
+        for graph in range(len(step.graphs))
+    ]
+    session.together(replace(once, options=replace(options, calls=max(options.calls, *calls)), audited=audited))
+
+
+def plan_found(graph: FoundGraph, session: Session, options: Options, alone: Graph) -> Plan | None:
+    """The plan of a graph, without generating code, of which its session then knows.
+
+    `alone` is what is known of the graph where it is not planned together with others.
+    """
+    traced = replace(graph.traced, surroundings=None)
+    if session.shares is None:
+        traced = replace(traced, options=options, known=alone)
+    else:
+        assert traced.known is not None
+        options = session.calling(session.settled(options), traced.known.key)
+        traced = replace(traced, options=options, notes=(*traced.notes, *session.notes))
+    with graph.compiling.again():
+        return Strategy(traced).plan()
