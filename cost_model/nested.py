@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
+
 from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 
 Load = tuple[int, int, int]
@@ -77,16 +79,20 @@ class Nested:
         return int(profile(found.problem, self.choice_of(part, choice))[found.turn])
 
     def inside(self, part: int, choice: Sequence[int]) -> int:
-        """The most bytes alive between a forward and a backward of this part, besides what its runs hold."""
+        """The most bytes alive between a forward and a backward of this part, in runs of others and in the loss.
+
+        What its own runs hold is not counted.
+        """
         alive = profile(self.problem, choice)
-        held = self.held(part, choice)
-        most = 0
-        earlier = 0
+        held, others = self.held(part, choice), np.zeros(len(alive), dtype=bool)
         for run, (_, inner, after) in zip(self.runs, self.places, strict=True):
             if run.part == part:
-                earlier += held
-                most = max(most, int(alive[inner:after].max()) - earlier)
-        return most
+                alive[inner:after] -= held
+                others[inner:after] = True
+        for run, (start, inner, after) in zip(self.runs, self.places, strict=True):
+            if run.part == part:
+                others[start:inner] = others[after : after + self.parts[part].after] = False
+        return int(alive[others].max(initial=0))
 
     def own_peak(self, part: int, choice: Sequence[int]) -> int:
         """The most bytes alive in the forwards and backwards of a part."""

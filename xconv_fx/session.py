@@ -113,7 +113,7 @@ class Session:
         if self.options.stats is not None and self.module is not None:
             self.options.stats.check(self.module)
         self.records: dict[GraphKey, GraphRecord] = {}
-        self._compilations: dict[Hashable, tuple[tuple[object, object], list[weakref.ref[fx.GraphModule]]]] = {}
+        self._compilations: dict[Hashable, tuple[tuple[object, object] | None, list[weakref.ref[fx.GraphModule]]]] = {}
         self._codes: dict[CompileId, CodeType] = {}
         self._plain_peak = 0
         self._settled = False

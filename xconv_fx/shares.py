@@ -274,9 +274,21 @@ class Shares:
         return self._beside(graph, together, spare)
 
     def _audited(self, usable: int) -> Together:
-        """The plan of all graphs, corrected by audits of the code that is generated for each, before anything runs."""
+        """The plan of all graphs, corrected by audits of the code that is generated for each, before anything runs.
+
+        Where none is within the budget, the one of least memory, which is the same for every budget.
+        """
         self.audited = True
         together = self.plan(usable)
+        if together.peak <= usable:
+            together = self._corrected(together, usable)
+        if together.peak > usable:
+            # What plans for this budget were short of is not what the plan of least memory is short of.
+            self.corrections.clear()
+            together = self._corrected(self.plan(0), 0)
+        return together
+
+    def _corrected(self, together: Together, usable: int) -> Together:
         for _ in range(ROUNDS):
             largest = max((self._correct(graph, together, usable) for graph in self._left()), default=0)
             if largest <= max(usable - together.peak, 0):

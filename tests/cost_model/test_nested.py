@@ -92,7 +92,12 @@ def test_what_is_inside_leaves_room_for_what_is_held() -> None:
         for part in range(2):
             inner = [place for run, place in zip(nested.runs, nested.places, strict=True) if run.part == part]
             held = nested.held(part, choice)
-            tops = [int(alive[first:after].max()) - held * n for n, (_, first, after) in enumerate(inner, start=1)]
+            own = {step for a, b, c in inner for step in (*range(a, b), c)}
+            tops = [
+                alive[step] - held * sum(first <= step < after for _, first, after in inner)
+                for step in range(min(first for _, first, _ in inner), max(after for _, _, after in inner))
+                if step not in own
+            ]
             assert nested.inside(part, choice) == max(tops)
             outer = np.concatenate([[*alive[a:b], *alive[c : c + 1]] for a, b, c in inner])
             assert nested.own_peak(part, choice) == outer.max()

@@ -148,7 +148,7 @@ def test_a_percentage_is_of_what_all_graphs_take(tmp_path: Path) -> None:
 
 def test_graphs_that_run_several_times_in_a_step_are_planned_for_that(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = trained(Loop(), torch.randn(4, 8, 32, 32), tmp_path / "plans.json", mem_budget="70%")
+    found = trained(Loop(), torch.randn(4, 8, 32, 32), tmp_path / "plans.json", mem_budget="80%")
     # Only the first block reads what needs no gradient: a graph of its own.
     assert sorted(plan.calls for plan in found.plans) == [1, 2]
     (budget,) = {plan.budget for plan in found.plans}

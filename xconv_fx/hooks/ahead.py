@@ -18,6 +18,7 @@ import contextlib
 import copy
 import functools
 import io
+import operator
 import os
 import random
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from .frames import compiling_code, goes_on
 
@@ -120,8 +122,12 @@ def parts_of_graph() -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
 
 
 def run_parts(module: fx.GraphModule, args: Any, backend: Backend) -> Any:
-    """What a graph returns that is made of calls of parts, which are handed to `backend`. For fake arguments."""
-    return _Parts(module, backend).run(*args)
+    """What a graph returns that is made of calls of parts, which are handed to `backend`. Nothing of it is computed."""
+    from torch._dynamo.utils import to_fake_tensor
+
+    mode = torch._guards.TracingContext.get().fake_mode
+    faked = (to_fake_tensor(arg, mode) if isinstance(arg, Tensor) and not is_fake(arg) else arg for arg in args)
+    return _Parts(module, backend).run(*faked)
 
 
 class _Parts(fx.Interpreter):
@@ -135,10 +141,12 @@ class _Parts(fx.Interpreter):
         part = self.fetch_attr(target)
         graph = copy.deepcopy(part.graph)
         output = graph.output_node()
-        alone = not isinstance(output.args[0], tuple)
-        if alone:
+        if not isinstance(output.args[0], tuple):
             output.args = (output.args,)
         results = self.backend(fx.GraphModule(part, graph), list(args))(*args)
+        # The part that is compiled now returns a tuple already.
+        (call,) = self.module.graph.find_nodes(op="call_module", target=target)
+        alone = any(user.target is not operator.getitem for user in call.users)
         return results[0] if alone else results
 
 
