@@ -39,6 +39,9 @@ from .slices import Batch, Sliced, differentiable, slice_inputs
 from .surroundings import Surroundings
 from .ways import AT_ONCE, Route
 
+# A batch that was not looked for.
+_UNSEEN = Batch(0, (), 0, 0, 0)
+
 
 class _Abandoned(Exception):
     """Ends a compilation that has given what it was run for, or whose code exceeds the budget."""
@@ -63,6 +66,7 @@ class Traced:
     """The graph that Dynamo traced, and what it is compiled with.
 
     `known` is what is known of it, and `surroundings` what it is planned beside, where its session is not asked.
+    `batch` are the inputs that hold samples, if any do, which the graph tells only while Dynamo compiles it.
     """
 
     gm: fx.GraphModule
@@ -72,11 +76,11 @@ class Traced:
     notes: tuple[str, ...] = ()
     known: Graph | None = None
     surroundings: Surroundings | None = None
+    batch: Batch | None = _UNSEEN
 
-    @functools.cached_property
-    def batch(self) -> Batch | None:
-        """The inputs that hold samples, if any do."""
-        return Batch.of(self.gm, self.example_inputs)
+    def __post_init__(self) -> None:
+        if self.batch is _UNSEEN:
+            self.batch = Batch.of(self.gm, self.example_inputs)
 
     @functools.cached_property
     def graph(self) -> Graph:

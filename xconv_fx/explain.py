@@ -31,7 +31,8 @@ from .scenario import Scenario
 from .session import Session
 from .stack_room import with_stack_room
 from .step_graphs import Collector, StepGraphs
-from .together import Finder, plan_found, share
+from .strategy import Strategy
+from .together import Finder, placed, share
 
 # Variants of one piece of code that Dynamo traces before it gives up.
 MANY = 1 << 20
@@ -107,7 +108,8 @@ def _plan_together(trace: Trace, session: Session, options: Options) -> None:
             share(session, step, options)
         for number, (graph, known) in enumerate(zip(step.graphs, alone, strict=True), start=1):
             announce(f"planning graph {number} of {len(step.graphs)}")
-            plan_found(graph, session, options, known)
+            with graph.compiling.again():
+                Strategy(placed(graph, session, options, known)).plan()
 
 
 class Trace:

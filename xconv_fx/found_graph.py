@@ -25,8 +25,6 @@ class FoundGraph:
     def __init__(self, traced: Traced) -> None:
         self.traced, self.strategy = traced, Strategy(traced)
         self.compiling = hooks.TracedWithin()
-        # Known from the graph only while it is being compiled.
-        self.batch = traced.batch
 
     def pose(self, route: Route) -> Posed | None:
         """The planning problem of a route, of one slice where it has slices; None for a graph without a backward."""

@@ -196,6 +196,10 @@ class Session:
             hooks.goes_on(),
         )
 
+    def expect(self, graph: Graph) -> None:
+        """A graph that another session was asked for runs in this one's step as well, after those that are known."""
+        self._compilations.setdefault(graph.key.frame, (None, []))
+
     def _together(self, gm: fx.GraphModule, place: int) -> Graph:
         """A graph that is planned together with others: what a loss takes is counted for all of them."""
         compilation, code = hooks.compile_id(), hooks.compiling_code()

@@ -12,11 +12,9 @@ from torch import fx
 from .compilation import Traced, copied
 from .found_graph import FoundGraph
 from .options import Options
-from .plan import Plan
 from .session import TOGETHER, Graph, GraphKey, Session
 from .shares import Shares
 from .step_graphs import StepGraphs, look_ahead
-from .strategy import Strategy
 from .surroundings import ALONE
 from .unplanned import planned
 
@@ -64,17 +62,15 @@ def share(session: Session, step: StepGraphs, options: Options, *, audited: bool
     session.together(replace(once, options=replace(options, calls=max(options.calls, *calls)), audited=audited))
 
 
-def plan_found(graph: FoundGraph, session: Session, options: Options, alone: Graph) -> Plan | None:
-    """The plan of a graph, without generating code, of which its session then knows.
+def placed(graph: FoundGraph, session: Session, options: Options, alone: Graph) -> Traced:
+    """A graph in a session, to be planned within its compilation.
 
     `alone` is what is known of the graph where it is not planned together with others.
     """
-    traced = replace(graph.traced, surroundings=None)
+    traced = replace(graph.traced, session=session, surroundings=None)
     if session.shares is None:
-        traced = replace(traced, options=options, known=alone)
-    else:
-        assert traced.known is not None
-        options = session.calling(session.settled(options), traced.known.key)
-        traced = replace(traced, options=options, notes=(*traced.notes, *session.notes))
-    with graph.compiling.again():
-        return Strategy(traced).plan()
+        session.expect(alone)
+        return replace(traced, options=options, known=alone)
+    assert traced.known is not None
+    options = session.calling(session.settled(options), traced.known.key)
+    return replace(traced, options=options, notes=(*traced.notes, *session.notes))

@@ -126,6 +126,7 @@ def run_parts(module: fx.GraphModule, args: Any, backend: Backend) -> Any:
     from torch._dynamo.utils import to_fake_tensor
 
     mode = torch._guards.TracingContext.get().fake_mode
+    assert mode is not None
     faked = (to_fake_tensor(arg, mode) if isinstance(arg, Tensor) and not is_fake(arg) else arg for arg in args)
     return _Parts(module, backend).run(*faked)
 
@@ -145,7 +146,7 @@ class _Parts(fx.Interpreter):
             output.args = (output.args,)
         results = self.backend(fx.GraphModule(part, graph), list(args))(*args)
         # The part that is compiled now returns a tuple already.
-        (call,) = self.module.graph.find_nodes(op="call_module", target=target)
+        (call,) = self.graph.find_nodes(op="call_module", target=target)
         alone = any(user.target is not operator.getitem for user in call.users)
         return results[0] if alone else results
 

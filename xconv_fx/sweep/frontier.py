@@ -1,20 +1,18 @@
 """`frontier`: what every budget costs, from the lowest that has a plan to none, on one trace of the model.
 
 A step's planning problem does not depend on its budget, so each graph is traced and posed once for each way of running
-it, and solved for many budgets. The graphs of a model that Dynamo breaks into several share a budget: what an earlier
-graph's plan holds is beside the later ones, which only shifts their problems. What such a model needs is known when its
-last graph has been seen, so it is traced twice.
+it, and solved for many budgets. The graphs of a model that Dynamo breaks into several are planned together: what is
+alive beside one of them only shifts its problems.
 
 A plan for a smaller budget is a plan for a larger one as well. The solver is stopped after a while and may miss it, so
 a point that costs more than the one below it takes that one's plan.
-
-Known gap: the lowest budget of several graphs is found while each of them is planned for the least that it needs. With
-more, an earlier graph holds more, and a later one may miss its budget: the frontier then begins at the next point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,18 +21,20 @@ from torch import Tensor, fx, nn
 from xconv_fx.compilation import Compilation, Traced
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.explain import Trace
+from xconv_fx.found_graph import FoundGraph
 from xconv_fx.options import Options
 from xconv_fx.passes.pipeline import Job
 from xconv_fx.passes.sliced import slice_step
 from xconv_fx.plan import Plan, Totals
 from xconv_fx.progress import announce
 from xconv_fx.scenario import Scenario
-from xconv_fx.session import Session
+from xconv_fx.session import Graph, Session
 from xconv_fx.sizes import Budget, format_size
 from xconv_fx.stack_room import with_stack_room
 from xconv_fx.strategy import Strategy
 from xconv_fx.surroundings import Surroundings
 from xconv_fx.sweep.memory import Memory, memory_of
+from xconv_fx.together import Finder, placed, share
 from xconv_fx.ways import AT_ONCE, Route, Way
 
 POINTS = 10
@@ -143,12 +143,7 @@ def frontier(
     wanted = None if mem_budget is None else Budget.parse(mem_budget)
     chosen = Options.parse(options)
     trace = Trace(model, inputs, Scenario.parse(device, gpu, amp, channels_last, optimizer), loss, targets)
-    sweep = _Sweep(trace, chosen, points, wanted)
-    trace.run(sweep.graph)
-    if sweep.graphs > 1:
-        sweep = _Sweep(trace, chosen, points, wanted, sweep.ends())
-        trace.run(sweep.graph)
-    return sweep.frontier()
+    return _Sweep(trace, chosen, points, wanted).frontier()
 
 
 @dataclass
@@ -163,75 +158,68 @@ class _Series:
 
 
 class _Sweep:
-    """Plans every graph of a trace for a range of budgets between two `ends`.
+    """Plans the graphs of a trace for a range of budgets."""
 
-    Without `ends` they are those of the first graph, and of further graphs only the ends are looked for.
-    """
-
-    def __init__(
-        self, trace: Trace, options: Options, points: int, wanted: Budget | None, ends: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, trace: Trace, options: Options, points: int, wanted: Budget | None) -> None:
         self.trace, self.options, self.points, self.wanted = trace, options, points, wanted
-        self.plain, self.floor = _Series(options, trace.session(options)), self._of(1)
-        self.looking = ends is None
-        self.lowest, self.top = ends or (1, 1)
-        self.series = self._series()
-        self.graphs = 0
+        self.plain = _Series(options, trace.session(options))
+        self.alone: list[Graph] = []
         self.seconds = 0.0
 
-    def ends(self) -> tuple[int, int]:
-        """The lowest budget that all graphs share, as far as known, and the one that changes nothing."""
-        return self.lowest, self.options.needed(Totals.of(self.plain.plans).peak)
+    def frontier(self) -> Frontier:
+        """What is found."""
+        finder = Finder(self.plain.session, self.options, self.trace.scenario.notes)
 
-    def graph(self, gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
-        """Plan one graph: without a budget, and for every one."""
+        def take(gm: fx.GraphModule, example_inputs: list[Any]) -> FoundGraph:
+            self.alone.append(self.plain.session.graph(gm))
+            announce(f"tracing graph {len(self.alone)}")
+            return finder(gm, example_inputs)
 
-        def traced(series: _Series) -> Traced:
-            return Traced(gm, example_inputs, series.options, series.session, self.trace.scenario.notes)
+        with self.trace.tracing():
+            self.step = self.trace.graphs(take)
+            self.posed: dict[int, _Problems] = defaultdict(dict)
+            self._plan(self.plain)
+            lowest, top = self._ends()
+            series = self._series(lowest, top)
+            for number, one in enumerate(series, start=1):
+                announce(f"planning for budget {number} of {len(series)}")
+                self._plan(one)
+        return self._frontier(series, top)
 
-        posed: _Problems = {}
-        whole = _OncePosed(traced(self.floor), posed).pose(AT_ONCE)
-        if whole is None or whole.posed is None:
-            return False
-        self.graphs += 1
-        self.seconds += sum(whole.posed.seconds.values())
-        self._plan(self.plain, Strategy(traced(self.plain)))
-        if self.looking:
-            self._climb(traced(self.floor), posed)
-            if self.graphs == 1:
-                self.top = self.options.needed(whole.posed.baseline_peak())
-                self.series = self._series()
-        for number, series in enumerate(self.series if self.graphs == 1 or not self.looking else (), start=1):
-            announce(f"planning graph {self.graphs} for budget {number} of {len(self.series)}")
-            self._plan(series, _OncePosed(traced(series), posed))
-        return True
-
-    def _climb(self, traced: Traced, posed: _Problems) -> None:
-        """Raise the lowest budget to what this graph needs, beside others that are planned for what they need."""
-        announce(f"looking for the lowest budget of graph {self.graphs}")
+    def _ends(self) -> tuple[int, int]:
+        """The lowest budget that has a plan, as far as known, and the one that changes nothing."""
+        plain, shares = 0, self._of(1).session.shares
+        for graph in range(len(self.step.graphs)):
+            with self._strategy(self.plain, graph) as strategy:
+                whole = strategy.pose(AT_ONCE)
+            assert whole is not None and whole.posed is not None
+            plain = max(plain, whole.posed.baseline_peak()) if shares is None else shares.plain
+            self.seconds += sum(whole.posed.seconds.values()) * sum(run.graph == graph for run in self.step.runs)
+        announce("looking for the lowest budget")
+        lowest = 1
         for _ in range(CLIMBS):
             try:
-                _OncePosed(traced.within(self.lowest), posed).plan()
+                self._plan_all(self._of(lowest))
             except BudgetInfeasibleError as error:
-                self.lowest = error.smallest
+                lowest = error.smallest
             except OptionError:
                 # Some plan is within the budget, but none within the limits of noise and time.
-                return
+                break
             else:
-                return
+                break
+        return lowest, self.options.needed(plain)
 
-    def frontier(self) -> Frontier:
-        """What was found."""
+    def _frontier(self, all_series: list[_Series], top: int) -> Frontier:
         found: list[Point] = []
-        for series in self.series:
+        for series in all_series:
             if series.missed or series.options.mem_budget is None:
                 continue
             point = self._point(series)
             if found and self._cost(found[-1]) < self._cost(point):
                 point = _under(found[-1], point)
             found.append(point)
-        missed = tuple(series.missed for series in self.series if series.missed)
-        wanted = None if self.wanted is None else self.wanted.resolve(self.top)
+        missed = tuple(series.missed for series in all_series if series.missed)
+        wanted = None if self.wanted is None else self.wanted.resolve(top)
         return Frontier((*found, self._point(self.plain)), missed, wanted)
 
     def _point(self, series: _Series) -> Point:
@@ -243,29 +231,42 @@ class _Sweep:
 
     def _of(self, budget: int) -> _Series:
         options = replace(self.options, mem_budget=Budget(bytes=budget))
-        return _Series(options, self.trace.session(options))
+        series = _Series(options, self.trace.session(options))
+        if len(self.step.runs) > 1 and not options.codecs.preset:
+            share(series.session, self.step, options)
+        return series
 
-    def _series(self) -> list[_Series]:
+    def _series(self, lowest: int, top: int) -> list[_Series]:
         """Budgets in equal ratios from the lowest to the top, and the one that is wanted."""
         steps = max(self.points - 2, 1)
-        budgets = {round(self.lowest * (self.top / self.lowest) ** (step / steps)) for step in range(self.points - 1)}
+        budgets = {round(lowest * (top / lowest) ** (step / steps)) for step in range(self.points - 1)}
         if self.wanted is not None:
-            budgets.add(self.wanted.resolve(self.top))
+            budgets.add(self.wanted.resolve(top))
         return [self._of(budget) for budget in sorted(budgets)]
 
-    def _plan(self, series: _Series, strategy: Strategy) -> None:
-        if series.missed:
-            return
+    @contextlib.contextmanager
+    def _strategy(self, series: _Series, number: int) -> Iterator[_OncePosed]:
+        graph: FoundGraph = self.step.graphs[number]
+        with graph.compiling.again():
+            traced = placed(graph, series.session, series.options, self.alone[number])
+            # Without a budget there is another graph, and no loss that all graphs share.
+            yield _OncePosed(traced, {} if series is self.plain else self.posed[number])
+
+    def _plan(self, series: _Series) -> None:
         try:
-            plan = strategy.plan()
+            self._plan_all(series)
         except BudgetInfeasibleError as error:
             series.missed = f"{format_size(error.budget)} cannot be met"
         except OptionError as error:
             series.missed = str(error)
-        else:
-            if plan is not None and strategy.planned is not None:
-                series.plans.append(plan)
-                series.memory.append(_memory(strategy.planned, plan))
+
+    def _plan_all(self, series: _Series) -> None:
+        for number in range(len(self.step.graphs)):
+            with self._strategy(series, number) as strategy:
+                plan = strategy.plan()
+                if plan is not None and strategy.planned is not None:
+                    series.plans.append(plan)
+                    series.memory.append(_memory(strategy.planned, plan))
 
 
 class _OncePosed(Strategy):
@@ -276,6 +277,7 @@ class _OncePosed(Strategy):
         self.problems = problems
 
     def pose(self, route: Route) -> Job | None:
+        around = self.traced.around  # Where the step has no plan, that is so for this budget.
         if route not in self.problems:
             try:
                 self.problems[route] = super().pose(route)
@@ -284,16 +286,22 @@ class _OncePosed(Strategy):
         found = self.problems[route]
         if isinstance(found, Exception):
             raise found
-        return found and _beside(found, self.traced.around)
+        return found and _beside(found, around)
 
 
 def _beside(job: Job, around: Surroundings) -> Job:
-    """The job with this alive throughout besides its graph's own tensors."""
-    more = around.throughout - job.around.throughout
-    if not more or job.posed is None:
+    """The job with this alive besides its graph's own tensors."""
+    if around == job.around or job.posed is None:
         return job
-    problem = replace(job.posed.problem, base=tuple(size + more for size in job.posed.problem.base))
-    posed = replace(job.posed, problem=problem, fixed_bytes=job.posed.fixed_bytes + more)
+    throughout = around.throughout - job.around.throughout
+    more = {
+        "forward": throughout,
+        "loss": throughout + around.inside - job.around.inside,
+        "backward": throughout + around.returning - job.around.returning,
+    }
+    problem = job.posed.problem
+    base = tuple(size + more[phase] for size, phase in zip(problem.base, job.posed.phases, strict=True))
+    posed = replace(job.posed, problem=replace(problem, base=base), fixed_bytes=job.posed.fixed_bytes + throughout)
     return replace(job, around=around, posed=posed)
 
 
