@@ -24,6 +24,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo counts compilations per line of code, across models and tests: here it starts from none."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def saved_by() -> Callable[[Callable[[], Any]], tuple[list[torch.Tensor], Any]]:
     """`saved_by(forward)`: the distinct tensors that autograd holds after `forward`, and what it returned."""
 

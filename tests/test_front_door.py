@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,9 @@ from torch import Tensor, nn
 import xconv_fx
 from xconv_fx.errors import BudgetLostError, OptionError, UnsupportedModelError, UsageError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BUDGET = 3_000_000
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def images(size: int = 16) -> Tensor:

@@ -14,6 +14,8 @@ import xconv_fx
 from xconv_fx.errors import OptionError, UnsupportedModelError
 from xconv_fx.gradient_noise import LayerError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 X, Y = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0])
 
 
@@ -21,13 +23,6 @@ def build() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_probes_are_noisy_as_predicted_and_unbiased():

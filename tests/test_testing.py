@@ -56,6 +56,7 @@ def test_a_budget_that_makes_no_sense(size, device, told):
         pass
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_plan_leaves_compiled_code_alone():
     compiled = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +15,9 @@ from xconv_fx.errors import BudgetLostWarning
 from xconv_fx.session import LOST
 from xconv_fx.unplanned import Watch, planned
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BUDGET = 3_000_000
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def images(size: int = 16, count: int = 2) -> Tensor:

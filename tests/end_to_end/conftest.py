@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,7 +49,5 @@ def compile_tightly(compile_model: Compile) -> Compile:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def _fresh_dynamo(fresh_dynamo: None) -> None:
+    """For every test here."""

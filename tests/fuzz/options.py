@@ -34,6 +34,19 @@ def draw_options(rng: random.Random, batch: int) -> dict[str, Any]:
         options["reserve"] = rng.choice([1000, 20_000])
     if rng.random() < 0.2:
         options["seed"] = rng.randint(0, 99)
+    # Later additions come last, so that cases keep their numbers.
+    if rng.random() < 0.08 and "mem_budget" in options:
+        options["max_slowdown"] = rng.choice([0.05, 0.5, 2.0])
+    if rng.random() < 0.08 and "mem_budget" in options:
+        options["max_layer_noise"] = rng.choice([0.01, 0.3, None])
+    if rng.random() < 0.08:
+        options["verify"] = rng.choice(["warn", "off"])
+    if rng.random() < 0.1 and "mem_budget" in options:
+        options["mem_budget"] = rng.choice([50_000, 200_000, 600_000, 2_000_000, 20_000_000])
+    if rng.random() < 0.05 and options.get("codecs", "all") in ("all", "probe"):
+        options["probes"] = rng.choice([2, 8, 64])
+    if rng.random() < 0.05 and options.get("codecs", "all") == "all":
+        options["sample_bits"] = True
     return options
 
 
