@@ -18,9 +18,12 @@ def _uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Tests that draw numbers draw the same ones alone, together, and in any order."""
+def _as_alone() -> Iterator[None]:
+    """A test draws the same numbers, and runs on as many threads, alone, together, and in any order."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from .passes.instance_norm import reshape_free_instance_norm
 from .passes.peak_scenarios import Calls, scenarios
 from .passes.planning import ANY, Bounds
 from .passes.problem import Posed
+from .passes.replicate_padding import concatenated_replicate_padding
 from .passes.separable import NOTHING
 from .passes.slice_graph import Drawn, slice_graph
 from .passes.unpooling import scatter_unpooling
@@ -208,6 +209,7 @@ class Compilation:
             whole, inputs = inputs, slice_inputs(inputs, slicing)
             self.drawn = slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
             self.batch, inputs = slicing.batch.beside(self.drawn.batched), [*inputs, *self.drawn.parts]
+        concatenated_replicate_padding(gm)
         budgeted = not options.plain
         if budgeted:
             reshape_free_instance_norm(gm)
