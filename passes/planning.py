@@ -131,7 +131,7 @@ def describe(
 ) -> Plan:
     """The plan that the solver's choice stands for."""
     chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
-    bytes_at_peak, step = peak(posed.problem, choice)
+    bytes_at_peak, step = peak(posed.taken(), choice)
     return Plan(
         device=posed.device,
         budget=budget,

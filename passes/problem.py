@@ -82,7 +82,8 @@ class Posed:
     `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. `ends` is what the
     forward returns, as a loss has it, `calls` how often the graph runs in a step; `rest` are bytes that cross to the
     backward besides the residuals, whatever is chosen. `seconds` is what the forward and the backward take by the
-    roofline when everything is kept; `noises` how much noise matters.
+    roofline when everything is kept; `noises` how much noise matters. Of what is alive in the loss, `spare` bytes are
+    left free for others.
     """
 
     problem: Problem
@@ -98,6 +99,7 @@ class Posed:
     seconds: Mapping[str, float]
     noises: Sensitivities
     calls: Calls = ONCE
+    spare: int = 0
 
     def steps(self, phase: str) -> list[int]:
         """The steps of a phase: "forward", "loss" or "backward"."""
@@ -107,6 +109,12 @@ class Posed:
         """The predicted peak of the forward, the loss and the backward."""
         alive = profile(self.problem, choice)
         return {phase: int(alive[self.steps(phase)].max(initial=0)) for phase in ("forward", "loss", "backward")}
+
+    def taken(self) -> Problem:
+        """The problem without what is left free."""
+        base = self.problem.base
+        rest = (size - self.spare * (phase == "loss") for size, phase in zip(base, self.phases, strict=True))
+        return replace(self.problem, base=tuple(rest))
 
     def baseline_peak(self) -> int:
         """The predicted peak with everything kept, in bytes."""
@@ -202,7 +210,7 @@ class _Poser:
             ends=self.ends, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
                      "backward": step_seconds(self.backward, self.machine)},
-            noises=self.noises,
+            noises=self.noises, spare=self.around.spare,
         )  # fmt: skip
 
     def _base(self) -> list[int]:
@@ -212,7 +220,8 @@ class _Poser:
         forward = [more["forward"] + b for b in self.forward.profile()]
         after = more["backward"] + self.around.returning + held + self.ends.kept + self.ends.tangents + self.relaid
         backward = [after + b for b in self.backward.profile()]
-        return [*forward, more["loss"] + self.around.inside + held + self.ends.between, *backward]
+        between = more["loss"] + self.around.inside + self.around.spare + held + self.ends.between
+        return [*forward, between, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

@@ -144,6 +144,11 @@ class Compilation:
         """The audited peak of the last attempt; 0 for a graph without a backward."""
         return max(self.peaks.values(), default=0)
 
+    @property
+    def _taken(self) -> int:
+        """The audited peak without what is left free for other graphs."""
+        return max((size - self.around.spare * (phase == "loss") for phase, size in self.peaks.items()), default=0)
+
     def attempt(self, attempts: int) -> Callable[..., Any] | None:
         """The step of the first plan whose audited peak is within the budget; None when `attempts` fail.
 
@@ -305,7 +310,7 @@ class Compilation:
         own = dict.fromkeys(node for node in results[: self.job.pair.results] if isinstance(node, fx.Node))
         # The caller makes float32 of 16-bit results.
         self.audit.hold(max(0, ends.results - sum(nbytes(node) for node in own if not is_primal(node))))
-        return [("forward", forward), ("loss", self.audit.loss(ends.between + self.around.inside))]
+        return [("forward", forward), ("loss", self.audit.loss(ends.between + self.around.inside + self.around.spare))]
 
     def report(self, **known: Any) -> Plan | None:
         """Publish the plan of what was compiled, with what is `known` about it besides; None without a backward."""
@@ -314,7 +319,7 @@ class Compilation:
             return None
         found = {
             "saved_share": self.route.saved,
-            "audited_peak": self.peak or None,
+            "audited_peak": self._taken or None,
             "attempts": max(self.attempts, 1),
             "foreseen": self.foreseen,
             **self.traced.session.facts,

@@ -323,8 +323,8 @@ class Shares:
                 outer += nested.held(run.part, choice)
         whole = self._whole(graph)
         throughout = max(forward)
-        inside = nested.inside(graph, choice) + spare - throughout - whole.ends.between
-        return Surroundings(throughout - whole.fixed_bytes, inside, max(backward) - throughout)
+        inside = nested.inside(graph, choice) - throughout - whole.ends.between
+        return Surroundings(throughout - whole.fixed_bytes, inside, max(backward) - throughout, spare)
 
     def refused(self, lowest: Together) -> BudgetInfeasibleError:
         """The error that names a budget which all graphs meet."""

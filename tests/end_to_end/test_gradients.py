@@ -59,7 +59,6 @@ class Draws:
 
 @pytest.fixture(scope="module")
 def draws(tmp_path_factory) -> dict[str, Draws]:
-    torch.set_num_threads(2)
     found = {}
     for case, (options, _) in APPROXIMATE.items():
         report = tmp_path_factory.mktemp(case) / "plan.json"

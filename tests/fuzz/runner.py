@@ -26,7 +26,7 @@ LIMIT = 600.0
 LIFETIME = 60
 
 # Of so many cases one is compiled.
-COMPILED = 4
+COMPILED = 10
 
 Record = dict[str, Any]
 

@@ -296,12 +296,17 @@ def _beside(job: Job, around: Surroundings) -> Job:
     throughout = around.throughout - job.around.throughout
     more = {
         "forward": throughout,
-        "loss": throughout + around.inside - job.around.inside,
+        "loss": throughout + around.inside + around.spare - job.around.inside - job.around.spare,
         "backward": throughout + around.returning - job.around.returning,
     }
     problem = job.posed.problem
     base = tuple(size + more[phase] for size, phase in zip(problem.base, job.posed.phases, strict=True))
-    posed = replace(job.posed, problem=replace(problem, base=base), fixed_bytes=job.posed.fixed_bytes + throughout)
+    posed = replace(
+        job.posed,
+        problem=replace(problem, base=base),
+        fixed_bytes=job.posed.fixed_bytes + throughout,
+        spare=around.spare,
+    )
     return replace(job, around=around, posed=posed)
 
 
