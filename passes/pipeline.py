@@ -40,6 +40,7 @@ from .problem import Posed
 from .problem import pose as pose_problem
 from .residuals import Residual, find_residuals
 from .rewrite import rewrite as rewrite_pair
+from .scatter_pooling import scatter_pooling as scatter_pool_backward
 from .separable import NOTHING, separability
 from .shapes_only import shapes_only as forget_values
 from .sliced import slice_step
@@ -118,6 +119,10 @@ def split_backward(job: Job) -> None:
     split_joint(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
 
 
+def scatter_pooling(job: Job) -> None:
+    scatter_pool_backward(job.joint)
+
+
 def gather_pooling(job: Job) -> None:
     gather_pool_backward(job.joint)
 
@@ -184,6 +189,7 @@ BUDGETED: tuple[Pass, ...] = (
     plain_views,
     separate,
     split_backward,
+    scatter_pooling,
     gather_pooling,
     shapes_only,
     partition,
@@ -196,8 +202,8 @@ BUDGETED: tuple[Pass, ...] = (
     rewrite,
     volume_kernels,
 )
-# Without a budget or probes: Inductor's own forward and backward, and the report on what they hold.
-PLAIN: tuple[Pass, ...] = (deduplicate, partition, place, analyse, pose, plan)
+# Without a budget or probes: Inductor's own forward and backward, made right, and the report on what they hold.
+PLAIN: tuple[Pass, ...] = (deduplicate, scatter_pooling, partition, place, analyse, pose, plan)
 
 
 def run(job: Job, disabled: Sequence[str] = ()) -> Job:

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from .hooks import dispatch
 from .workspace import is_counted, workspace_bytes
 
 # Names that the wrapper binds for allocation and layout, replaced by their documented meaning on fake tensors.
@@ -117,12 +120,18 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            # A state of the generator is a tensor like any other.
+            result = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else _fake(t), result)
+            self.see(result, str(func))
+            return result
         self.see(result, str(func), workspace_bytes(func, args, kwargs, result))
         if not is_counted(func):
             self.uncounted.add(str(func))
         return result
 
     def see(self, values: Any, label: str, extra: int = 0) -> None:
+        """Count these values, and for once `extra` bytes."""
         for tensor in torch.utils._pytree.tree_leaves(values):
             # A sparse tensor owns nothing: its indices and values are tensors of their own, seen when they were made.
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
@@ -140,6 +149,9 @@ class _Tracker(TorchDispatchMode):
         """The peak since the last call."""
         peak, self.peak = self.peak, Peak(0, "", ())
         return peak
+
+
+dispatch.show_checkpointed_draws(_Tracker)
 
 
 def _storage_bytes(values: Sequence[Any], besides: Sequence[Any]) -> int:

@@ -39,7 +39,7 @@ def interpreted() -> Iterator[None]:
 
 
 def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
-    gm = copy.deepcopy(gm)
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     # As Inductor does: views of what lies in another layout than it was traced in.
     view_to_reshape(gm)
 

@@ -46,6 +46,8 @@ NUMERICAL = 0.03
 # Tensors of a smaller norm are rounding errors themselves, such as the mean of what a normalisation made.
 TINY = 1e-3
 RATE = 0.01
+# Steps before the measured one.
+SETTLED = 4
 # Of so many refused cases one is tried with more than the budget that was named.
 LARGER = 3
 
@@ -108,6 +110,8 @@ class Check:
         self.draws = False
         self.plans: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.report: Path | None = None
+        self.sliced = False
 
     # The steps.
 
@@ -151,12 +155,22 @@ class Check:
         made = []
         for number in range(self.case.steps):
             made.append(self.step(call, net, number, wide))
+            self.note_slices()
             with torch.no_grad():
                 for p in net.parameters():
                     if p.grad is not None:
                         p -= RATE * p.grad / p.grad.norm().clamp_min(1.0)
             self.between(call, net, number, wide)
         return made
+
+    def note_slices(self) -> None:
+        """A plan of another batch size takes the place of the one that this step ran by."""
+        self.sliced |= any(plan["slices"] > 1 for plan in self.reported())
+
+    def reported(self) -> list[dict[str, Any]]:
+        """The plans so far."""
+        known = self.report is not None and self.report.exists()
+        return json.loads(self.report.read_text() or "[]") if known else []
 
     def between(self, call: Callable[..., Any], net: nn.Module, number: int, wide: bool) -> None:
         if self.case.between == "eval" and number == 0:
@@ -180,8 +194,25 @@ class Check:
             return
         self.cover()
         self.budget_kept(call, net)
-        self.compare(wanted, exact, found)
+        try:
+            self.compare(wanted, exact, found)
+        except Failed as failed:
+            self.shared_with_inductor(failed, wanted, exact)
+            raise
         self.differentiate(call, net)
+
+    def shared_with_inductor(self, failed: Failed, wanted: list[Step], exact: list[Step]) -> None:
+        """Raise when plain Inductor computes the wrong numbers as well."""
+        if "noise" in self.verdict.seen:
+            return
+        self.stage("inductor's")
+        torch._dynamo.reset()
+        net = self.model()
+        found = self.steps(torch.compile(net, options={"fallback_random": True}), net)
+        try:
+            self.compare(wanted, exact, found)
+        except Failed:
+            raise Failed("inductor's", failed.detail) from failed
 
     def trained(self, options: dict[str, Any]) -> tuple[nn.Module, Callable[..., Any], list[Step] | None]:
         """A compiled model after its steps, which are None where it is refused for good.
@@ -200,7 +231,7 @@ class Check:
                 self.crashed(error)
             finally:
                 self.warnings = [str(w.message) for w in seen]
-                self.plans = json.loads(self.report.read_text() or "[]") if self.report.exists() else []
+                self.plans = self.reported()
         smallest = self.refused(refusal)
         if smallest is None:
             return net, call, None
@@ -273,7 +304,7 @@ class Check:
         """What this case was."""
         case, seen = self.case, self.verdict.seen
         seen += [f"{case.dims}D", case.precision, case.loss]
-        seen += ["sliced"] * any(plan["slices"] > 1 for plan in self.plans)
+        seen += ["sliced"] * self.sliced
         seen += ["several graphs"] * (len(self.plans) > 1) + ["no plan"] * (not self.plans)
         seen += ["draws"] * self.draws + ["called twice"] * (case.calls > 1) + ["several inputs"] * bool(case.second)
         seen += ["noise"] * any(plan["noise"] > 0 for plan in self.plans)
@@ -299,11 +330,10 @@ class Check:
             return
         if self.interpret:
             return
-        given = self.inputs(70)
-        net.zero_grad()
-        number = 70
-        self.backward(call, self.inputs(number), number)
-        net.zero_grad()
+        given, number = self.inputs(70), 70
+        for _ in range(SETTLED):  # Whatever the first-step check plans again is compiled.
+            self.backward(call, self.inputs(number), number)
+            net.zero_grad()
         gc.collect()
         tensors = [*(t for ts in given for t in ts), *net.parameters(), *net.buffers()]
         measured = physical_peak(lambda: self.backward(call, given, number), resident=tensors, device="cpu").bytes

@@ -66,7 +66,10 @@ def pin_draws(graph: fx.Graph) -> None:
     """Mark every draw as a value that the forward saves, but in what the user checkpoints."""
     for node in graph.nodes:
         if draws(node) and "ac_graph_id" not in node.meta:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            # Of an operator with several results these are saved, for a tuple cannot be.
+            several = isinstance(node.meta.get("val"), (tuple, list))
+            for value in node.users if several else (node,):
+                value.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def keep_changed_inputs(graph: fx.Graph) -> None:

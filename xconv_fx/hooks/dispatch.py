@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
 
@@ -95,3 +95,20 @@ _TEMPLATES = {
 def is_profiled() -> bool:
     """Whether a profiler is running: there can be no other."""
     return torch.autograd._profiler_enabled()
+
+
+def show_checkpointed_draws(mode: type[TorchDispatchMode]) -> None:
+    """Let a mode see the draws of what a user checkpoints, which operators of a higher order make, and their states.
+
+    `mode.__torch_dispatch__` is called as for any operator; its results are what the operator of a higher order gives.
+    """
+    from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+
+    def saving(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        return mode.__torch_dispatch__(run_and_save_rng_state, (), args, kwargs)
+
+    def restoring(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        return mode.__torch_dispatch__(run_with_rng_state, (), args, kwargs)
+
+    run_and_save_rng_state.py_impl(mode)(saving)
+    run_with_rng_state.py_impl(mode)(restoring)
