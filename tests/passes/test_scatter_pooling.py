@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 # Where the windows of fractional pooling lie.
-PLACES = torch.rand(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+PLACES = torch.rand(2, 8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 POOLS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
-    "fractional 2D": (2, lambda: nn.FractionalMaxPool2d(2, output_ratio=0.7, _random_samples=PLACES[..., :2])),
-    "fractional 3D": (3, lambda: nn.FractionalMaxPool3d(2, output_ratio=0.7, _random_samples=PLACES)),
+    "fractional 2D": (2, lambda: nn.FractionalMaxPool2d(2, output_ratio=0.7, _random_samples=PLACES)),
     "adaptive 2D": (2, lambda: nn.AdaptiveMaxPool2d(4)),
     "adaptive 3D": (3, lambda: nn.AdaptiveMaxPool3d(4)),
 }
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("options", [{}, {"mem_budget": "95%", "codecs": "exact", "slices": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mem_budget": "100%", "codecs": "exact", "slices": 1}], ids=str)
 @pytest.mark.parametrize("pool", POOLS)
 def test_gradients_go_to_the_maxima(pool: str, options: dict[str, object]) -> None:
     torch.manual_seed(0)
