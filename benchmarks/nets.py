@@ -132,8 +132,8 @@ def unet3d() -> nn.Module:
 def basic_unet() -> nn.Module:
     """MONAI's BasicUNet (Falk et al., Nature Methods 16, 2019): its up-sampling block breaks the graph.
 
-    In 3D, because its 2D form does not train under plain Inductor in torch 2.13 either (a layout assertion in the
-    backward of `replication_pad2d`).
+    In 3D, because its 2D form does not train under plain Inductor in torch 2.13, to compare with (a layout assertion in
+    the backward of `replication_pad2d`); under a budget it does.
     """
     from monai.networks.nets import BasicUNet
 
