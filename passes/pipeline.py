@@ -79,7 +79,7 @@ class Job:
     bounds: planning.Bounds = planning.ANY
     draws: str = NOTHING
     changed: tuple[int, ...] = ()
-    mixing: str = "no input holds samples"
+    mixing: str = "no input holds several samples"
     pair: Pair | None = None
     residuals: dict[str, Residual] = field(default_factory=dict)
     posed: Posed | None = None

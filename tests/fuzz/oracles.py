@@ -281,7 +281,7 @@ class Check:
             limits = ("max_noise", "max_layer_noise", "max_slowdown")
             if not again and not any(self.case.options.get(limit) for limit in limits):
                 return error.smallest
-        elif again:
+        elif again and self.case.between != "batch":  # Fewer samples may not be cut into as many slices.
             raise Failed("named budget", f"a smallest feasible budget was named, and then: {error}")
         elif not isinstance(error, OptionError):
             raise Failed("unexpected refusal", f"{type(error).__name__}: {error}")
