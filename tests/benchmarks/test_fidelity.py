@@ -83,6 +83,7 @@ def test_no_results_is_said(tmp_path):
     assert done.returncode == 1 and "no results" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image's photographs")
 def test_runs_are_trained_once(tmp_path):
     """Two steps of exact training and of one budget; the second time there is nothing left to do."""
