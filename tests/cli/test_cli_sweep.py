@@ -67,4 +67,4 @@ def test_progress_is_announced_in_order():
     told: list[str] = []
     with listening(told.append):
         workload(parser().parse_args(SWEEP)).ask(frontier, points=3, slices=1)
-    assert told[0] == "planning graph 1" and told[-1] == "planning graph 1 for budget 2 of 2"
+    assert told[0] == "tracing graph 1" and told[-1] == "planning for budget 2 of 2"
