@@ -21,7 +21,7 @@ from . import hooks
 from .backend import plan_graph
 from .errors import UnsupportedModelError, surfaced_by_dynamo
 from .fake_device import fake_mode, fake_module, fake_tensor, place_inputs
-from .found_graph import FoundGraph
+from .hooks.ahead import MANY
 from .ops import lowering
 from .options import Options
 from .plan import Plan
@@ -33,9 +33,6 @@ from .stack_room import with_stack_room
 from .step_graphs import Collector, StepGraphs
 from .strategy import Strategy
 from .together import Finder, placed, share
-
-# Variants of one piece of code that Dynamo traces before it gives up.
-MANY = 1 << 20
 
 # Plans one graph that Dynamo traced, for these inputs; what it returns is true if the graph has a backward.
 Planner = Callable[[fx.GraphModule, list[Any]], object]
@@ -96,20 +93,14 @@ def explain(
 
 def _plan_together(trace: Trace, session: Session, options: Options) -> None:
     """Plan the graphs of a step for the budget that they share."""
-    finder, alone = Finder(session, options, trace.scenario.notes), []
-
-    def take(gm: fx.GraphModule, example_inputs: list[Any]) -> FoundGraph:
-        alone.append(session.graph(gm))
-        return finder(gm, example_inputs)
-
     with trace.tracing():
-        step = trace.graphs(take)
+        step = trace.graphs(Finder(session, options, trace.scenario.notes, apart=True))
         if len(step.runs) > 1:
             share(session, step, options)
-        for number, (graph, known) in enumerate(zip(step.graphs, alone, strict=True), start=1):
+        for number, graph in enumerate(step.graphs, start=1):
             announce(f"planning graph {number} of {len(step.graphs)}")
             with graph.compiling.again():
-                Strategy(placed(graph, session, options, known)).plan()
+                Strategy(placed(graph, session, options)).plan()
 
 
 class Trace:

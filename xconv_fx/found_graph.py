@@ -10,6 +10,7 @@ from .compilation import Compilation, Traced
 from .errors import XConvError
 from .options import Options
 from .passes.problem import Posed
+from .session import Graph
 from .strategy import Strategy
 from .surroundings import Surroundings
 from .ways import AT_ONCE, Route
@@ -19,11 +20,11 @@ class FoundGraph:
     """A graph of a step that is planned as a whole, within whose compilation this is made.
 
     It is planned beside nothing, and as if its results went on into further graphs: what is around it is counted where
-    all graphs are put together.
+    all graphs are put together. `alone` is what is known of it where it is not planned together with others.
     """
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced, self.strategy = traced, Strategy(traced)
+    def __init__(self, traced: Traced, alone: Graph | None = None) -> None:
+        self.traced, self.strategy, self.alone = traced, Strategy(traced), alone
         self.compiling = hooks.TracedWithin()
 
     def pose(self, route: Route) -> Posed | None:

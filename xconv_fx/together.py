@@ -34,18 +34,23 @@ def plan_together(session: Session, gm: fx.GraphModule, example_inputs: Sequence
 
 
 class Finder:
-    """Keeps graphs, in the order in which they are found, to be planned in a session by these options."""
+    """Keeps graphs, in the order in which they are found, to be planned in a session by these options.
 
-    def __init__(self, session: Session, options: Options, notes: tuple[str, ...] = ()) -> None:
-        self.session, self.options, self.notes = session, replace(options, calls=1), notes
+    With `apart`, what the session knows of each where it is not planned together with others is kept as well.
+    """
+
+    def __init__(self, session: Session, options: Options, notes: tuple[str, ...] = (), *, apart: bool = False) -> None:
+        self.session, self.options, self.notes, self.apart = session, replace(options, calls=1), notes, apart
         self.count = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FoundGraph:
         known = Graph(GraphKey(TOGETHER, self.count), None, 0, 0, 0, given=0, goes_on=True)
         self.count += 1
+        alone = self.session.graph(gm) if self.apart else None
         # Dynamo takes away from its graph what it knows of the inputs when it has compiled it.
         kept = copied(gm)
-        return FoundGraph(Traced(kept, list(example_inputs), self.options, self.session, self.notes, known, ALONE))
+        traced = Traced(kept, list(example_inputs), self.options, self.session, self.notes, known, ALONE)
+        return FoundGraph(traced, alone)
 
 
 def share(session: Session, step: StepGraphs, options: Options, *, audited: bool = True) -> None:
@@ -62,15 +67,13 @@ def share(session: Session, step: StepGraphs, options: Options, *, audited: bool
     session.together(replace(once, options=replace(options, calls=max(options.calls, *calls)), audited=audited))
 
 
-def placed(graph: FoundGraph, session: Session, options: Options, alone: Graph) -> Traced:
-    """A graph in a session, to be planned within its compilation.
-
-    `alone` is what is known of the graph where it is not planned together with others.
-    """
+def placed(graph: FoundGraph, session: Session, options: Options) -> Traced:
+    """A graph, which was found with `apart`, in a session, to be planned within its compilation."""
     traced = replace(graph.traced, session=session, surroundings=None)
     if session.shares is None:
-        session.expect(alone)
-        return replace(traced, options=options, known=alone)
+        assert graph.alone is not None
+        session.expect(graph.alone)
+        return replace(traced, options=options, known=graph.alone)
     assert traced.known is not None
     options = session.calling(session.settled(options), traced.known.key)
     return replace(traced, options=options, notes=(*traced.notes, *session.notes))

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor import compile_fx
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 
@@ -47,7 +47,23 @@ def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> C
         given = list(arguments)
         arguments.clear()
         with torch.no_grad():
-            return fx.Interpreter(gm).boxed_run(given)
+            return _AsTraced(gm).boxed_run(given)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+class _AsTraced(fx.Interpreter):
+    """Gives every operator its tensors in the strides that they were traced with, as Inductor gives them to ATen's.
+
+    Operators of ATen may return another layout than their fakes do, and others read memory as if it were contiguous.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        traced = n.meta.get("val")
+        if not isinstance(result, Tensor) or not isinstance(traced, Tensor) or n.op == "placeholder":
+            return result
+        if result.shape != traced.shape or result.stride() == traced.stride() or result._is_view():
+            return result
+        return torch.empty_strided(traced.shape, traced.stride(), dtype=result.dtype).copy_(result)

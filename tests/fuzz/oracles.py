@@ -205,10 +205,7 @@ class Check:
         """Raise when plain Inductor computes the wrong numbers as well."""
         if "noise" in self.verdict.seen:
             return
-        self.stage("inductor's")
-        torch._dynamo.reset()
-        net = self.model()
-        found = self.steps(torch.compile(net, options={"fallback_random": True}), net)
+        found = self.inductors()
         try:
             self.compare(wanted, exact, found)
         except Failed:
@@ -291,14 +288,18 @@ class Check:
     def crashed(self, error: Exception) -> None:
         """Whether plain Inductor fails as well, or plain Inductor told not to hold gradients' draws."""
         text = f"{type(error).__name__}: {str(error)[:600]}"
-        torch._dynamo.reset()
-        self.stage("inductor's")
-        net = self.model()
         try:
-            self.steps(torch.compile(net, options={"fallback_random": True}), net)
+            self.inductors()
         except Exception as other:
             raise Failed("inductor's", f"{type(other).__name__}: {str(other)[:300]}") from error
         raise Failed("crash", text) from error
+
+    def inductors(self) -> list[Step]:
+        """The steps as plain Inductor computes them."""
+        self.stage("inductor's")
+        torch._dynamo.reset()
+        net = self.model()
+        return self.steps(torch.compile(net, options={"fallback_random": True}), net)
 
     def cover(self) -> None:
         """What this case was."""

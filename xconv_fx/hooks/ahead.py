@@ -1,6 +1,6 @@
 """Run a compiled module ahead of time, to see all graphs of a step while the first one is being compiled.
 
-Dynamo compiles graph after graph, and runs each before it sees the next. `graphs_ahead` has another Dynamo trace the
+Dynamo compiles graph after graph, and runs each before it sees the next. `run_ahead` has another Dynamo trace the
 whole module inside the first graph's compilation: a copy of the module, without memory, on fakes of the call's
 arguments. Nothing of that is left behind: random states, counters, what Dynamo has compiled, and what the model's code
 prints are put back or taken away.

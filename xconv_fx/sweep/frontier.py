@@ -28,7 +28,7 @@ from xconv_fx.passes.sliced import slice_step
 from xconv_fx.plan import Plan, Totals
 from xconv_fx.progress import announce
 from xconv_fx.scenario import Scenario
-from xconv_fx.session import Graph, Session
+from xconv_fx.session import Session
 from xconv_fx.sizes import Budget, format_size
 from xconv_fx.stack_room import with_stack_room
 from xconv_fx.strategy import Strategy
@@ -163,16 +163,14 @@ class _Sweep:
     def __init__(self, trace: Trace, options: Options, points: int, wanted: Budget | None) -> None:
         self.trace, self.options, self.points, self.wanted = trace, options, points, wanted
         self.plain = _Series(options, trace.session(options))
-        self.alone: list[Graph] = []
         self.seconds = 0.0
 
     def frontier(self) -> Frontier:
         """What is found."""
-        finder = Finder(self.plain.session, self.options, self.trace.scenario.notes)
+        finder = Finder(self.plain.session, self.options, self.trace.scenario.notes, apart=True)
 
         def take(gm: fx.GraphModule, example_inputs: list[Any]) -> FoundGraph:
-            self.alone.append(self.plain.session.graph(gm))
-            announce(f"tracing graph {len(self.alone)}")
+            announce(f"tracing graph {finder.count + 1}")
             return finder(gm, example_inputs)
 
         with self.trace.tracing():
@@ -248,7 +246,7 @@ class _Sweep:
     def _strategy(self, series: _Series, number: int) -> Iterator[_OncePosed]:
         graph: FoundGraph = self.step.graphs[number]
         with graph.compiling.again():
-            traced = placed(graph, series.session, series.options, self.alone[number])
+            traced = placed(graph, series.session, series.options)
             # Without a budget there is another graph, and no loss that all graphs share.
             yield _OncePosed(traced, {} if series is self.plain else self.posed[number])
 
