@@ -267,6 +267,29 @@ def test_calls_within_a_backward_are_part_of_its_step(net: Net, judge: Judge) ->
     assert len(judge.peaks) >= before
 
 
+def test_code_before_the_first_graph_is_part_of_the_step(net: Net, judge: Judge) -> None:
+    """A graph without a backward, or one that is not compiled, once the session of a compiled model is known."""
+    images = torch.randn(512, 32)
+
+    def model(x: Tensor) -> Tensor:
+        net.check.enter((x,))
+        with torch.no_grad():
+            x = x.sin().cos()[::2, ::2].contiguous()
+        y = net(x)
+        net.check.leave()
+        return y
+
+    def step() -> None:
+        loss(model(images)).backward()
+        net.zero_grad()
+
+    for _ in range(4):
+        step()
+    wanted = physical_peak(step, resident=[images, net.layer.weight]).bytes
+    assert judge.peaks[-1] == wanted
+    assert wanted > 3 * images.nbytes, "the images and two results of their size"
+
+
 def test_graphs_under_compilation_are_not_steps(net: Net, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDPOptimizer runs what it has compiled on fake tensors, to know the strides of results."""
     monkeypatch.setattr("xconv_fx.hooks.compile_id", lambda: (0, 0))

@@ -31,6 +31,7 @@ from .scenario import Scenario
 from .session import Session
 from .stack_room import with_stack_room
 from .step_graphs import Collector, StepGraphs
+from .step_inputs import called_with
 from .strategy import Strategy
 from .together import Finder, placed, share
 
@@ -151,7 +152,13 @@ class Trace:
     def tracing(self) -> Iterator[None]:
         """What is traced inside is traced as the step."""
         with contextlib.ExitStack() as stack:
-            for entered in (torch.enable_grad(), hooks.cheap_graphs(), self.scenario.in_effect(self.home), self.mode):
+            for entered in (
+                torch.enable_grad(),
+                hooks.cheap_graphs(),
+                self.scenario.in_effect(self.home),
+                self.mode,
+                called_with(self.inputs),
+            ):
                 stack.enter_context(entered)
             stack.enter_context(warnings.catch_warnings())
             # Dynamo asks the inputs of a later graph for their gradients, and means to hide this itself.
@@ -189,7 +196,7 @@ class Trace:
 
         collector = Collector(placed)
         outputs = torch.compile(self.step, backend=surfaced_by_dynamo(collector), dynamic=False)(*self.inputs)
-        found = collector.found(outputs)
+        found = collector.found(self.inputs, outputs)
         if not any(found.graphs):
             kind = type(self.model).__name__
             raise UnsupportedModelError(

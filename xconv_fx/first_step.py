@@ -1,11 +1,12 @@
 """The first-step check: what a training step really takes, losses and optimiser included, and what follows from it.
 
-A step begins with the first call, with gradients enabled, of a graph of the session, and goes on over further calls,
-the loss and the backward, until an optimiser has made its step or the next call comes after a backward. What it took is
-told at the end of every backward and of the optimiser's step; what a program does between these two, or after them, is
-no part of it. A step that is over its budget is settled there and then. Calls without a backward (evaluation with
-gradients enabled) begin anew as soon as their results are dropped. A call within a backward is part of its step:
-checkpointing runs forwards again there.
+A step begins with the first call, with gradients enabled, of the compiled model, or of a graph of the session where it
+is called otherwise, and goes on over further calls, the loss and the backward, until an optimiser has made its step or
+the next call comes after a backward: code of the model around its graphs, and graphs without a backward, belong to it.
+What it took is told at the end of every backward and of the optimiser's step; what a program does between these two,
+or after them, is no part of it. A step that is over its budget is settled there and then. Calls without a backward
+(evaluation with gradients enabled) begin anew as soon as their results are dropped. A call within a backward is part
+of its step: checkpointing runs forwards again there.
 
 The first step that runs whole after compiling is measured (`step_memory.py`); one in which a graph behind a graph
 break, or a backward, is compiled holds more than those that follow. Later ones are where something is new: another
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from . import hooks
+from . import hooks, unplanned
 from .log import log
-from .step_memory import StepMemory
+from .step_memory import StepMemory, prepare
 from .weak import weak_method
 
 if TYPE_CHECKING:
@@ -105,7 +107,8 @@ class _Call:
 class StepCheck:
     """Measures steps of the graphs of one session.
 
-    `wanted` is how many more steps are looked at, `losses` which were measured, by how many nodes they make.
+    `wanted` is how many more steps are looked at, `losses` which were measured, by how many nodes they make. A step
+    whose first call began before its session was known is measured from its first graph on, and the next as a whole.
     """
 
     def __init__(self, judge: Judge) -> None:
@@ -115,28 +118,50 @@ class StepCheck:
         self.graphs: dict[CheckedGraph, None] = {}
         self.losses: set[int] = set()
         self.backward_seen = self.queued = False
-        self._nodes = self._thread = 0
+        self._nodes = self._thread = self._inside = 0
+        self._device: str | None = None
+        self._partial = False
         self._handles: list[RemovableHandle] = []
 
     def again(self) -> None:
         """Measure the next step: what runs in it is new."""
         self.wanted = max(self.wanted, 1)
 
+    def enter(self, arguments: Any) -> None:
+        """The model is about to be called, all graphs of which this check knows."""
+        self._inside += 1
+        if self._inside == 1 and self._device is not None:
+            self._partial = False
+            self._begin(self._device)
+            if self.memory is not None:
+                self.memory.resident(tree_leaves(arguments))
+
+    def leave(self) -> None:
+        """The model's call has ended."""
+        self._inside -= 1
+
     def begin_call(self, graph: CheckedGraph, inputs: Sequence[Any]) -> None:
         """A graph is about to run."""
+        self._device = graph.record.plan.device
+        if not self._inside:
+            self._partial = unplanned.watched()
+            self._begin(self._device)
+        self.graphs[graph] = None
+        if self.memory is not None:
+            self.memory.resident(inputs)
+
+    def _begin(self, device: str) -> None:
+        """A call begins, and with it a step if none goes on."""
         self.queued = False
         if self.backward_seen and not hooks.in_backward():
             self.stop()
             self._new_step()
         elif self.memory is not None and not any(g.outstanding for g in self.graphs):
             self.stop()  # What ran so far was dropped without a backward.
-        self.graphs[graph] = None
         while _LEFT:
             _LEFT.pop().remove()
         if self.memory is None and self.wanted and self.possible and not hooks.in_backward():
-            self._start(graph.record.plan.device)
-        if self.memory is not None:
-            self.memory.resident(inputs)
+            self._start(device)
 
     def end_call(self) -> None:
         """A graph has run."""
@@ -156,7 +181,7 @@ class StepCheck:
     def _look_at(self, loss: int) -> None:
         new = loss not in self.losses and len(self.losses) < LOSSES
         if self.memory is not None:
-            self.wanted = 0 if new else self.wanted - 1
+            self.wanted = int(self._partial) if new else self.wanted - 1
             self.losses.add(loss)
             return
         if new:
@@ -197,9 +222,10 @@ class StepCheck:
             graph.most = graph.outstanding
 
     def _start(self, device: str) -> None:
-        # Tracebacks of what was tried while compiling keep frames, and with them this step's tensors, until then.
-        gc.collect()
         try:
+            prepare(device)
+            # Tracebacks of what was tried while building or compiling keep frames, and with them this step's tensors.
+            gc.collect()
             self.memory = StepMemory(device)
         except Exception as error:
             self.possible = False

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from . import hooks
+from . import hooks, step_inputs
 from .cost_model.memory import Problem
 from .hooks.frames import CompileId
 from .options import Options, with_unseen
@@ -58,7 +58,7 @@ class Graph:
 
     In bytes: its `parameters`, its `primals` (parameters and buffers), and the `inputs` that are neither, of which
     `given` were not computed in the step. `goes_on` says that its results are read by further code of the model, so
-    that no loss follows.
+    that no loss follows. `unread` are the model's own arguments that it does not read, by their number.
     """
 
     key: GraphKey
@@ -68,6 +68,7 @@ class Graph:
     inputs: int
     given: int
     goes_on: bool
+    unread: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class Session:
             hooks.input_bytes(gm),
             hooks.input_bytes(gm, given=True),
             hooks.goes_on(),
+            step_inputs.unread(gm),
         )
 
     def expect(self, graph: Graph) -> None:
@@ -282,11 +284,12 @@ class Session:
         """Bytes alive while this graph runs that are none of its tensors.
 
         The parameters and buffers of the module's other graphs; what earlier graphs hold for their backward, and their
-        inputs; the gradients of later graphs, which their backward has left when this one's runs; and the optimiser's
-        state.
+        inputs; what the model is called with and none of these reads; the gradients of later graphs, which their
+        backward has left when this one's runs; and the optimiser's state.
         """
         earlier = self._before(graph)
         held = self.optimizer_bytes + sum(record.saved + record.graph.inputs for record in earlier)
+        held += sum(size for number, size in graph.unread.items() if all(number in r.graph.unread for r in earlier))
         if self.module is None:
             return held
         before = sum(record.graph.parameters for record in earlier)

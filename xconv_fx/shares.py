@@ -104,9 +104,9 @@ class Shares:
         return [constant] * len(self.runs), backward, (loss + wide) * self.options.calls
 
     def _inputs(self) -> int:
-        """Bytes of what runs read that no run before has made."""
-        known: set[int] = set()
-        size = 0
+        """Bytes of what the model was called with, and of what else runs read that no run before has made."""
+        known = set(self.step.arguments)
+        size = _bytes(self.step.arguments)
         for run in self.step.runs:
             new = {key: value for key, value in run.inputs.items() if key not in known}
             size += sum(value.bytes for value in new.values())

@@ -79,11 +79,12 @@ class GraphRun:
 
 @dataclass(frozen=True)
 class StepGraphs:
-    """The graphs of a step as they were handed over, their runs in order, and what the model returned."""
+    """The graphs of a step as they were handed over, their runs in order, and what the model was given and returned."""
 
     graphs: tuple[Any, ...]
     signatures: tuple[Signature, ...]
     runs: tuple[GraphRun, ...]
+    arguments: Values
     outputs: Values
 
 
@@ -132,9 +133,10 @@ class Collector:
         self.alive.append((arguments, results))
         self.runs.append(GraphRun(number, parameters, read, returned))
 
-    def found(self, outputs: Any) -> StepGraphs:
-        """What was seen in a step that returned `outputs`."""
-        return StepGraphs(tuple(self.graphs), tuple(self.signatures), tuple(self.runs), values(tree_leaves(outputs)))
+    def found(self, arguments: Any, outputs: Any) -> StepGraphs:
+        """What was seen in a step that was called with `arguments` and returned `outputs`."""
+        given, returned = values(tree_leaves(arguments)), values(tree_leaves(outputs))
+        return StepGraphs(tuple(self.graphs), tuple(self.signatures), tuple(self.runs), given, returned)
 
 
 def values(tensors: Sequence[Any]) -> Values:
@@ -156,7 +158,7 @@ def look_ahead(take: Callable[[fx.GraphModule, list[Any]], Any]) -> StepGraphs |
     try:
         if parts is not None:
             collector = Collector(take)
-            return collector.found(hooks.run_parts(*parts, collector))
+            return collector.found((), hooks.run_parts(*parts, collector))
         if call is None:
             return "the tensors of a compiled function are not known from its code" if hooks.goes_on() else ""
         if not hooks.more_follows(call.module):
@@ -176,4 +178,4 @@ def _look_ahead(
     args, kwargs = tree_map_only(Tensor, lambda value: fake_tensor(value, mode, None), (args, dict(kwargs)))
     collector = Collector(take)
     with mode:
-        return collector.found(hooks.run_ahead(faked, args, kwargs, collector))
+        return collector.found((args, kwargs), hooks.run_ahead(faked, args, kwargs, collector))

@@ -25,6 +25,12 @@ from .hooks import allocator_watch
 from .weak import weak_method
 
 
+def prepare(device: str) -> None:
+    """Build what watching this device needs, which takes the first step some seconds. Raises what that raises."""
+    if torch.device(device).type == "cpu":
+        allocator_watch.prepare()
+
+
 class StepMemory:
     """Watches one device from here on, until `end` or until nobody holds it.
 

@@ -28,6 +28,7 @@ from . import hooks
 from .errors import BudgetLostError, BudgetLostWarning, UnsupportedModelError, find_ours
 from .options import UNSEEN, Options
 from .sizes import format_size
+from .step_inputs import called_with
 
 # Bytes that eager operations may hold where the budget is not known in bytes: scalars of a loss or a gate.
 SMALL = 4096
@@ -58,6 +59,11 @@ def planned() -> Iterator[None]:
     finally:
         if _local.watch is not None:
             _local.spans.append((start, _number()))
+
+
+def watched() -> bool:
+    """Whether a call is watched in this thread."""
+    return _local.watch is not None
 
 
 def graph(compiled: Callable[..., Any], session: Any = None, key: object = None) -> Callable[..., Any]:
@@ -106,8 +112,12 @@ class Watch:
         outer, spans = _local.watch, _local.spans
         _local.watch, _local.spans, self.ran, self.converted = self, [], [], False
         start = _number()
+        checks = [session.verifier.check for session in self.sessions.values()]
         try:
-            result = self._named(arguments, keywords)
+            for check in checks:
+                check.enter((arguments, keywords))
+            with called_with((arguments, keywords)):
+                result = self._named(arguments, keywords)
             outside = _number() - start - sum(stop - first for first, stop in _local.spans)
             if outside not in self.fine:
                 self._look(result, start, outside)
@@ -115,6 +125,8 @@ class Watch:
                 self.sessions.update((id(session), session) for session, _ in self.ran if session is not None)
             return result
         finally:
+            for check in checks:
+                check.leave()
             if outer is not None:
                 spans.append((start, _number()))
             _local.watch, _local.spans = outer, spans

@@ -189,6 +189,12 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
     return sum(sizes.values())
 
 
+def examples(gm: fx.GraphModule) -> list[Any]:
+    """What Dynamo traced a graph with: its inputs, as far as they are known."""
+    arguments = (node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
+    return [argument.example for argument in arguments if argument is not None]
+
+
 def data_inputs(gm: fx.GraphModule) -> list[bool]:
     """Which of a Dynamo graph's inputs are tensors, but neither parameters nor buffers.
 
