@@ -149,7 +149,7 @@ class Normalising(nn.Module):
 
 
 def test_arguments_that_no_planned_graph_reads_are_in_the_budget(compile_model: Compile) -> None:
-    """Of an exact plan of 90%, all is known before: large images, which the planned graph does not read, and the mask."""
+    """Large images, which the planned graph does not read, and a mask: all of it is known before the step runs."""
     x, mask = images(4, 64), torch.rand(4, 2, 32, 32)
     compiled = compile_model(Normalising(), mem_budget="90%", codecs="exact", verify="warn")
 
