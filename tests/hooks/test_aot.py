@@ -62,6 +62,32 @@ def test_draws_stay_in_the_forward(traced, share):
     assert names(backward.graph) == []
 
 
+class DrawsWithResults(nn.Module):
+    """Operators that give a result and what they drew for it, as they are where Inductor draws as ATen does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.convolutions
+        y = F.rrelu(F.gelu(first(x)), training=True)
+        return third(F.dropout(F.silu(second(y)), 0.3)).square()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.75, 0.5, 0.25, 0.0])
+def test_draws_with_several_results_stay_in_the_forward(share):
+    with torch._inductor.config.patch(fallback_random=True):
+        traced = trace(DrawsWithResults(), torch.randn(3, 4, 8, 8))
+        joint = traced.joint()
+        every = names(joint.graph)
+        assert every == ["aten.native_dropout.default", "aten.rrelu_with_noise_functional.default"]
+        aot.deduplicate(joint)
+        forward, backward = aot.partition(joint, traced.joint_inputs, dict(traced.arguments), share)
+    assert names(forward.graph) == every
+    assert names(backward.graph) == []
+
+
 def test_equal_calls_are_draws_of_their_own():
     graph = fx.Graph()
     x = graph.placeholder("x")

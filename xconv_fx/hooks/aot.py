@@ -22,6 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 # The smallest share that the partitioner can be asked to save: at 0 it takes the graph's inputs and looks at no pin.
 _LEAST = 1e-6
+# How far from the backward the partitioner says that a value is which the backward does not read.
+_NEVER_READ = int(1e9)
 
 
 def draws(node: fx.Node) -> bool:
@@ -58,7 +60,8 @@ def partition(
     keep_changed_inputs(gm.graph)
     # A share of the user's own stands where nothing else is asked for.
     share = saved if saved < 1 else functorch_config.activation_memory_budget
-    with functorch_config.patch(activation_memory_budget=max(share, _LEAST)), _draws_apart(gm.graph):
+    budget = functorch_config.patch(activation_memory_budget=max(share, _LEAST))
+    with budget, _draws_apart(gm.graph), _results_for_tuples():
         return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
 
 
@@ -66,10 +69,36 @@ def pin_draws(graph: fx.Graph) -> None:
     """Mark every draw as a value that the forward saves, but in what the user checkpoints."""
     for node in graph.nodes:
         if draws(node) and "ac_graph_id" not in node.meta:
-            # Of an operator with several results these are saved, for a tuple cannot be.
-            several = isinstance(node.meta.get("val"), (tuple, list))
-            for value in node.users if several else (node,):
+            for value in (node, *_results(node)):
                 value.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _results(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The single results of an operator that has several; none of one that has not."""
+    return tuple(node.users) if isinstance(node.meta.get("val"), (tuple, list)) else ()
+
+
+@contextlib.contextmanager
+def _results_for_tuples() -> Iterator[None]:
+    """While active, torch's partitioner saves what the backward may read of an operator with several results.
+
+    It takes one that is marked for a value to be saved, which a tuple cannot be; of single results it heeds no mark.
+    """
+    from torch._functorch import partitioners
+
+    choose = partitioners.choose_saved_values_set
+
+    def chosen(*arguments: Any, **options: Any) -> list[fx.Node]:
+        saved = choose(*arguments, **options)
+        single = (value for node in saved for value in (_results(node) or (node,)))
+        return list(
+            dict.fromkeys(
+                value for value in single if value in saved or getattr(value, "dist_from_bw", 0) < _NEVER_READ
+            )
+        )
+
+    with mock.patch.object(partitioners, "choose_saved_values_set", chosen):
+        yield
 
 
 def keep_changed_inputs(graph: fx.Graph) -> None:
