@@ -25,6 +25,8 @@ _DRAWS = {
     "normal", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "geometric_", "cauchy_", "poisson",
     "multinomial", "dropout",
 }  # fmt: skip
+# What draws only for a value that it is given: parts of the names.
+_DRAWING = ("dropout", "rrelu", "fractional_max_pool", "scaled_dot_product_attention", "gumbel_softmax")
 _NEW: dict[str, Callable[..., Any]] = {
     "new_empty": torch.empty,
     "new_zeros": torch.zeros,
@@ -47,6 +49,12 @@ def name_of(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return str(getattr(node.target, "__name__", "")) or str(getattr(node.target, "_name", ""))
+
+
+def draws_any(gm: fx.GraphModule) -> bool:
+    """Whether anything in a Dynamo graph may draw."""
+    names = [name_of(node) for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+    return any(name in _DRAWS or any(part in name for part in _DRAWING) for name in names)
 
 
 def find_early_draws(gm: fx.GraphModule, batch: int) -> EarlyDraws | None:

@@ -9,6 +9,8 @@ as they are: the change is the caller's to see, and would be made to the copy.
 The weight gradient is the exception: there oneDNN transposes one sample for each thread, so that many threads may need
 more memory than with contiguous volumes. The layout is therefore a choice of the strategy's.
 
+ATen draws in the order of memory: where Inductor is told to draw as ATen does, a graph that draws is left as it is.
+
 Works on the graph that Dynamo traced, before autograd sees it. Only for the CPU: on GPUs cuDNN chooses.
 """
 
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from .early_draws import draws_any
 
 _CONVOLUTIONS = (
     torch.conv3d,
@@ -29,10 +33,10 @@ _CONVOLUTIONS = (
 )
 
 
-def volumes_channels_last(gm: fx.GraphModule) -> None:
+def volumes_channels_last(gm: fx.GraphModule, draws_as_aten: bool = False) -> None:
     """Insert the layout changes into a Dynamo graph with 3D convolutions on the CPU; leave any other as it is."""
     convolutions = volume_convolutions(gm)
-    if not convolutions:
+    if not convolutions or (draws_as_aten and draws_any(gm)):
         return
     weights = [_operand(node, 1, "weight") for node in convolutions]
     volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]

@@ -220,7 +220,7 @@ class Compilation:
             reshape_free_instance_norm(gm)
             scatter_unpooling(gm)
             if self.route.relayout:
-                volumes_channels_last(gm)
+                volumes_channels_last(gm, options.draws_as_aten)
         sources = hooks.source_hash()
         rates = calibration.specs(inputs)
         key = f"{sources} {options.fingerprint()} {self.around} {self.corrections} {self.bounds} {self.route} {rates}"

@@ -259,6 +259,13 @@ class Options:
         """The smallest budget under which a step may have this peak; in bytes."""
         return with_unseen(peak + self.reserve)
 
+    @property
+    def draws_as_aten(self) -> bool:
+        """Whether Inductor is told to draw the numbers that eager PyTorch draws."""
+        from torch._inductor import config
+
+        return bool(self.inductor_config().get("fallback_random", config.fallback_random))
+
     def inductor_config(self) -> dict[str, Any]:
         """Inductor settings of `mode`, overridden by those of `inductor`."""
         from torch._inductor import list_mode_options

@@ -44,7 +44,7 @@ DRAWS, UNLIKELY = 24, 6.0
 # A numerical derivative's relative distance; draws that are made again miss by 10% and more.
 NUMERICAL = 0.03
 # Tensors of a smaller norm are rounding errors themselves, such as the mean of what a normalisation made.
-TINY = 1e-3
+TINY = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.02, "autocast": 0.02}
 RATE = 0.01
 # Steps before the measured one.
 SETTLED = 4
@@ -111,7 +111,7 @@ class Check:
         self.plans: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.report: Path | None = None
-        self.sliced = False
+        self.sliced = self.apart = False
 
     # The steps.
 
@@ -269,6 +269,7 @@ class Check:
     def refused(self, error: XConvError) -> int | None:
         """The smallest feasible budget that a refusal names, or None where it is right to refuse for good."""
         again = "refused" in self.verdict.seen
+        self.apart |= "planned one after another" in str(error)
         self.verdict.seen.append("refused")
         if isinstance(error, BudgetInfeasibleError):
             if error.smallest <= error.budget:
@@ -278,7 +279,8 @@ class Check:
             limits = ("max_noise", "max_layer_noise", "max_slowdown")
             if not again and not any(self.case.options.get(limit) for limit in limits):
                 return error.smallest
-        elif again and self.case.between != "batch":  # Fewer samples may not be cut into as many slices.
+        elif again and self.case.between != "batch" and not self.apart:
+            # Fewer samples may not be cut into as many slices, nor a graph that was not known yet.
             raise Failed("named budget", f"a smallest feasible budget was named, and then: {error}")
         elif not isinstance(error, OptionError):
             raise Failed("unexpected refusal", f"{type(error).__name__}: {error}")
@@ -381,7 +383,7 @@ class Check:
                 raise Failed(
                     f"{what} wrong", f"step {step}, {name}: shape {tuple(g.shape)} of {tuple(t.shape)}, or not finite"
                 )
-            scale = max(t.norm().item(), floor, TINY)
+            scale = max(t.norm().item(), floor, TINY[self.case.precision])
             own, off = ((w.double() - t).norm().item() / scale, (g - t).norm().item() / scale)
             if not want[name].is_floating_point():
                 if (t != g).double().mean() > 0.02:

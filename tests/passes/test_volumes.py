@@ -12,13 +12,13 @@ from xconv_fx.measure import physical_peak
 from xconv_fx.passes.volumes import volumes_channels_last
 
 
-def dynamo_graph(model, *inputs):
+def dynamo_graph(model, *inputs, draws_as_aten=False):
     """The graph that Dynamo traces, rewritten, and the values that it is called with."""
     found = {}
 
     def capture(gm, example_inputs):
         found["gm"] = copy.deepcopy(gm)
-        volumes_channels_last(found["gm"])
+        volumes_channels_last(found["gm"], draws_as_aten)
 
         def run(*values):
             found["values"] = values
@@ -150,3 +150,29 @@ def test_the_gradient_that_comes_in_is_laid_out_once():
     exact = torch.autograd.grad(model(x).sum(), list(model.parameters()))
     for parameter, grad in zip(model.parameters(), exact, strict=True):
         torch.testing.assert_close(found[parameter.data_ptr()], grad, rtol=1e-4, atol=1e-4)
+
+
+class Drawn(nn.Module):
+    """Draws for a volume that a convolution then reads."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.conv = draw, nn.Conv3d(2, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.draw(x))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [nn.Dropout(0.4), nn.RReLU(), lambda x: x * torch.rand_like(x), lambda x: x + torch.empty_like(x).normal_()],
+    ids=["dropout", "rrelu", "rand_like", "normal_"],
+)
+def test_draws_as_of_aten_are_for_the_same_elements(draw):
+    """ATen draws in the order in which the elements lie in memory."""
+    model, x = Drawn(draw), torch.randn(2, 2, 6, 6, 6)
+    torch.manual_seed(3)
+    wanted = model(x)
+    gm, values = dynamo_graph(model, x, draws_as_aten=True)
+    torch.manual_seed(3)
+    assert torch.equal(gm(*values)[0], wanted)
