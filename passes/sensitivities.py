@@ -72,6 +72,10 @@ class _Reading:
         return measured_noise(held, self.known)
 
 
+# The name of all gradients that are none of a layer's weights or scales.
+OTHERS = "other gradients"
+
+
 class Sensitivities:
     """How much the noise of each residual of the pair matters.
 
@@ -145,8 +149,15 @@ class Sensitivities:
         return [_Reading(Use("scale", ((name, self.shares[name]),)), name) for name in names]
 
     def _travelling(self, residual: Residual, earlier: Sequence[tuple[str, float]]) -> list[_Reading]:
-        """The uses whose errors reach the layers before: measured ones for themselves, all others by priors."""
+        """The uses whose errors reach the layers before: measured ones for themselves, all others by priors.
+
+        With no layer before, what the error reaches is some other gradient, which counts as one layer's: of scales
+        that are parameters of a model itself, of slopes, of the network's input.
+        """
         found = []
+        if not earlier and residual.name not in self.trained.scales:
+            self.shares.setdefault(OTHERS, self.prior)
+            earlier = [(OTHERS, self.prior)]
         known = {name: layer for name, layer in self._known(residual.norms).items() if layer.travel is not None}
         for name, layer in known.items() if "norm" in residual.uses else ():
             found.append(self._measured_norm(name, layer))

@@ -65,6 +65,44 @@ def test_a_normalisations_codes_are_noise_of_its_scale_and_of_the_layer_before()
     assert added.total == pytest.approx(sum(noise for _, noise in added.layers)) and added.total > 0
 
 
+class Scale(nn.Module):
+    """A parameter that is none of a layer's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+class Product(nn.Module):
+    """The gradient of what a part makes is multiplied by another value, which is saved."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(self.part(x), 3, 1) * nn.functional.avg_pool2d(x.detach().abs(), 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "asked"),
+    [(Scale(), False), (nn.InstanceNorm2d(3, affine=True), False), (nn.PReLU(), False), (nn.Identity(), True)],
+    ids=["a parameter", "scales", "slopes", "the input"],
+)
+def test_noise_that_reaches_no_layers_weights_counts(part, asked):
+    pair = trace(Product(part), X.clone().requires_grad_(asked)).pair()
+    residuals = find_residuals(pair)
+    noises = Sensitivities(residuals, None, pair)
+    residual = next(r for r in residuals.values() if r.uses == {"other"})
+    held = Held("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
+    added = noises.coded(residual, held)
+    assert added.noise > 0 and added.total == pytest.approx(added.noise)
+    assert dict(noises.relative(added)) == {"other gradients": pytest.approx(added.noise)}
+
+
 def test_plans_tell_each_layers_noise_without_statistics():
     pair = trace(normed(nn.BatchNorm2d(8)), X).pair()
     posed = link(pose(pair, find_residuals(pair), Options.parse({"codecs": "quantize:2,bitmask"})))
