@@ -34,7 +34,7 @@ from .passes.unpooling import scatter_unpooling
 from .passes.volumes import volumes_channels_last
 from .plan import Plan
 from .schedule import LocalFusion, in_order
-from .session import Graph, GraphRecord, Session
+from .session import TOGETHER, Graph, GraphRecord, Session
 from .sizes import Budget
 from .slices import Batch, Sliced, differentiable, slice_inputs
 from .surroundings import Surroundings
@@ -90,9 +90,10 @@ class Traced:
 
     @property
     def calls(self) -> Calls:
-        """How often it runs in a step."""
+        """How often it runs in a step. Gradients of graphs that are planned together are in their surroundings."""
         graph = self.graph
-        return Calls(self.options.calls, graph.given, graph.parameters, chain=graph.given < graph.inputs)
+        gradients = 0 if graph.key.frame == TOGETHER else graph.parameters
+        return Calls(self.options.calls, graph.given, gradients, chain=graph.given < graph.inputs)
 
     @functools.cached_property
     def around(self) -> Surroundings:

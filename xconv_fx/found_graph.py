@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import hooks
 from .compilation import Compilation, Traced
-from .errors import XConvError
+from .errors import BudgetInfeasibleError, XConvError
 from .options import Options
 from .passes.problem import Posed
 from .session import Graph
@@ -55,19 +55,30 @@ class FoundGraph:
     ) -> dict[str, int]:
         """What the prediction of each phase is short of, in bytes, by an audit of the code that is generated.
 
-        `corrections` are known already. Empty when there is no plan of the graph by itself.
+        `corrections` are known already. The graph by itself may need more than the budget, where its surroundings are
+        not alike in all of its runs; its backward is short of that as well. Empty when there is no plan of the graph by
+        itself.
         """
-        compilation = Compilation(
-            replace(self.traced, options=options, surroundings=around), route, dict(corrections), enforced=False
-        )
+        around_it = replace(self.traced, options=options, surroundings=around)
+        beyond = 0
         with self.compiling.again():
             try:
-                compilation.generate()
+                compilation = _generated(around_it, route, corrections)
+            except BudgetInfeasibleError as error:
+                beyond = error.smallest - error.budget
+                compilation = _generated(around_it.within(error.smallest), route, corrections)
             except XConvError:
                 return {}
         assert compilation.job is not None
         predicted = compilation.job.phase_peaks
-        return {
+        found = {
             phase: audited - predicted[phase] + corrections.get(phase, 0)
             for phase, audited in compilation.peaks.items()
         }
+        return {**found, "backward": found["backward"] + beyond}
+
+
+def _generated(traced: Traced, route: Route, corrections: Mapping[str, int]) -> Compilation:
+    compilation = Compilation(traced, route, dict(corrections), enforced=False)
+    compilation.generate()
+    return compilation

@@ -203,13 +203,18 @@ class Session:
         self._compilations.setdefault(graph.key.frame, (None, []))
 
     def _together(self, gm: fx.GraphModule, place: int) -> Graph:
-        """A graph that is planned together with others: what a loss takes is counted for all of them."""
+        """A graph that is compiled now, one of those that are planned together."""
         compilation, code = hooks.compile_id(), hooks.compiling_code()
         if compilation is not None and code is not None:
             self._codes[compilation] = code
-        key, primals = GraphKey(TOGETHER, place), hooks.parameter_bytes(gm, buffers=True)
+        return replace(self.of_a_step(gm, place), compilation=compilation)
+
+    @staticmethod
+    def of_a_step(gm: fx.GraphModule, place: int) -> Graph:
+        """What is known of a graph that is planned together with others: what a loss takes is counted for them all."""
+        parameters, primals = hooks.parameter_bytes(gm), hooks.parameter_bytes(gm, buffers=True)
         inputs = hooks.input_bytes(gm)
-        return Graph(key, compilation, hooks.parameter_bytes(gm), primals, inputs, given=0, goes_on=True)
+        return Graph(GraphKey(TOGETHER, place), None, parameters, primals, inputs, given=0, goes_on=True)
 
     def _key(self, gm: fx.GraphModule) -> GraphKey:
         """The graph's key; forgets the frame's former graphs when it is compiled anew."""

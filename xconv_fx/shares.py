@@ -312,16 +312,18 @@ class Shares:
 
     def _beside(self, graph: int, together: Together, spare: int) -> Surroundings:
         nested, choice = together.nested, together.choice
+        whole = self._whole(graph)
         forward: list[int] = []
         backward: list[int] = []
-        outer = 0
+        outer, later = 0, self.count(graph) - 1
         for run in nested.runs:
             if run.part == graph:
                 forward.append(run.forward + outer)
-                backward.append(run.backward + outer)
+                # Its backward is planned beside the results of all its runs, those of later ones included.
+                backward.append(run.backward + outer - later * whole.ends.results)
+                later -= 1
             else:
                 outer += nested.held(run.part, choice)
-        whole = self._whole(graph)
         throughout = max(forward)
         inside = nested.inside(graph, choice) - throughout - whole.ends.between
         return Surroundings(throughout - whole.fixed_bytes, inside, max(backward) - throughout, spare)

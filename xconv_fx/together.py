@@ -12,7 +12,7 @@ from torch import fx
 from .compilation import Traced, copied
 from .found_graph import FoundGraph
 from .options import Options
-from .session import TOGETHER, Graph, GraphKey, Session
+from .session import TOGETHER, GraphKey, Session
 from .shares import Shares
 from .step_graphs import StepGraphs, look_ahead
 from .surroundings import ALONE
@@ -44,7 +44,7 @@ class Finder:
         self.count = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FoundGraph:
-        known = Graph(GraphKey(TOGETHER, self.count), None, 0, 0, 0, given=0, goes_on=True)
+        known = self.session.of_a_step(gm, self.count)
         self.count += 1
         alone = self.session.graph(gm) if self.apart else None
         # Dynamo takes away from its graph what it knows of the inputs when it has compiled it.
