@@ -77,6 +77,7 @@ class Shares:
     held: dict[int, int] = field(default_factory=dict)
     audited: bool = True
     corrections: dict[tuple[int, Route], dict[str, int]] = field(default_factory=dict)
+    _judged: dict[int, object] = field(default_factory=dict)
     _around: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
     _posed: dict[tuple[int, Route], Posed] = field(default_factory=dict)
     _sliced: dict[int, tuple[Route, ...]] = field(default_factory=dict)
@@ -285,6 +286,7 @@ class Shares:
         if together.peak > usable:
             # What plans for this budget were short of is not what the plan of least memory is short of.
             self.corrections.clear()
+            self._judged.clear()
             together = self._corrected(self.plan(0), 0)
         return together
 
@@ -300,7 +302,14 @@ class Shares:
         return [graph for graph in range(len(self.step.graphs)) if graph not in self.held]
 
     def _correct(self, graph: int, together: Together, usable: int) -> int:
-        """What an audit of the graph's code finds its prediction to be short of, in bytes, besides what is known."""
+        """What an audit of the graph's code finds its prediction to be short of, in bytes, besides what is known.
+
+        A plan of the graph that was audited is not short of more.
+        """
+        plan = together.routes[graph], together.nested.choice_of(graph, together.choice)
+        if self._judged.get(graph) == plan:
+            return 0
+        self._judged[graph] = plan
         budget = Budget(bytes=self.options.needed(max(usable, together.peak)))
         options = replace(self.options, mem_budget=budget, calls=self.count(graph))
         route = together.routes[graph]
