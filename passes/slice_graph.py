@@ -46,6 +46,10 @@ _WRAPPERS = {"tag_activation_checkpoint", "wrap"}
 _STATES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
 
 
+# How Dynamo writes a call of an `autograd.Function` of the user's.
+_FUNCTION = torch.ops.higher_order.autograd_function_apply
+
+
 class NotSliceable(Exception):
     """Why a graph that was traced for a batch cannot be had for a slice of it."""
 
@@ -92,6 +96,19 @@ def slice_graph(gm: fx.GraphModule, inputs: Sequence[Any], parts: Sequence[Any],
     take_early_draws(gm, draws, list(small))
     size = sum(whole.numel() * whole.element_size() for whole, _ in pairs)
     return Drawn(draws.graph, small, tuple(axes == (0,) for axes in differing), size)
+
+
+def own_gradient(gm: fx.GraphModule) -> str:
+    """Why a Dynamo graph is not to be sliced although its forward treats samples apart; "" where nothing says so.
+
+    The gradient that autograd derives from such a forward is the sum over slices. What an `autograd.Function` says that
+    its gradient is need not be derived from anything.
+    """
+    for part in gm.modules():
+        nodes = part.graph.find_nodes(op="call_function", target=_FUNCTION) if isinstance(part, fx.GraphModule) else ()
+        for node in nodes:
+            return f"an autograd.Function computes a gradient of its own, which may mix samples ({node.name})"
+    return ""
 
 
 @dataclass(frozen=True)

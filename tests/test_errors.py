@@ -54,7 +54,7 @@ def test_option_error_shortens_a_huge_value_and_pickles_an_unpicklable_one():
 def test_infeasible_budget_lists_the_five_largest_consumers_and_a_budget_that_would_do():
     error = BudgetInfeasibleError(10**9, 1_234_567_890, CONSUMERS)
     assert [label for label, _ in error.consumers] == ["layer6", "layer5", "layer4", "layer3", "layer2"]
-    for text in ("1.00 GB", "1.23 GB", "7.00 MB  layer6", "mem_budget='1.24GB'"):
+    for text in ("1.00 GB", "1.24 GB", "7.00 MB  layer6", "mem_budget='1.24GB'"):
         assert text in str(error)
     assert "layer1" not in str(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -42,6 +44,10 @@ class Breaking(nn.Module):
 def test_what_is_wrong_is_said_at_the_call() -> None:
     with pytest.raises(OptionError, match="mem_bugdet='8GB': no such option"):
         xconv_fx.compile(net(), mem_bugdet="8GB")
+    with pytest.raises(OptionError, match="mem_budget='60': so few bytes hold nothing; write '60%'"):
+        xconv_fx.compile(net(), "60")
+    with pytest.raises(OptionError, match="reserve=1000000: without mem_budget"):
+        xconv_fx.compile(net(), reserve="1MB")
     with pytest.raises(OptionError, match="mem_budget='8 bananas'"):
         xconv_fx.compile(net(), "8 bananas")
     with pytest.raises(OptionError, match="model=3: write a module"):
@@ -59,6 +65,67 @@ def test_what_is_not_compiled_is_named() -> None:
             ask(other)
         with pytest.raises(UsageError, match="run a training step first"):
             ask(xconv_fx.compile(net(), BUDGET))
+
+
+def test_copies_compile_for_themselves() -> None:
+    model = net()
+    compiled = xconv_fx.compile(model, BUDGET)
+    compiled(images()).mean().backward()
+    for made in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        with pytest.raises(UsageError, match="run a training step first"):
+            xconv_fx.plans(made)
+        torch.testing.assert_close(made.state_dict(), compiled.state_dict())
+    made(images()).mean().backward()
+    assert xconv_fx.plans(made)[0].budget == BUDGET
+    assert len(xconv_fx.plans(compiled)) == 1
+
+
+class Counting(nn.Module):
+    """A counter of float64 without dimensions, of which Dynamo loses what is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return self.conv(x) / (1 + 0.1 * self.steps)
+
+
+def test_changes_that_dynamo_loses_are_an_error() -> None:
+    model = Counting()
+    with pytest.raises(UnsupportedModelError, match=r"steps.*Dynamo loses what the model changes in place.*\+="):
+        xconv_fx.compile(model)(images())
+    assert model.steps == 0
+    model.steps = model.steps.float()  # type: ignore[assignment]
+    xconv_fx.compile(model)(images())
+    assert model.steps == 1
+
+
+class Deciding(nn.Module):
+    """Goes one of two ways by a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(before, 8, 3, padding=1) for before in (3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        return torch.cond(x.mean() > 0, lambda y: self.last(y), lambda y: y.sin(), (y,))
+
+
+def test_branches_run_as_inductor_runs_them_and_are_not_planned() -> None:
+    model = Deciding()
+    for sign in (-1.0, 1.0):
+        x = images().abs() * sign
+        y = model.first(x).relu()
+        y = model.last(y) if sign > 0 else y.sin()
+        wanted = torch.autograd.grad(y.square().mean(), model.first.weight)
+        found = torch.autograd.grad(xconv_fx.compile(model)(x).square().mean(), model.first.weight)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.cond: .*without options"):
+        xconv_fx.compile(model, BUDGET)(images())
 
 
 def test_plans_and_reports() -> None:

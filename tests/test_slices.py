@@ -12,7 +12,7 @@ from torch import Tensor
 from xconv_fx.measure import physical_peak
 from xconv_fx.passes.loss import Ends
 from xconv_fx.passes.separable import NOTHING, SAMPLES
-from xconv_fx.slices import Batch, PeakScenario, Sliced, Slicing
+from xconv_fx.slices import Batch, PeakScenario, Result, Sliced, Slicing
 
 BATCH, COUNT = 8, 4
 
@@ -52,6 +52,20 @@ def test_channels_last_results_stay_so():
     last = x.detach().contiguous(memory_format=torch.channels_last)
     result, _ = Sliced(function, slicing(2))(last, weight, bias)
     assert result.stride() == function(last, weight, bias)[0].stride()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_results_lie_as_they_were_traced_for_the_batch(order):
+    """Weights that were relaid make channels-last slices; what the caller gets does not depend on that."""
+    x, weight, bias = inputs()
+    last = weight.detach().contiguous(memory_format=torch.channels_last)
+    whole = function(x, weight, bias)[0].contiguous(memory_format=order)
+    traced = [Result(True, whole.stride()), Result(False, (36, 6, 1))]
+    result, chosen = Sliced(function, slicing(2), traced)(x, last, bias)
+    assert result.stride() == whole.stride() and chosen.stride() == (36, 6, 1)
+    torch.testing.assert_close(result, whole)
+    gaps = Sliced(function, slicing(2), [Result(True, (1000, 36, 6, 1)), Result(False)])(x, weight, bias)[0]
+    torch.testing.assert_close(gaps, whole)
 
 
 def test_a_second_backward_runs_every_forward_again():

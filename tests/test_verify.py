@@ -131,7 +131,7 @@ def test_a_budget_that_no_plan_meets_is_given_up_with_a_warning(monkeypatch: pyt
     error = BudgetInfeasibleError(BUDGET, 1_234_500)
     assert not step.verifier.refused(error), "the user's own budget"
     step.took(1_300_000)
-    with pytest.warns(BudgetExceededWarning, match=r"takes 1.30 MB, and no plan .* mem_budget='1.24MB'"):
+    with pytest.warns(BudgetExceededWarning, match=r"takes 1.30 MB, and no plan .* mem_budget='1.26MB'"):
         assert step.verifier.refused(error)
     assert step.asked.reserve == 0
     step.graph = step.compile()

@@ -4,6 +4,7 @@ Inductor's wrapper code is the truth about memory: its allocations, reuses and `
 that wrapper on fake tensors, with every generated kernel replaced by nothing, and follows each storage from its
 first appearance to its release. Extern kernels (convolutions, matrix products) run their shape rules, so their
 outputs count as well; what is allocated inside such a call is measured (`workspace`), but for operators of the user's.
+Of code that decides by values, one way is taken: fakes have none.
 
 Checked against torch 2.13.0's Python wrapper. Not counted: memory that a library takes outside the tensor
 allocator (oneDNN's scratchpads, cuDNN's algorithm search), and rounding of the CUDA caching allocator.
@@ -12,6 +13,7 @@ allocator (oneDNN's scratchpads, cuDNN's algorithm search), and rounding of the 
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,11 @@ class Peak:
     bytes: int
     at: str
     alive: tuple[tuple[str, int], ...]
+
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+# What is audited of code that decides by values is one way through it.
+DECIDED = "code that decides by values (torch.cond, while_loop)"
 
 
 class Audit:
@@ -117,8 +124,14 @@ class _Tracker(TorchDispatchMode):
         self.live: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self.peak = Peak(0, "", ())
         self.uncounted: set[str] = set()
+        self.answers = itertools.cycle((True, False))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ITEM:
+            # Code that decides by values: of two branches the first, and a loop's body once.
+            self.uncounted.add(DECIDED)
+            dtype = args[0].dtype
+            return next(self.answers) if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         result = func(*args, **(kwargs or {}))
         if isinstance(func, HigherOrderOperator):
             # A state of the generator is a tensor like any other.

@@ -14,7 +14,7 @@ from torch import fx
 
 from . import hooks, unplanned
 from .compilation import Traced
-from .errors import XConvError, surfaced_by_dynamo
+from .errors import UnsupportedModelError, XConvError, surfaced_by_dynamo
 from .ops import lowering
 from .options import Options
 from .plan import Plan
@@ -36,8 +36,9 @@ def xconv(
 ) -> Callable[..., Any]:
     """Compile one graph under a memory budget. `options` are those of `xconv_fx.options.Options`.
 
-    Raises `OptionError` for a wrong option, `BudgetInfeasibleError` for a budget that no plan meets, and
-    `UnsupportedTorchError` on a torch that the private hooks were not checked on: all before any step runs.
+    Raises `OptionError` for a wrong option, `BudgetInfeasibleError` for a budget that no plan meets,
+    `UnsupportedModelError` for what cannot be planned, and `UnsupportedTorchError` on a torch that the private hooks
+    were not checked on: all before any step runs.
     """
     hooks.require_checked_torch()
     chosen = Options.parse(options, mode)
@@ -51,6 +52,9 @@ def xconv(
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
         plain = replace(chosen, mem_budget=None, slices=None, stats=None)
         return unplanned.graph(Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile())
+    if not chosen.plain and hooks.branches(gm):
+        hint = "torch.where, an `if` behind a graph break, or this model without options"
+        raise UnsupportedModelError("torch.cond", "what its branches hold depends on values and is not planned", hint)
     session = Session.of(chosen)
     if chosen.mem_budget is not None and not chosen.codecs.preset and not session.is_next(gm, example_inputs):
         plan_together(session, gm, example_inputs)
@@ -76,6 +80,12 @@ def _compile(
     except XConvError as error:
         if not session.verifier.refused(error):
             raise
+    except Exception as error:
+        if (lost := hooks.lost_change(gm, error)) is None:
+            raise
+        hint = "a shape of (1,), another dtype, or `+=` instead of a method that changes it"
+        reason = "Dynamo loses what the model changes in place in a float64 tensor without dimensions"
+        raise UnsupportedModelError(lost, reason, hint) from None
     return compiled()
 
 

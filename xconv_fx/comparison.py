@@ -16,6 +16,7 @@ from .options import Options, Probes
 from .passes.pipeline import Job
 from .passes.planning import lowest as lowest_plan
 from .passes.problem import Posed, corrected
+from .passes.slice_graph import own_gradient
 from .passes.volumes import volume_convolutions
 from .refusals import Lowest
 from .slices import Batch, Slicing
@@ -105,6 +106,7 @@ class Comparison:
         """Whether the batch cannot be run in slices; notes why. Raises `OptionError` where the user wants some."""
         graphs = "a replayed CUDA graph overwrites what the slice before it holds"
         mixing = graphs if self.traced.options.inductor_config().get("triton.cudagraphs") else whole.mixing
+        mixing = mixing or own_gradient(self.traced.gm)
         if self.traced.batch is None or mixing:
             self._cannot_slice(mixing)
             return True

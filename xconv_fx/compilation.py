@@ -36,7 +36,7 @@ from .plan import Plan
 from .schedule import LocalFusion, in_order
 from .session import TOGETHER, Graph, GraphRecord, Session
 from .sizes import Budget
-from .slices import Batch, Sliced, differentiable, slice_inputs
+from .slices import Batch, Result, Sliced, slice_inputs
 from .surroundings import Surroundings
 from .ways import AT_ONCE, Route
 
@@ -242,7 +242,7 @@ class Compilation:
             return compiled
         if self.job is not None and self.job.draws == NOTHING:
             slicing = replace(slicing, draws=NOTHING)
-        return Sliced(compiled, slicing, differentiable(self.traced.gm), self.drawn)
+        return Sliced(compiled, slicing, Result.of(self.traced.gm), self.drawn)
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         job = pipeline.Job(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -83,11 +84,13 @@ class BudgetInfeasibleError(XConvError):
 
     def _describe(self) -> str:
         # `sizes` raises OptionError, so it imports this module first.
-        from xconv_fx.sizes import format_size, sufficient_size
+        from xconv_fx.sizes import format_size, parse_size, sufficient_size
 
         budget, smallest = format_size(self.budget), format_size(self.smallest)
         if budget == smallest:
             budget, smallest = f"{self.budget:,} B", f"{self.smallest:,} B"
+        else:  # Never less than is needed: people type what they read.
+            smallest = format_size(parse_size(sufficient_size(self.smallest)))
         lines = [f"mem_budget={budget} cannot be met: the smallest feasible budget is {smallest}."]
         if self.consumers:
             lines.append("Largest at the peak of that plan:")
@@ -169,6 +172,15 @@ class UsageError(XConvError):
 
 class BudgetExceededWarning(UserWarning):
     """A training step was measured, and took more than its budget, or the model runs more often in it than planned."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn of a line of the user's own code, the innermost on the stack that is neither ours nor torch's."""
+    level, frame = 2, sys._getframe(1)
+    inner = ("xconv_fx", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def join_clauses(*clauses: str) -> str:

@@ -8,9 +8,10 @@ or after them, is no part of it. A step that is over its budget is settled there
 (evaluation with gradients enabled) begin anew as soon as their results are dropped. A call within a backward is part
 of its step: checkpointing runs forwards again there.
 
-The first step that runs whole after compiling is measured (`step_memory.py`); one in which a graph behind a graph
-break, or a backward, is compiled holds more than those that follow. Later ones are where something is new: another
-loss, by the number of autograd nodes that are made between forward and backward. All other steps count calls whose
+The first step that runs whole after compiling is measured (`step_memory.py`), of those that begin with arguments of the
+same sizes; one in which a graph behind a graph break, or a backward, is compiled holds more than those that follow.
+Later ones are where something is new: another loss, by the number of autograd nodes that are made between forward and
+backward. All other steps count calls whose
 backward is outstanding, and cost nothing else.
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 LOSSES = 4
 # Steps in a row that are measured to meet that loss again.
 LOOKS = 4
+
+# The shapes of the tensors that a call was given, and whether they require a gradient.
+Sizes = tuple[tuple[torch.Size, bool], ...]
 
 # Hooks of optimisers that are to be removed with the next call: some optimiser may be going through them now.
 _LEFT: list[RemovableHandle] = []
@@ -107,8 +111,9 @@ class _Call:
 class StepCheck:
     """Measures steps of the graphs of one session.
 
-    `wanted` is how many more steps are looked at, `losses` which were measured, by how many nodes they make. A step
-    whose first call began before its session was known is measured from its first graph on, and the next as a whole.
+    `wanted` is how many more steps are looked at, `unmeasured` the sizes with which steps begin that are to be measured
+    besides, and `losses` which were measured, by how many nodes they make. A step whose first call began before its
+    session was known is measured from its first graph on, and the next as a whole.
     """
 
     def __init__(self, judge: Judge) -> None:
@@ -117,24 +122,26 @@ class StepCheck:
         self.memory: StepMemory | None = None
         self.graphs: dict[CheckedGraph, None] = {}
         self.losses: set[int] = set()
+        self.unmeasured: set[Sizes] = set()
         self.backward_seen = self.queued = False
         self._nodes = self._thread = self._inside = 0
         self._device: str | None = None
-        self._partial = False
+        self._begun = self._partial = False
+        self._sizes: Sizes = ()
         self._handles: list[RemovableHandle] = []
 
     def again(self) -> None:
-        """Measure the next step: what runs in it is new."""
-        self.wanted = max(self.wanted, 1)
+        """Measure the next step that begins as this one: what runs in it is new."""
+        self.unmeasured.add(self._sizes)
 
     def enter(self, arguments: Any) -> None:
         """The model is about to be called, all graphs of which this check knows."""
         self._inside += 1
         if self._inside == 1 and self._device is not None:
-            self._partial = False
-            self._begin(self._device)
+            tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
+            self._begin(self._device, tuple((value.shape, value.requires_grad) for value in tensors))
             if self.memory is not None:
-                self.memory.resident(tree_leaves(arguments))
+                self.memory.resident(tensors)
 
     def leave(self) -> None:
         """The model's call has ended."""
@@ -144,23 +151,28 @@ class StepCheck:
         """A graph is about to run."""
         self._device = graph.record.plan.device
         if not self._inside:
-            self._partial = unplanned.watched()
-            self._begin(self._device)
+            self._begin(self._device, partial=unplanned.watched())
         self.graphs[graph] = None
         if self.memory is not None:
             self.memory.resident(inputs)
 
-    def _begin(self, device: str) -> None:
+    def _begin(self, device: str, sizes: Sizes = (), partial: bool = False) -> None:
         """A call begins, and with it a step if none goes on."""
         self.queued = False
-        if self.backward_seen and not hooks.in_backward():
-            self.stop()
-            self._new_step()
-        elif self.memory is not None and not any(g.outstanding for g in self.graphs):
-            self.stop()  # What ran so far was dropped without a backward.
         while _LEFT:
             _LEFT.pop().remove()
-        if self.memory is None and self.wanted and self.possible and not hooks.in_backward():
+        if hooks.in_backward():
+            return
+        if self.backward_seen:
+            self.stop()
+            self._new_step()
+        elif not any(g.outstanding for g in self.graphs):
+            self.stop()  # What ran so far was dropped without a backward.
+            self._begun = False
+        if self._begun:
+            return
+        self._begun, self._sizes, self._partial = True, sizes, partial
+        if self.possible and (self.wanted or sizes in self.unmeasured):
             self._start(device)
 
     def end_call(self) -> None:
@@ -181,7 +193,8 @@ class StepCheck:
     def _look_at(self, loss: int) -> None:
         new = loss not in self.losses and len(self.losses) < LOSSES
         if self.memory is not None:
-            self.wanted = int(self._partial) if new else self.wanted - 1
+            self.wanted = int(self._partial) if new else max(self.wanted - 1, 0)
+            self.unmeasured.discard(self._sizes)
             self.losses.add(loss)
             return
         if new:
@@ -216,7 +229,7 @@ class StepCheck:
         _LEFT.extend(self._handles)
 
     def _new_step(self) -> None:
-        self.backward_seen = False
+        self.backward_seen = self._begun = False
         self.graphs = dict.fromkeys(graph for graph in self.graphs if graph.outstanding)
         for graph in self.graphs:
             graph.most = graph.outstanding

@@ -48,6 +48,7 @@ def compile(
     """
     given = options if mem_budget is None else {"mem_budget": mem_budget, **options}
     chosen = Options.parse(given)
+    chosen.check_effect()
     if isinstance(model, nn.Module) and chosen.stats is not None:
         chosen.stats.check(model)
     if not callable(model):

@@ -140,6 +140,10 @@ class Session:
                 call.xconv_session = session  # type: ignore[attr-defined]
         return session
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a compiled model compiles for itself, in a session of its own."""
+        return type(None), ()
+
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans of the step's graphs, in the order in which they run."""

@@ -182,10 +182,21 @@ def slice_inputs(example_inputs: Sequence[Any], slicing: Slicing) -> list[Any]:
     return sliced
 
 
-def differentiable(gm: fx.GraphModule) -> tuple[bool, ...]:
-    """Which results of Dynamo's graph require a gradient."""
-    values = [getattr(node, "meta", {}).get("example_value") for node in arguments(output_node(gm.graph))[0]]
-    return tuple(isinstance(value, Tensor) and value.requires_grad for value in values)
+@dataclass(frozen=True)
+class Result:
+    """A result as it was traced for the whole batch: whether it requires a gradient, and how it lies in memory."""
+
+    differentiable: bool
+    strides: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> tuple[Result, ...]:
+        """The results of Dynamo's graph."""
+        values = [getattr(node, "meta", {}).get("example_value") for node in arguments(output_node(gm.graph))[0]]
+        return tuple(
+            Result(value.requires_grad, tuple(map(int, value.stride()))) if isinstance(value, Tensor) else Result(False)
+            for value in values
+        )
 
 
 class Sliced:
@@ -195,14 +206,14 @@ class Sliced:
         self,
         function: Callable[..., Any],
         slicing: Slicing,
-        differentiable: Sequence[bool] | None = None,
+        results: Sequence[Result] | None = None,
         drawn: Drawn | None = None,
     ) -> None:
-        """`differentiable` says which results require a gradient; None: all of numbers that can have one.
+        """`results` are those of the whole batch; None: all require a gradient that can, and lie as those of slices do.
 
         `drawn` is what the function takes besides its inputs.
         """
-        self.function, self.differentiable, self.drawn = function, differentiable, drawn or Drawn()
+        self.function, self.results, self.drawn = function, results, drawn or Drawn()
         self.slicing = replace(slicing, batch=slicing.batch.beside(self.drawn.batched))
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -243,12 +254,18 @@ class Sliced:
 
     def detached(self, results: Sequence[Any]) -> list[Tensor]:
         """The results that require no gradient."""
-        known = self.differentiable or [True] * len(results)
+        known = self.results or [Result(True)] * len(results)
         return [
             value
-            for value, differs in zip(results, known, strict=True)
-            if isinstance(value, Tensor) and not (differs and value.dtype.is_floating_point | value.dtype.is_complex)
+            for value, traced in zip(results, known, strict=True)
+            if isinstance(value, Tensor)
+            and not (traced.differentiable and value.dtype.is_floating_point | value.dtype.is_complex)
         ]
+
+    def whole(self, parts: Sequence[Any]) -> list[Any]:
+        """Memory for the results of all slices, of which these are one's; what is no tensor as it is."""
+        known = self.results or [Result(True)] * len(parts)
+        return [_whole(part, self.slicing.count, traced.strides) for part, traced in zip(parts, known, strict=True)]
 
 
 class _SlicedStep(torch.autograd.Function):
@@ -271,7 +288,7 @@ class _SlicedStep(torch.autograd.Function):
                 arguments = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
             with torch.enable_grad(), slicing.names(index), ctx.draws.first_run(index):
                 part = step.function(*arguments)
-            results = results or [_whole(value, slicing.count) for value in part]
+            results = results or step.whole(part)
             _write(results, part, index * slicing.samples)
             step.change(inputs, arguments, index)
             if held:
@@ -354,16 +371,30 @@ def _edges(values: Sequence[Any]) -> list[Any]:
     return [get_gradient_edge(v) if isinstance(v, Tensor) and v.requires_grad else None for v in values]
 
 
-def _whole(part: Any, count: int) -> Any:
-    """Memory for `count` parts in one tensor, samples outermost, each laid out as in the part; numbers as they are."""
+def _whole(part: Any, count: int, strides: Sequence[int]) -> Any:
+    """Memory for `count` parts in one tensor: by these strides where they leave no gaps, else with samples outermost
+    and each laid out as in the part. Numbers as they are."""
     if not isinstance(part, Tensor):
         return part
+    shape = [count * part.shape[0], *part.shape[1:]]
+    if len(strides) == len(shape) and _is_dense(shape, strides):
+        return torch.empty_strided(shape, strides, dtype=part.dtype, device=part.device)
     shape, strides = list(part.shape), list(part.stride())
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
     shape[0] *= count
     if extent * part.shape[0] == part.numel():
         return torch.empty_strided(shape, [extent, *strides[1:]], dtype=part.dtype, device=part.device)
     return torch.empty(shape, dtype=part.dtype, device=part.device)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether every element has a place of its own, without any between them."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class _Draws:

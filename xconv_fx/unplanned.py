@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from . import hooks
-from .errors import BudgetLostError, BudgetLostWarning, UnsupportedModelError, find_ours
+from .errors import BudgetLostError, BudgetLostWarning, UnsupportedModelError, find_ours, warn_user
 from .options import UNSEEN, Options
 from .sizes import format_size
 from .step_inputs import called_with
@@ -96,6 +95,10 @@ class Watch:
         self.converted = False
         self.fine = {0}
         self.warned: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a compiled function is watched by itself."""
+        return type(None), ()
 
     @staticmethod
     def over(call: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,7 +172,7 @@ class Watch:
             self.fine.add(outside)
         if key not in self.warned:
             self.warned.add(key)
-            warnings.warn(message, BudgetLostWarning, stacklevel=4)
+            warn_user(message, BudgetLostWarning)
 
     def _message(self, options: Options, nodes: list[Node], outside: int, held: int) -> str:
         asked = f"codecs={options.codecs.preset!r}" if options.mem_budget is None else "mem_budget"

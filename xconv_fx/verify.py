@@ -9,14 +9,13 @@ code. Where no plan meets the budget, the step runs as before, and a warning say
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .errors import BudgetExceededWarning, BudgetInfeasibleError, XConvError
+from .errors import BudgetExceededWarning, BudgetInfeasibleError, XConvError, warn_user
 from .first_step import CheckedGraph, StepCheck
 from .log import log
 from .options import Options
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 # How often the graphs of a session are planned again, in all.
 REPLANS = 3
+# By what part another plan may need more for what a step does besides than was measured with this one.
+UNSURE = 0.02
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Verifier:
         if isinstance(error, BudgetInfeasibleError):
             _warn(
                 f"{took}no plan keeps it within mem_budget={format_size(error.budget)}. What would work: "
-                f"mem_budget={sufficient_size(error.smallest)!r}, or a smaller batch or input"
+                f"mem_budget={sufficient_size(round(error.smallest * (1 + UNSURE)))!r}, or a smaller batch or input"
             )
         else:
             _warn(f"{took}no plan keeps it within the budget: {error}")
@@ -131,4 +132,4 @@ class Verifier:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"xconv: {text}", BudgetExceededWarning, stacklevel=4)
+    warn_user(f"xconv: {text}", BudgetExceededWarning)

@@ -118,10 +118,10 @@ def test_the_smallest_budget_is_one_that_all_graphs_meet(tmp_path: Path) -> None
     """It is named before anything runs, and what is measured keeps it."""
     torch.manual_seed(0)
     net = Four()
-    error = refused(net, X)
+    error = refused(net, X, slices=1)
     assert "planned together" in str(error)
     assert any("graph" in name for name, _ in error.consumers)
-    found = trained(net, X, tmp_path / "plans.json", mem_budget=error.smallest)
+    found = trained(net, X, tmp_path / "plans.json", mem_budget=error.smallest, slices=1)
     assert len(found.plans) == len(list(net.children()))
     assert found.peak <= error.smallest
 

@@ -9,6 +9,7 @@ import torch
 from compiled import Compile
 from nets import gradients, loss
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.compilation import Compilation
 from xconv_fx.errors import OptionError
@@ -172,6 +173,44 @@ def test_batch_norm_is_named_where_slices_are_impossible(compile_model):
     compiled = compile_model(model, mem_budget="88%")
     compiled(images())
     assert compiled.plan.slices == 1
+
+
+class Normed(torch.autograd.Function):
+    """Says that its gradient is of length 1 over all samples."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / gradient.norm()
+
+
+class WithFunction(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.checkpointed = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), checkpointed
+
+    def part(self, x):
+        return Normed.apply(self.first(x)).relu()
+
+    def forward(self, x):
+        return self.last(checkpoint(self.part, x, use_reentrant=False) if self.checkpointed else self.part(x))
+
+
+# Dynamo makes an instance of the function's class.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_functions_that_compute_their_own_gradient_are_not_sliced(compile_model, checkpointed):
+    model = WithFunction(checkpointed)
+    with pytest.raises(OptionError, match=r"slices=2.*autograd\.Function computes a gradient of its own"):
+        compile_model(model, slices=2)(images())
+    if not checkpointed:
+        wanted = gradients(model, images())
+        found = gradients(compile_model(model, mem_budget="90%", codecs="exact").model, images())
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tracing import Traced, trace
 from xconv_fx.compilation import copied
 from xconv_fx.passes.separable import Separability, separability
 from xconv_fx.passes.slice_graph import slice_graph
-from xconv_fx.slices import Batch, Sliced, Slicing, differentiable, slice_inputs
+from xconv_fx.slices import Batch, Result, Sliced, Slicing, slice_inputs
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Step:
         slicing = Slicing(self.batch, count, held, self.proof.draws, changed=self.proof.changed)
         gm, whole = copied(self.traced.dynamo), self.traced.example_inputs
         drawn = slice_graph(gm, whole, slice_inputs(whole, slicing), self.batch.size, slicing.samples)
-        return Sliced(gm, slicing, differentiable(self.traced.dynamo), drawn)
+        return Sliced(gm, slicing, Result.of(self.traced.dynamo), drawn)
 
 
 def step_of(model: nn.Module, *inputs: Tensor) -> Step:

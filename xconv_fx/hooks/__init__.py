@@ -210,6 +210,30 @@ def data_inputs(gm: fx.GraphModule) -> list[bool]:
     ]
 
 
+def lost_change(gm: fx.GraphModule, error: Exception) -> str | None:
+    """The input of a Dynamo graph of which a change in place is lost, if this error of its compilation is why.
+
+    Dynamo takes tensors of float64 without dimensions for numbers of Python, and traces such a graph anew; calls of
+    methods that change them have no reader, and are then no part of it any more (torch 2.13).
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    if not isinstance(error, TensorifyScalarRestartAnalysis):
+        return None
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.dim() == 0:
+            methods = [str(user.target) for user in node.users if user.op == "call_method" and user.args[0] is node]
+            if any(method.endswith("_") and not method.endswith("__") for method in methods):
+                return node.name
+    return None
+
+
+def branches(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph goes one of two ways by a value that it computes."""
+    return bool(gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond))
+
+
 def without_samples(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether all that a Dynamo graph takes besides parameters and buffers is empty, as a batch of no samples is."""
     data = [value for value, is_data in zip(example_inputs, data_inputs(gm), strict=True) if is_data and value.dim()]
