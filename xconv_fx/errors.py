@@ -75,7 +75,8 @@ class BudgetInfeasibleError(XConvError):
     def __init__(
         self, budget: int, smallest: int, consumers: Iterable[tuple[str, int]] = (), notes: Iterable[str] = ()
     ) -> None:
-        ranked = sorted(((str(label), int(size)) for label, size in consumers), key=lambda item: -item[1])
+        holding = ((str(label), int(size)) for label, size in consumers if size > 0)
+        ranked = sorted(holding, key=lambda item: -item[1])
         self.budget = int(budget)
         self.smallest = int(smallest)
         self.consumers: tuple[tuple[str, int], ...] = tuple(ranked[:LARGEST_SHOWN])
