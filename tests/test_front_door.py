@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 
 import xconv_fx
 from xconv_fx.errors import BudgetLostError, OptionError, UnsupportedModelError, UsageError
@@ -126,6 +127,32 @@ def test_branches_run_as_inductor_runs_them_and_are_not_planned() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
     with pytest.raises(UnsupportedModelError, match=r"torch\.cond: .*without options"):
         xconv_fx.compile(model, BUDGET)(images())
+
+
+class Looping(nn.Module):
+    """A loop that ends by a value, in what is not differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(before, 8, 3, padding=1) for before in (3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        with torch.no_grad():
+            _, weight = while_loop(lambda i, _: i < 3, lambda i, z: (i + 1, z * 0.5 + 1), (torch.tensor(0), y.detach()))
+        return self.last(y * weight)
+
+
+def test_loops_by_values_are_audited_for_one_run() -> None:
+    model, x = Looping(), images()
+    weight = model.first(x).relu().detach()
+    for _ in range(3):
+        weight = weight * 0.5 + 1
+    wanted = torch.autograd.grad(model.last(model.first(x).relu() * weight).square().mean(), model.first.weight)
+    compiled = xconv_fx.compile(model, BUDGET)
+    found = torch.autograd.grad(compiled(x).square().mean(), model.first.weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    assert any("decides by values" in note for note in xconv_fx.plans(compiled)[0].notes)
 
 
 def test_plans_and_reports() -> None:
