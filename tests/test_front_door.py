@@ -104,12 +104,16 @@ def test_changes_that_dynamo_loses_are_an_error() -> None:
     assert model.steps == 1
 
 
-class Deciding(nn.Module):
-    """Goes one of two ways by a value."""
+class Layers(nn.Module):
+    """Two layers, between which a value decides."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = (nn.Conv2d(before, 8, 3, padding=1) for before in (3, 8))
+
+
+class Deciding(Layers):
+    """Goes one of two ways."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()
@@ -129,12 +133,8 @@ def test_branches_run_as_inductor_runs_them_and_are_not_planned() -> None:
         xconv_fx.compile(model, BUDGET)(images())
 
 
-class Looping(nn.Module):
-    """A loop that ends by a value, in what is not differentiated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = (nn.Conv2d(before, 8, 3, padding=1) for before in (3, 8))
+class Looping(Layers):
+    """A loop, in what is not differentiated."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()

@@ -31,6 +31,9 @@ from .workspace import is_counted, workspace_bytes
 # Names that the wrapper binds for allocation and layout, replaced by their documented meaning on fake tensors.
 _ALLOCATORS = ("empty_strided_cpu", "empty_strided_cuda", "empty_strided_xpu", "empty_strided_cpu_pinned")
 _NO_OPERATIONS = ("assert_size_stride", "assert_alignment", "run_intermediate_hooks")
+# How the wrapper reads a value, and what is uncounted then: all ways through the code but one.
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_DECIDED = "code that decides by values (torch.cond, while_loop)"
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,6 @@ class Peak:
     bytes: int
     at: str
     alive: tuple[tuple[str, int], ...]
-
-
-_ITEM = torch.ops.aten._local_scalar_dense.default
-# What is audited of code that decides by values is one way through it.
-DECIDED = "code that decides by values (torch.cond, while_loop)"
 
 
 class Audit:
@@ -129,7 +127,7 @@ class _Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ITEM:
             # Code that decides by values: of two branches the first, and a loop's body once.
-            self.uncounted.add(DECIDED)
+            self.uncounted.add(_DECIDED)
             dtype = args[0].dtype
             return next(self.answers) if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         result = func(*args, **(kwargs or {}))

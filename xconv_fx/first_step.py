@@ -11,8 +11,7 @@ of its step: checkpointing runs forwards again there.
 The first step that runs whole after compiling is measured (`step_memory.py`), of those that begin with arguments of the
 same sizes; one in which a graph behind a graph break, or a backward, is compiled holds more than those that follow.
 Later ones are where something is new: another loss, by the number of autograd nodes that are made between forward and
-backward. All other steps count calls whose
-backward is outstanding, and cost nothing else.
+backward. All other steps count calls whose backward is outstanding, and cost nothing else.
 """
 
 from __future__ import annotations

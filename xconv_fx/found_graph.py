@@ -59,14 +59,14 @@ class FoundGraph:
         not alike in all of its runs; its backward is short of that as well. Empty when there is no plan of the graph by
         itself.
         """
-        around_it = replace(self.traced, options=options, surroundings=around)
+        beside = replace(self.traced, options=options, surroundings=around)
         beyond = 0
         with self.compiling.again():
             try:
-                compilation = _generated(around_it, route, corrections)
+                compilation = _generated(beside, route, corrections)
             except BudgetInfeasibleError as error:
                 beyond = error.smallest - error.budget
-                compilation = _generated(around_it.within(error.smallest), route, corrections)
+                compilation = _generated(beside.within(error.smallest), route, corrections)
             except XConvError:
                 return {}
         assert compilation.job is not None

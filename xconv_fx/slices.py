@@ -254,18 +254,20 @@ class Sliced:
 
     def detached(self, results: Sequence[Any]) -> list[Tensor]:
         """The results that require no gradient."""
-        known = self.results or [Result(True)] * len(results)
         return [
             value
-            for value, traced in zip(results, known, strict=True)
+            for value, traced in self._traced(results)
             if isinstance(value, Tensor)
             and not (traced.differentiable and value.dtype.is_floating_point | value.dtype.is_complex)
         ]
 
     def whole(self, parts: Sequence[Any]) -> list[Any]:
         """Memory for the results of all slices, of which these are one's; what is no tensor as it is."""
-        known = self.results or [Result(True)] * len(parts)
-        return [_whole(part, self.slicing.count, traced.strides) for part, traced in zip(parts, known, strict=True)]
+        return [_whole(part, self.slicing.count, traced.strides) for part, traced in self._traced(parts)]
+
+    def _traced(self, values: Sequence[Any]) -> Iterator[tuple[Any, Result]]:
+        """Results of the function, each with what was traced for it."""
+        return zip(values, self.results or [Result(True)] * len(values), strict=True)
 
 
 class _SlicedStep(torch.autograd.Function):

@@ -183,7 +183,7 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
     """Bytes of the parameters (and buffers) among a Dynamo graph's inputs, counted once each."""
     sizes: dict[int, int] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
-        tensor = getattr(node.meta.get("grapharg"), "example", None)
+        tensor = _example(node)
         if isinstance(tensor, torch.nn.Parameter) or (buffers and "buffers" in node.name and tensor is not None):
             sizes[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(sizes.values())
@@ -191,8 +191,12 @@ def parameter_bytes(gm: fx.GraphModule, buffers: bool = False) -> int:
 
 def examples(gm: fx.GraphModule) -> list[Any]:
     """What Dynamo traced a graph with: its inputs, as far as they are known."""
-    arguments = (node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
-    return [argument.example for argument in arguments if argument is not None]
+    return [_example(node) for node in gm.graph.find_nodes(op="placeholder") if "grapharg" in node.meta]
+
+
+def _example(node: fx.Node, otherwise: Any = None) -> Any:
+    """What Dynamo traced an input with, where it is known."""
+    return getattr(node.meta.get("grapharg"), "example", otherwise)
 
 
 def data_inputs(gm: fx.GraphModule) -> list[bool]:
@@ -201,8 +205,7 @@ def data_inputs(gm: fx.GraphModule) -> list[bool]:
     What one part of a graph that DDPOptimizer cut hands to the next is known by its fake value alone.
     """
     examples = [
-        (node, getattr(node.meta.get("grapharg"), "example", node.meta.get("example_value")))
-        for node in gm.graph.find_nodes(op="placeholder")
+        (node, _example(node, node.meta.get("example_value"))) for node in gm.graph.find_nodes(op="placeholder")
     ]
     return [
         isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and "buffers" not in node.name
