@@ -15,20 +15,20 @@ without it here; it may take that route when it is compiled.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .cost_model.memory import Problem, peak
 from .cost_model.nested import Nested, Part, Run, nest
 from .cost_model.solver import Infeasible, solve
-from .errors import BudgetInfeasibleError
+from .errors import BudgetExceededWarning, BudgetInfeasibleError, warn_user
 from .options import Options
 from .passes.loss import KEPT, LOSS_COPIES
 from .passes.planning import limits, tradeoff_of
 from .passes.problem import Posed, corrected
 from .passes.sliced import slice_step
 from .portable import effort
-from .sizes import Budget
+from .sizes import Budget, format_size, sufficient_size
 from .step_graphs import GraphRun, Signature, StepGraphs, Values
 from .strategy import compared_route
 from .surroundings import Surroundings
@@ -68,7 +68,8 @@ class Shares:
 
     In bytes: `resident` is there throughout the step besides what the graphs' inputs are, `held` what graphs that are
     compiled hold by their audits, and `corrections` what audits ahead of time found predictions to be short of; those
-    are made before the first graph is compiled, unless it is `audited`.
+    are made before the first graph is compiled, unless it is `audited`. What an unknown loss keeps during the backward
+    is allowed for, unless the budget has no room for it and steps are measured: `measured_losses`.
     """
 
     step: StepGraphs
@@ -76,6 +77,7 @@ class Shares:
     resident: int
     held: dict[int, int] = field(default_factory=dict)
     audited: bool = True
+    measured_losses: bool = False
     corrections: dict[tuple[int, Route], dict[str, int]] = field(default_factory=dict)
     _judged: dict[int, object] = field(default_factory=dict)
     _around: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
@@ -100,7 +102,7 @@ class Shares:
         made = {key for run in runs for key in run.results}
         loss = sum(LOSS_COPIES * value.in_loss for value in outputs.values() if value.differentiated)
         wide = sum(value.in_loss - value.bytes * (key in made) for key, value in outputs.items())
-        kept = wide + KEPT * sum(value.in_loss for value in outputs.values())
+        kept = wide + (0 if self.measured_losses else KEPT * sum(value.in_loss for value in outputs.values()))
         backward = [constant + kept * self.options.calls + size for size in self._gradients()]
         return [constant] * len(self.runs), backward, (loss + wide) * self.options.calls
 
@@ -267,12 +269,34 @@ class Shares:
         return self._around[graph, len(self.held)]
 
     def _share(self, graph: int, usable: int) -> Surroundings:
-        together = self.plan(usable) if self.audited else self._audited(usable)
+        plan = self.plan if self.audited else self._audited
+        together = plan(usable)
         if together.peak > usable:
-            raise self.refused(together)
+            together = self._without_allowance(together, usable, plan)
         left = len(self.step.graphs) - len(self.held)
         spare = (usable - together.peak) * (left - 1) // left
         return self._beside(graph, together, spare)
+
+    def _without_allowance(self, lowest: Together, usable: int, plan: Callable[[int], Together]) -> Together:
+        """The plan where none has room for what a loss may keep: the first step tells whether this one does.
+
+        Warns of it. Raises `BudgetInfeasibleError` where there is none either, or steps are not measured.
+        """
+        refused = self.refused(lowest)
+        if self.measured_losses or self.options.verify == "off":
+            raise refused
+        self.measured_losses = True
+        together = plan(usable)
+        if together.peak > usable:
+            self.measured_losses = False
+            raise refused
+        warn_user(
+            f"xconv: mem_budget={format_size(refused.budget)} leaves no room for what a loss may keep during the "
+            f"backward; the first step tells whether this one does. What fits any common loss: "
+            f"mem_budget={sufficient_size(refused.smallest)!r}",
+            BudgetExceededWarning,
+        )
+        return together
 
     def _audited(self, usable: int) -> Together:
         """The plan of all graphs, corrected by audits of the code that is generated for each, before anything runs.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.errors import BudgetExceededWarning, BudgetInfeasibleError
 from xconv_fx.measure import physical_peak
 from xconv_fx.plan import Plan
 from xconv_fx.report import read_json
@@ -71,9 +71,9 @@ class Unit(nn.Module):
 class Loop(nn.Module):
     """Dynamo compiles no loop with a break in it, but what it calls: graphs that run several times."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 4) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Unit() for _ in range(4))
+        self.blocks = nn.ModuleList(Unit() for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.blocks:
@@ -152,6 +152,18 @@ def test_graphs_that_run_several_times_in_a_step_are_planned_for_that(tmp_path: 
     # Only the first block reads what needs no gradient: a graph of its own.
     assert sorted(plan.calls for plan in found.plans) == [1, 3]
     assert found.peak <= error.smallest
+
+
+def test_a_budget_without_room_for_what_a_loss_may_keep_is_tried(tmp_path: Path) -> None:
+    """Whether the step's own loss keeps it is measured; where steps are not measured, there is nothing to try."""
+    torch.manual_seed(0)
+    net, x = Loop(count=6), torch.randn(4, 8, 32, 32)
+    error = refused(net, x)
+    below = error.smallest - net(x).nbytes // 2
+    assert refused(net, x, mem_budget=below, verify="off").smallest == error.smallest
+    with pytest.warns(BudgetExceededWarning, match="no room for what a loss may keep"):
+        found = trained(net, x, tmp_path / "plans.json", mem_budget=below, verify="warn")
+    assert found.peak <= below
 
 
 def test_a_model_that_is_not_run_ahead_says_so(tmp_path: Path) -> None:
