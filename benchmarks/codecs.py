@@ -28,8 +28,8 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, codec, fitting_probes, fixed, layout, lowering
-from xconv_fx.sizes import format_size
+from xconv_fx.ops import Held, codec_of, fitting_probes, fixed, layout, lowering
+from xconv_fx.units import format_size
 
 CHANNELS_LAST = (0, 2, 3, 1)
 FOLD = 16
@@ -105,7 +105,7 @@ def side(held: Held, seed: Tensor) -> Tensor:
 
 def build(held: Held, x: Tensor, seed: Tensor) -> Kernels:
     """Compiles and runs both directions once. A mask is applied to `x` itself."""
-    row, seed = codec(held.codec), side(held, seed)
+    row, seed = codec_of(held.codec), side(held, seed)
 
     def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
         if held.codec == "fixed":

@@ -37,8 +37,8 @@ from fidelity_training import METHODS, Method, Run, Trainer
 from rich.console import Console
 from worker import MethodError, Worker
 
-from xconv_fx.report import duration
-from xconv_fx.sizes import format_size
+from xconv_fx.plan.report import duration
+from xconv_fx.units import format_size
 
 QUICK_STEPS = 2
 ROOT = Path(__file__).parents[1]

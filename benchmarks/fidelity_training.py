@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from xconv_fx.measure import training_peak
 from xconv_fx.plan import Totals
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 # The first steps warm caches and allocator up; their times say nothing about the rest.
 UNTIMED_STEPS = 3

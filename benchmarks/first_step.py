@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from xconv_fx.first_step import StepCheck
-from xconv_fx.front_door import _watch
+from xconv_fx.runtime.first_step import StepCheck
+from xconv_fx.step.front_door import _watch
 
 
 def check_of(compiled: nn.Module) -> StepCheck:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xconv_fx.hooks.allocator_watch import CpuWatch
-from xconv_fx.passes.loss import KEPT, LOSS_COPIES
+from xconv_fx.planner.loss import KEPT, LOSS_COPIES
 
 SHAPE = (4, 8, 48, 48)
 CLASSES = SHAPE[1]

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import interleaved_times, training_peak
 from xconv_fx.plan import Plan
-from xconv_fx.report import read_json
-from xconv_fx.sizes import format_size
+from xconv_fx.plan.report import read_json
+from xconv_fx.units import format_size
 
 SHARES = (0.80, 0.65, 0.55)
 MAIN_JOB = ("resnet", "vgg", "plain_unet2d", "unet3d")

@@ -27,8 +27,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import xconv_fx
-from xconv_fx.ops import Held, codec, fitting_probes
-from xconv_fx.passes.expected_noise import measured_noise
+from xconv_fx.noise.expected import measured_noise
+from xconv_fx.ops import Held, codec_of, fitting_probes
 
 GOAL = 0.3
 BITS, FOLDS, PROBES = (8, 4, 2, 1), (6, 48), 16
@@ -100,7 +100,7 @@ def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, Held]]:
 
 def measured(layer: Caught, held: Held, draws: int) -> tuple[float, float]:
     """The variance that the codec adds to the weight gradient, and its standard error."""
-    row, exact, losses = codec(held.codec), layer.gradient(layer.x), []
+    row, exact, losses = codec_of(held.codec), layer.gradient(layer.x), []
     for _ in range(draws):
         seed = torch.randint(2**62, (1,))
         estimate = row.decode(row.encode(layer.x, seed, held), seed, held)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.measure import training_peak
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 BUDGETS = (0.8, 0.6, 0.4, 0.2, 0.0)
 SHARES = (90, 80, 70, 65, 60, 50, 40, 30, 20)

@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from xconv_fx.ops import Held, codec
+from xconv_fx.ops import Held, codec_of
 
 DRAWS = 8
 
 
 def measured(x: Tensor, held: Held) -> float:
     """E|decoded - x|^2 / |x|^2 over a few draws."""
-    row = codec(held.codec)
+    row = codec_of(held.codec)
     seeds = [torch.randint(2**62, (1,)) for _ in range(DRAWS)]
     errors = [(row.decode(row.encode(x, seed, held), seed, held) - x).square().sum() for seed in seeds]
     return float(sum(errors) / DRAWS / x.square().sum())
@@ -42,13 +42,13 @@ def rounding_of_sums(x: Tensor, held: Held) -> float:
     """Measured over predicted noise that the codes add to the sums."""
     exact = replace(held, bits=None)
     share = deviation(x) if held.means else 1.0
-    predict = codec("probe").noise
+    predict = codec_of("probe").noise
     return (measured(x, held) - measured(x, exact)) / share / (predict(held) - predict(exact))
 
 
 def row_of(layer: Layer) -> list[str]:
     x = layer.x
-    codes = [measured(x, held) / codec("quantize").noise(held) for held in quantizers(x)]
+    codes = [measured(x, held) / codec_of("quantize").noise(held) for held in quantizers(x)]
     sums = [
         rounding_of_sums(x, held)
         for compression in COMPRESSIONS

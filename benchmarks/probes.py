@@ -49,12 +49,12 @@ from torch._inductor.utils import fresh_cache
 from unbiased import Errors, verdict
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, codec, lowering
+from xconv_fx.ops import Held, codec_of, lowering
 from xconv_fx.ops.conv import input_gradient, weight_gradient
-from xconv_fx.ops.estimator import sample_order
-from xconv_fx.passes import rungs
-from xconv_fx.passes.rungs import SUM_BITS
-from xconv_fx.sizes import format_size
+from xconv_fx.ops.sketched_layers import sample_order
+from xconv_fx.planner import probe_ladder
+from xconv_fx.planner.probe_ladder import SUM_BITS
+from xconv_fx.units import format_size
 
 PARTS = ("noise", "time")
 COMPRESSIONS, LARGEST = (16, 32, 64), 256
@@ -180,7 +180,7 @@ def gaussian(layer: Layer, probes: int) -> Tensor:
 
 def coded(layer: Layer, held: Held, draws: int) -> Sample:
     """Draws of the layer's input through a codec: its eager reference, there and back."""
-    row = codec(held.codec)
+    row = codec_of(held.codec)
 
     def estimate() -> Tensor:
         seed = torch.randint(2**62, (1,))
@@ -206,7 +206,7 @@ def blank(x: Tensor, name: str) -> Held:
 
 
 def bytes_of(held: Held) -> int:
-    return codec(held.codec).payload_bytes(held)
+    return codec_of(held.codec).payload_bytes(held)
 
 
 def folds(x: Tensor, payload: int, unit: int, means: Sequence[bool] = (True, False)) -> list[Held]:
@@ -253,7 +253,9 @@ def compare(layer: Layer, compression: int, draws: int, table: Table) -> tuple[S
     part = ratio / VARIANCE_GOAL
     goal = f"met by {part:.2f}x" if part >= 1 else f"missed by {1 / part:.2f}x"
     planners, alone = "-", "-"
-    if choices := [held for held in rungs.offered(blank(layer.x, "probe"), ("fold",)) if bytes_of(held) <= payload]:
+    if choices := [
+        held for held in probe_ladder.offered(blank(layer.x, "probe"), ("fold",)) if bytes_of(held) <= payload
+    ]:
         planners = f"{described(choices[0])}: {ratio_of(choices[0])}"
     if codes := [held for held in quantizers(layer.x) if bytes_of(held) <= payload]:
         alone = f"{codes[0].bits} bit{'s' * (codes[0].bits != 1)}: {ratio_of(codes[0])}"
@@ -306,7 +308,7 @@ def quantize_table(layers: list[Layer], draws: int, console: Console) -> None:
 
 def probed_convolution(held: Held) -> Callable[..., Tensor]:
     """`convolution(x, weight, bias, seed)` that holds a payload for its backward, in the two halves of the backend."""
-    row = codec(held.codec)
+    row = codec_of(held.codec)
 
     class Probed(torch.autograd.Function):
         @staticmethod
@@ -357,7 +359,7 @@ def timed_ways(x: Tensor, compressions: Sequence[int]) -> dict[str, Callable[...
     for unit, name in ((width * channels, "rows"), (channels, "pixels")):
         for compression in compressions:
             candidates = folds(x, x.nbytes // compression, unit, means=(True,))
-            held = min(candidates, key=codec("probe").noise)
+            held = min(candidates, key=codec_of("probe").noise)
             ways[f"{described(held)}, whole {name}"] = probed_convolution(held)
     return ways
 

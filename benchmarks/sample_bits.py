@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import xconv_fx
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mnist_resnet import BATCH, Digits, build

@@ -30,7 +30,7 @@ from sample_bits import in_groups
 from torch import Tensor, nn
 
 import xconv_fx
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mnist_resnet import Digits, build

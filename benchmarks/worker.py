@@ -62,7 +62,7 @@ def _warm_up(compiled: bool) -> None:
         return
     from torch._inductor import config as inductor
 
-    import xconv_fx.backend  # noqa: F401
+    import xconv_fx.step.backend  # noqa: F401
 
     inductor.compile_threads = 1
     values = torch.ones(8, requires_grad=True)

@@ -7,9 +7,9 @@ solver   the best plan, and how much better one may be    gpus     what data she
 allocator   blocks of torch's allocator for CUDA              limits   of noise and time, as rows of numbers
 """
 
-from xconv_fx.cost_model.limits import Limits
-from xconv_fx.cost_model.memory import Item, Option, Problem, dominant_steps, peak, profile
-from xconv_fx.cost_model.solver import Infeasible, OverLimits, Solution, minimum_peak, solve
+from .limits import Limits
+from .memory import Item, Option, Problem, dominant_steps, peak, profile
+from .solver import Infeasible, OverLimits, Solution, minimum_peak, solve
 
 __all__ = [
     "Infeasible",

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from xconv_fx.cost_model.memory import Item, Problem
-from xconv_fx.cost_model.solver import solve
+from .memory import Item, Problem
+from .solver import solve
 
 
 def share_bits(

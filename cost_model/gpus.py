@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xconv_fx.cost_model.device import DEVICES, DeviceSpec
+from .device import DEVICES, DeviceSpec
 
 GB = 10**9
 # What kernels of convolutional networks sustain of a data sheet's numbers, as in `device.py`.

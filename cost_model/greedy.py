@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from xconv_fx.cost_model.limits import NO_LIMITS, SLACK, Limits
-from xconv_fx.cost_model.memory import Bytes, Problem, dominant_steps, first_columns, load_matrix
+from .limits import NO_LIMITS, SLACK, Limits
+from .memory import Bytes, Problem, dominant_steps, first_columns, load_matrix
 
 Costs = NDArray[np.float64]
 Mask = NDArray[np.bool_]

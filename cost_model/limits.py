@@ -1,7 +1,7 @@
 """What a plan's costs may be at most, whatever the budget: constraints of the search, as rows of numbers.
 
 A limit that only filters the plan that is liked best refuses budgets at which another plan keeps it. So every limit is
-a row, linear in the one-hot encoding of the choice as the bytes of a step are (`memory.py`):
+a row, linear in the one-hot encoding of the choice as the bytes of a step are (`tools/sweep/memory.py`):
 
     sum over items i of row(i, o_i) <= 1,    row = what the option adds, over the limit.
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xconv_fx.cost_model.memory import Option, Problem
+from .memory import Option, Problem
 
 # What sums of floating point may be off by, relative to a limit.
 SLACK = 1e-6

@@ -21,7 +21,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from xconv_fx.cost_model.memory import Item, Option, Problem, profile
+from .memory import Item, Option, Problem, profile
 
 Load = tuple[int, int, int]
 

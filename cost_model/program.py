@@ -23,7 +23,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from xconv_fx.cost_model.greedy import Costs, Mask, Table
+from .greedy import Costs, Mask, Table
 
 # HiGHS may stop at this relative gap, well within what the solver calls a tie.
 RELATIVE_GAP = 1e-3

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xconv_fx.cost_model.greedy import Costs, Mask, Table, descend, relax
-from xconv_fx.cost_model.limits import NO_LIMITS, Limits
-from xconv_fx.cost_model.memory import Problem, peak
-from xconv_fx.cost_model.program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Effort, Program
+from .greedy import Costs, Mask, Table, descend, relax
+from .limits import NO_LIMITS, Limits
+from .memory import Problem, peak
+from .program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Effort, Program
 
 # Plans whose first objective is within this fraction of the least are told apart by the second one. The noise model is
 # no better than that, and a looser cap lets the second program find plans quickly.

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from xconv_fx.cost_model.device import DeviceSpec
+from .device import DeviceSpec
 
 # Channels on one side with which a convolution reaches half of the rate of a wide one. Measured with oneDNN on a CPU
 # (AVX2), where this is within a factor of two from 1 to 64 channels, depthwise weight gradients (slower yet) apart.

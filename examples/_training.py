@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from xconv_fx.errors import OptionError
 from xconv_fx.measure import Peak, training_peak
-from xconv_fx.sizes import Budget, format_size
+from xconv_fx.options.budget import Budget
+from xconv_fx.units import format_size
 
 # The first steps warm caches and allocator up; their times say nothing about the rest.
 UNTIMED_STEPS = 3

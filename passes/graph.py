@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from xconv_fx import hooks
 from xconv_fx.cost_model.allocator import block_bytes
+from xconv_fx.hooks.dispatch import OpOverload
 
-from .origins import layer_of as layer_of
-from .origins import origin_meta as origin_meta
-from .origins import source_of as source_of
+from .provenance import layer_of as layer_of
+from .provenance import origin_meta as origin_meta
+from .provenance import source_of as source_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -107,14 +108,14 @@ def is_primal(node: fx.Node) -> bool:
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether Inductor generates this operation as a loop over its output that it may fuse or inline."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     if torch.Tag.pointwise in node.target.tags:
         return True
     return node.target in _POINTWISE or (node.target.namespace == "xconv" and node.target.name() not in _CALLED)
 
 
-# Operators of ours for code without this compiler (`ops/estimator.py`, `ops/relu.py`): calls, as ATen's.
+# Operators of ours for code without this compiler (`ops/sketched_layers.py`, `ops/masked_relu.py`): calls, as ATen's.
 _CALLED = {f"xconv::{name}" for name in ("draw_seed", "masked_relu", "sketched_convolution", "sketched_linear")}
 _POINTWISE = {
     prims.convert_element_type.default,
@@ -130,7 +131,7 @@ _POINTWISE = {
 
 def is_reduction(node: fx.Node) -> bool:
     """Whether the operation reduces (sums, means, extrema, moments)."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     return torch.Tag.reduction in node.target.tags or node.target.overloadpacket in _REDUCTIONS
 
@@ -183,9 +184,9 @@ def inline(
     what a rewrite adds keeps the origin of what it replaces.
     """
     values = [node.meta["val"] for node in arguments]
-    mode = torch._guards.detect_fake_mode([tensor_of(node) for node in graph.nodes if node.op == "placeholder"])
+    mode = hooks.fake_mode_of([tensor_of(node) for node in graph.nodes if node.op == "placeholder"])
     with mode if mode is not None else torch.no_grad():
-        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*values)
+        traced = make_fx(function, decomposition_table=hooks.decompositions(), tracing_mode="real")(*values)
     traced.graph.eliminate_dead_code()
     inner = [node for node in traced.graph.nodes if node.op == "placeholder"]
     environment: dict[fx.Node, fx.Node] = dict(zip(inner, arguments, strict=True))

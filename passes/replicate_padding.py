@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from xconv_fx.hooks import dispatch
+
 _NAMES = ("input", "pad", "mode")
 
 
@@ -36,7 +38,7 @@ def replicate_pad(x: Tensor, pad: Sequence[int]) -> Tensor:
 
 def concatenated_replicate_padding(gm: fx.GraphModule) -> None:
     """Rewrite a Dynamo graph in place."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch._C._nn.pad):
+    for node in gm.graph.find_nodes(op="call_function", target=dispatch.PAD):
         given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
         pad = given["pad"]
         sizes = pad if isinstance(pad, (list, tuple)) and all(isinstance(size, int) for size in pad) else (-1,)

@@ -1,4 +1,4 @@
-"""Where the samples of a batch are in a value: what the rules of `separable_rules.py` read and find.
+"""Where the samples of a batch are in a value: what the rules of `batch_rules.py` read and find.
 
 Every value is either *batched* along one dimension, whose index is sample-major (sample times m plus a position within
 the sample), or *shared*: computed from parameters and constants, the same for every slice of the batch. Of a shared

@@ -13,9 +13,9 @@ from math import prod
 import torch
 from torch import fx
 
+from .batch_rules import axes_of, moved
 from .graph import arguments, is_elementwise, is_reduction, shape_of
 from .sample_dims import SampleDims, Shared
-from .separable_rules import axes_of, moved
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -7,7 +7,7 @@ the two differ, and a size that an operation takes follows from that of its oper
 * a change of shape keeps the order of elements, so that the samples of the result are where those of its operand end;
 * a size that makes something from nothing (zeros, a draw, a parameter repeated) may be the batch's or the model's own.
   It is left alone until an operation meets samples that do not fit it. Then it is taken for the batch's, if that mends
-  the operation; `separable.py` has proved that its values are the same for all samples, or drawn for each.
+  the operation; `batch_separability.py` has proved that its values are the same for all samples, or drawn for each.
 
 Every value of the slice must then have the shape of the batch's, but for one dimension that holds samples. A graph
 where that cannot be had raises `NotSliceable`, as do sizes in the bodies of operators that take graphs, except for
@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 
 from xconv_fx import hooks
 
+from .batch_rules import samples_after_view
 from .early_draws import find_early_draws, name_of, take_early_draws
 from .graph import arguments
-from .separable_rules import samples_after_view
 
 # Position of a size: an index into an argument that is a list, or among the arguments themselves.
 Place = tuple[fx.Node, int]

@@ -12,7 +12,7 @@ from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
 
 from .graph import MATMULS, arguments, nbytes, shape_of
-from .lifetimes import Timeline
+from .liveness import Timeline
 
 aten = torch.ops.aten
 

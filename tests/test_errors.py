@@ -15,8 +15,8 @@ from xconv_fx.errors import (
     UnsupportedTorchError,
     UsageError,
     XConvError,
-    surfaced_by_dynamo,
 )
+from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 
 CONSUMERS = [(f"layer{i}", (i + 1) * 10**6) for i in range(7)]
 ERRORS = [

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from xconv_fx.compiler.candidates import at_least
 from xconv_fx.cost_model.solver import Infeasible
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
-from xconv_fx.explain import explain
 from xconv_fx.options import PROTECTION, UNSET, NoiseLimits, Options
 from xconv_fx.plan import Plan
-from xconv_fx.ways import at_least
+from xconv_fx.step.explain import explain
 
 X = torch.randn(4, 3, 32, 32)
 
@@ -83,7 +83,7 @@ def test_the_budget_that_an_error_names_has_a_plan_however_little_time_the_solve
         raise Infeasible(budget=0, smallest=0, choice=(), step=0, bound=0)
 
     budget = smallest(codecs="exact").smallest
-    monkeypatch.setattr("xconv_fx.ways.solve", stopped)
+    monkeypatch.setattr("xconv_fx.compiler.candidates.solve", stopped)
     assert plan.__wrapped__(budget, codecs="exact").predicted_peak <= budget
 
 

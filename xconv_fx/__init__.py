@@ -10,34 +10,35 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from .moved import MovedFinder
+
 if TYPE_CHECKING:
     from xconv_fx import nn as nn
-    from xconv_fx.conversion import convert as convert
-    from xconv_fx.conversion import plan_and_convert as plan_and_convert
-    from xconv_fx.front_door import compile as compile
-    from xconv_fx.front_door import plans as plans
-    from xconv_fx.front_door import report as report
-    from xconv_fx.gradient_noise import gradient_check as gradient_check
-    from xconv_fx.model_calibration import calibrate as calibrate
-    from xconv_fx.sample_gradients import SampleGradients as SampleGradients
-    from xconv_fx.statistics import Statistics as Statistics
-    from xconv_fx.substitution import substitute as substitute
+    from xconv_fx.nn.convert import convert as convert
+    from xconv_fx.nn.convert import plan_and_convert as plan_and_convert
+    from xconv_fx.nn.substitute import substitute as substitute
+    from xconv_fx.noise.calibrate import calibrate as calibrate
+    from xconv_fx.noise.gradient_check import gradient_check as gradient_check
+    from xconv_fx.ops.sample_gradients import SampleGradients as SampleGradients
+    from xconv_fx.options.statistics import Statistics as Statistics
+    from xconv_fx.step.front_door import compile as compile
+    from xconv_fx.step.front_door import plans as plans
+    from xconv_fx.step.front_door import report as report
 
 __version__ = "0.1.0"
 
-# Public names to the modules that define them. A module of the same name would hide the function once it is imported,
-# but for `report` (below).
+# Public names to the modules that define them.
 _HOMES = {
-    "SampleGradients": "sample_gradients",
-    "Statistics": "statistics",
-    "calibrate": "model_calibration",
-    "compile": "front_door",
-    "convert": "conversion",
-    "gradient_check": "gradient_noise",
-    "plan_and_convert": "conversion",
-    "plans": "front_door",
-    "report": "front_door",
-    "substitute": "substitution",
+    "SampleGradients": "ops.sample_gradients",
+    "Statistics": "options.statistics",
+    "calibrate": "noise.calibrate",
+    "compile": "step.front_door",
+    "convert": "nn.convert",
+    "gradient_check": "noise.gradient_check",
+    "plan_and_convert": "nn.convert",
+    "plans": "step.front_door",
+    "report": "step.front_door",
+    "substitute": "nn.substitute",
 }
 _MODULES = ("nn",)
 
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(types.ModuleType):
-    """`xconv_fx.report` is the function also when the module of that name, `xconv_fx.report`, is imported."""
+    """`xconv_fx.report` is the function also when a module is imported by that name, which was its name once."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # So imports bind a module to its package.
@@ -75,6 +76,8 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+    sys.meta_path.append(MovedFinder())
 
 
 def __dir__() -> list[str]:

@@ -3,23 +3,18 @@
 Every error names what was given and what would work instead. All derive from `XConvError`, a `ValueError`, and all
 survive pickling, because compile workers and data-parallel launchers send exceptions between processes.
 
-Dynamo wraps whatever a backend raises in `BackendCompilerFailed`, which would hide these types from an `except`.
-It lets one family through unchanged, `torch._dynamo.exc.ShortenTraceback`; `surfaced_by_dynamo` uses that door.
-Known gap: with `torch._dynamo.config.suppress_errors` set Dynamo logs the error and runs the model uncompiled, and so
-without a budget. That is what the setting asks for, and no exception type escapes it.
+Dynamo wraps whatever a backend raises, which would hide these types from an `except`: `hooks/surfacing.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from .units import format_size, rounded_up, sufficient_size
 
 LARGEST_SHOWN = 5
 
@@ -42,7 +37,7 @@ class XConvError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {field: getattr(self, field) for field in ("message", *self._fields)}
-        return _rebuild, (_public_type(type(self)), state)
+        return _rebuild, (public_type(type(self)), state)
 
 
 class OptionError(XConvError):
@@ -84,14 +79,11 @@ class BudgetInfeasibleError(XConvError):
         super().__init__(self._describe())
 
     def _describe(self) -> str:
-        # `sizes` raises OptionError, so it imports this module first.
-        from xconv_fx.sizes import format_size, parse_size, sufficient_size
-
         budget, smallest = format_size(self.budget), format_size(self.smallest)
         if budget == smallest:
             budget, smallest = f"{self.budget:,} B", f"{self.smallest:,} B"
         else:  # Never less than is needed: people type what they read.
-            smallest = format_size(parse_size(sufficient_size(self.smallest)))
+            smallest = format_size(rounded_up(self.smallest))
         lines = [f"mem_budget={budget} cannot be met: the smallest feasible budget is {smallest}."]
         if self.consumers:
             lines.append("Largest at the peak of that plan:")
@@ -201,27 +193,6 @@ def _rebuild(kind: type[XConvError], state: dict[str, Any]) -> XConvError:
     return error
 
 
-def surfaced_by_dynamo(backend: Callable[P, T]) -> Callable[P, T]:
-    """Let an `XConvError` raised inside a `torch.compile` backend reach the user as its own type.
-
-    Wraps the outermost backend callable. The error that arrives is an instance of a subclass of the original type,
-    with the same name and attributes, whose traceback starts at the backend instead of inside Dynamo. Errors that
-    Inductor has wrapped in `InductorError` on the way out are unwrapped; others pass untouched.
-    """
-
-    @functools.wraps(backend)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return backend(*args, **kwargs)
-        except Exception as error:
-            ours = find_ours(error)
-            if ours is None:
-                raise
-            raise _surfacing(ours, sys._getframe()).with_traceback(error.__traceback__) from ours.__cause__
-
-    return wrapper
-
-
 def find_ours(error: BaseException | None) -> XConvError | None:
     """The error itself, or the one that Dynamo or Inductor has wrapped in it, if it is this package's."""
     while error is not None and not isinstance(error, XConvError):
@@ -229,22 +200,5 @@ def find_ours(error: BaseException | None) -> XConvError | None:
     return error
 
 
-def _surfacing(error: XConvError, frame: Any) -> XConvError:
-    public: Any = _public_type(type(error))
-    surfacing = _surfacing_type(public)
-    copy = surfacing.__new__(surfacing, *error.args)
-    copy.__dict__.update(error.__dict__, first_useful_frame=frame, frame_exec_strategy=None)
-    copy.__dict__["_torch_dynamo_tracer_output"] = None
-    return copy
-
-
-@functools.cache
-def _surfacing_type(public: type[XConvError]) -> type[XConvError]:
-    from torch._dynamo.exc import ShortenTraceback
-
-    names = {"__module__": public.__module__, "__qualname__": public.__qualname__, "_public": public}
-    return type(public.__name__, (public, ShortenTraceback), names)
-
-
-def _public_type(kind: type[XConvError]) -> type[XConvError]:
+def public_type(kind: type[XConvError]) -> type[XConvError]:
     return getattr(kind, "_public", kind)

@@ -48,8 +48,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         pytest.fail(str(error), pytrace=False)
     if budget is None:
         return (yield)
-    from xconv_fx.allocations import recorded
     from xconv_fx.errors import OptionError
+    from xconv_fx.measure.origins import recorded
     from xconv_fx.testing import checked_device, excess
 
     size, given = budget
@@ -84,7 +84,7 @@ def _budget(item: pytest.Item) -> tuple[int, Mapping[str, Any]] | None:
     if marker is None:
         return None
     from xconv_fx.errors import OptionError
-    from xconv_fx.sizes import parse_size
+    from xconv_fx.options.budget import parse_size
 
     if len(marker.args) != 1 or not marker.kwargs.keys() <= {"device", "lines"}:
         raise pytest.UsageError(f"{item.nodeid}: {MARKER} takes one size; write {USAGE}")

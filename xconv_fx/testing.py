@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from xconv_fx.allocations import Recording, recorded
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
-from xconv_fx.explain import Explanation, explain
+from xconv_fx.measure.origins import Recording, recorded
 from xconv_fx.options import LIMITS
+from xconv_fx.options.budget import parse_size
 from xconv_fx.plan import Plan
-from xconv_fx.portable import portable
-from xconv_fx.sizes import format_size, parse_size
+from xconv_fx.reproducible import portable
+from xconv_fx.step.explain import Explanation, explain
+from xconv_fx.units import format_size
 
 DEVICES = ("cpu", "cuda")
 SHOWN = 5
@@ -74,8 +75,8 @@ def assert_plan(
     """Fails with an `AssertionError` unless `model` has a plan within `mem_budget`, and its predicted peak is `peak` or
     less. Without `mem_budget` that is the peak with everything kept.
 
-    Nothing is trained, and the plan is the same on every machine. `options` are those of `xconv_fx.explain.explain`,
-    such as `codecs="exact"` or `max_noise=0.01`. Returns the plans.
+    Nothing is trained, and the plan is the same on every machine. `options` are those of
+    `xconv_fx.step.explain.explain`, such as `codecs="exact"` or `max_noise=0.01`. Returns the plans.
     """
     __tracebackhide__ = True
     limit = None if peak is None else parse_size(peak, option="peak")

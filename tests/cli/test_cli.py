@@ -14,8 +14,8 @@ from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
 from xconv_fx.errors import BudgetInfeasibleError, UnsupportedModelError, UsageError
 from xconv_fx.plan import Choice, Plan
-from xconv_fx.report import read_json
-from xconv_fx.workload import InputSpec
+from xconv_fx.plan.report import read_json
+from xconv_fx.tools.workload import InputSpec
 
 ROWS = tuple(Choice(f"r{i}", f"layer{i}", "relu", (4, 4), "float32", (), "keep", 64 + i, 64 + i) for i in range(30))
 PLAN = Plan("cpu", 2000, 5000, 1500, "mm", 0, ROWS)
@@ -74,9 +74,9 @@ def explain(monkeypatch):
         model(*inputs)
         return SimpleNamespace(plans=spy.result)
 
-    module = ModuleType("xconv_fx.explain")
+    module = ModuleType("xconv_fx.step.explain")
     module.explain = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xconv_fx.explain", module)
+    monkeypatch.setitem(sys.modules, "xconv_fx.step.explain", module)
     return spy
 
 

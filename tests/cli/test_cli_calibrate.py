@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from xconv_fx import machine
-from xconv_fx.calibration import Machine, spec
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, OK
 from xconv_fx.cli.calibrate import DEVICES
 from xconv_fx.cost_model import device
 from xconv_fx.cost_model.device import DeviceSpec
+from xconv_fx.device.rates import Machine, spec
+from xconv_fx.tools import calibrate_machine
 
 MEASURED = DeviceSpec("cpu", 1e9, 2e9, 3e9, 4e9, 5e9, launch=6e-6, calibrated=True)
 
@@ -37,7 +37,7 @@ def asked(monkeypatch):
         calls.append((kind, torch.get_num_threads()))
         return MEASURED
 
-    monkeypatch.setattr(machine, "measure", stand_in)
+    monkeypatch.setattr(calibrate_machine, "measure", stand_in)
     return calls
 
 

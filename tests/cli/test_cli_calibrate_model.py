@@ -8,7 +8,7 @@ import pytest
 
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, OK
-from xconv_fx.statistics import Statistics
+from xconv_fx.options.statistics import Statistics
 
 NET = """
 import torch

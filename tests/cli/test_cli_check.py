@@ -152,7 +152,7 @@ def test_a_model_that_fails_is_told_with_its_check(project, capsys):
 
 def test_the_examples_lock_file_belongs_to_its_configuration():
     """Whether the numbers are right is what `xconv check` itself says, in `.ci/run`."""
-    from xconv_fx.check import config, lock
+    from xconv_fx.tools.check import config, lock
 
     records, _ = lock.read(EXAMPLE / "xconv.lock")
     checks = config.read(EXAMPLE / "xconv.toml").checks

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from xconv_fx import doctor, hooks
+from xconv_fx import hooks
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import OK
 from xconv_fx.cli.doctor import BROKEN
+from xconv_fx.tools import doctor
 
 
 def findings(capsys, *arguments: str, code: int) -> dict[str, dict[str, str]]:

@@ -11,9 +11,9 @@ import torch
 
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
-from xconv_fx.explain import explain
 from xconv_fx.plan import Plan
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
+from xconv_fx.step.explain import explain
 
 NETS = """
 import torch

@@ -62,7 +62,7 @@ def test_progress_is_announced_in_order():
     from xconv_fx.cli import parser
     from xconv_fx.cli.arguments import workload
     from xconv_fx.progress import listening
-    from xconv_fx.sweep.frontier import frontier
+    from xconv_fx.tools.sweep.frontier import frontier
 
     told: list[str] = []
     with listening(told.append):

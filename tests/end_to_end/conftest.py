@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import Compile, Compiled
+from helpers.compiled import Compile, Compiled
 from torch import nn
 
 from xconv_fx.errors import BudgetInfeasibleError

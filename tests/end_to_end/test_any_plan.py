@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import Compile
+from helpers.compiled import Compile
 from torch import Tensor, nn
 
 from xconv_fx.errors import DoubleBackwardError

@@ -8,12 +8,13 @@ import re
 
 import pytest
 import torch
-from compiled import Compile
-from nets import loss
+from helpers.compiled import Compile
+from helpers.nets import loss
 from torch import Tensor, nn
 
 from xconv_fx.errors import BudgetInfeasibleError, DoubleBackwardError, OptionError
-from xconv_fx.sizes import format_size, parse_size, sufficient_size
+from xconv_fx.options.budget import parse_size
+from xconv_fx.units import format_size, sufficient_size
 
 
 def net() -> nn.Sequential:

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from compiled import Compile
+from helpers.compiled import Compile
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

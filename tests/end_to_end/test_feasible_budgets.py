@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.comparison import Comparison
-from xconv_fx.compilation import Traced
+from xconv_fx.compiler.attempt import Traced
+from xconv_fx.compiler.candidates import Route
+from xconv_fx.compiler.comparison import Comparison
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import with_unseen
-from xconv_fx.ways import Route
 
 
 class Mixing(nn.Module):
@@ -79,8 +79,8 @@ def test_the_plain_step_is_feasible_although_it_is_predicted_not_to_be(compile_m
     whole = compile_model(Mixing(), codecs="exact", mem_budget="100%", verify="off")
     whole(X)
     torch._dynamo.reset()
-    monkeypatch.setattr("xconv_fx.strategy.FAR", 0.0)
-    monkeypatch.setattr("xconv_fx.strategy.DOUBT", -1.0)
+    monkeypatch.setattr("xconv_fx.compiler.search.FAR", 0.0)
+    monkeypatch.setattr("xconv_fx.compiler.search.DOUBT", -1.0)
     monkeypatch.setattr(Comparison, "ways", lambda self: [])
     monkeypatch.setattr(Comparison, "lowest", lambda self, *_: None)
     plain = compile_model(Mixing(), codecs="keep", mem_budget=with_unseen(whole.plan.audited_peak), verify="off")

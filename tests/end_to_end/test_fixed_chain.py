@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from nets import gradients
+from helpers.nets import gradients
 from torch import nn
 
 BITS = 4

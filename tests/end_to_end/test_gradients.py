@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS, gradients
+from helpers.nets import NETS, gradients
 from torch import Tensor, nn
 
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from nets import Residual, gradients
+from helpers.nets import Residual, gradients
 
 import xconv_fx
 from xconv_fx.errors import BudgetInfeasibleError, OptionError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xconv_fx.errors import BudgetExceededWarning, BudgetInfeasibleError
 from xconv_fx.measure import physical_peak
 from xconv_fx.plan import Plan
-from xconv_fx.report import read_json
+from xconv_fx.plan.report import read_json
 
 # Dynamo asks the inputs of a later graph for their gradients, and means to hide this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from compiled import Compile
-from nets import gradients
+from helpers.compiled import Compile
+from helpers.nets import gradients
 from torch import Tensor, nn
 from torch.profiler import profile
 

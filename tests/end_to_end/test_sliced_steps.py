@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
-from compiled import Compile
-from nets import gradients, loss
+from helpers.compiled import Compile
+from helpers.nets import gradients, loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xconv_fx.compilation import Compilation
+from xconv_fx.compiler.attempt import Compilation
+from xconv_fx.compiler.candidates import Route, Way
+from xconv_fx.compiler.search import Strategy
 from xconv_fx.errors import OptionError
-from xconv_fx.explain import explain
 from xconv_fx.measure import training_peak
-from xconv_fx.strategy import Strategy
-from xconv_fx.ways import Route, Way
+from xconv_fx.step.explain import explain
 
 BATCH = 8
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from compiled import Compile, Compiled
-from nets import loss
+from helpers.compiled import Compile, Compiled
+from helpers.nets import loss
 from torch import Tensor, nn
 
-from xconv_fx.codec_set import NOISY_CODECS
 from xconv_fx.measure import training_peak
+from xconv_fx.options.codecs import NOISY_CODECS
 
 EXACT = 1e-9
 # Dynamo itself asks inputs that are no leaves for their `.grad`.

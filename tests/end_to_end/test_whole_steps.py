@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import Compile, Compiled
+from helpers.compiled import Compile, Compiled
 from torch import Tensor, nn
 from torch.nn import functional as F
 

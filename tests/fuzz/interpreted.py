@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._inductor import compile_fx
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 
-from xconv_fx.compilation import Compilation
+from xconv_fx.compiler.attempt import Compilation
 
 
 @contextlib.contextmanager

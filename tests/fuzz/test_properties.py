@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from xconv_fx.ops import bitmask, layout, quantize
+from xconv_fx.options.budget import Budget, parse_size
 from xconv_fx.plan import Choice, Plan
-from xconv_fx.sizes import Budget, format_size, parse_size, sufficient_size
+from xconv_fx.units import format_size, sufficient_size
 
 FEW = settings(max_examples=60, deadline=None)
 

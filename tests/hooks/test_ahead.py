@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from xconv_fx import hooks
-from xconv_fx.fake_device import fake_mode, fake_module, fake_tensor
+from xconv_fx.device.fake import fake_module, fake_tensor
+from xconv_fx.hooks.fake import fake_mode
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]

@@ -16,7 +16,7 @@ from xconv_fx.hooks import aot
 from xconv_fx.passes.partition import Pair
 
 sys.path.append(str(Path(__file__).parents[1] / "passes"))
-from tracing import Traced, run_pair, trace
+from helpers.tracing import Traced, run_pair, trace
 
 
 class Draws(nn.Module):

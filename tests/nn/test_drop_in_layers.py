@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from xconv_fx import nn as xnn
 from xconv_fx.errors import OptionError
-from xconv_fx.explain import explain
 from xconv_fx.measure import training_peak
+from xconv_fx.step.explain import explain
 
 # Torch says this of its own layers.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

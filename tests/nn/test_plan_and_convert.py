@@ -10,10 +10,10 @@ from torch import nn
 
 import xconv_fx
 from xconv_fx import nn as xnn
-from xconv_fx.assignment import ByPlan
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
+from xconv_fx.nn.assignment import ByPlan
+from xconv_fx.nn.sketch import Sketch
 from xconv_fx.plan import Choice, Plan
-from xconv_fx.sketch import Sketch
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from xconv_fx.ops import BITMASK, Held, codec, layout, names, register
+from xconv_fx.ops import BITMASK, Held, codec_of, layout, names, register
 
 CASES = [
     ((2, 24, 9, 13), (0, 2, 3, 1)),
@@ -52,11 +52,11 @@ def test_only_booleans_are_masks():
 
 def test_the_table_of_codecs_refuses_duplicates_and_unknown_names():
     assert set(names()) == {"bitmask", "quantize", "probe", "fixed"}
-    assert codec("bitmask") is BITMASK and BITMASK.lossless
+    assert codec_of("bitmask") is BITMASK and BITMASK.lossless
     with pytest.raises(ValueError, match="'bitmask' is registered already"):
         register(BITMASK)
     with pytest.raises(ValueError, match=r"bitmask, .*quantize, .*probe"):
-        codec("zip")
+        codec_of("zip")
 
 
 def test_the_table_of_codecs_refuses_unknown_uses():

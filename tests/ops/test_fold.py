@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from xconv_fx.ops import PROBE, Held, fitting_probes, hash, layout
+from xconv_fx.ops import PROBE, Held, counter_rng, fitting_probes, layout
 from xconv_fx.ops.fold import STREAM
 
 CASES = [
@@ -43,7 +43,7 @@ def test_sums_are_as_defined():
     for sample, position in itertools.product(range(2), range(60)):
         term, probe = divmod(position, probes)
         draw = torch.tensor([sample * probes + probe + term // 8 * 2 * probes], dtype=torch.int32)
-        bit = hash.random_bits(draw, seed, STREAM).item() >> (term % 8) & 1
+        bit = counter_rng.random_bits(draw, seed, STREAM).item() >> (term % 8) & 1
         expected[sample, probe] += (-1) ** bit * flat[sample, position]
     assert torch.allclose(torch.ops.xconv.fold(x, seed, probes, order), expected)
 

@@ -8,7 +8,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from xconv_fx.ops import QUANTIZE, Held, layout, lowering, samples
-from xconv_fx.sample_gradients import SampleGradients
+from xconv_fx.ops.sample_gradients import SampleGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tracing import run_joint, run_pair, targets, trace
 from torch import nn
-from tracing import run_joint, run_pair, targets, trace
 
+from xconv_fx.compiler import pipeline
 from xconv_fx.ops.fixed import SPAN
-from xconv_fx.passes import pipeline
-from xconv_fx.passes.normalisation import find_norms
-from xconv_fx.passes.planning import describe
+from xconv_fx.passes.find_norms import find_norms
 from xconv_fx.passes.residuals import find_residuals
+from xconv_fx.planner.solve import describe
 
 BITS = 4
 # Dims over which a norm of (2, 8, 18, 18) reduces once it is seen as (2, 8 / group, group, 324).

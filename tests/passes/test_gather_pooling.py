@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tracing import run_joint, targets, trace
 from torch import nn
-from tracing import run_joint, targets, trace
 
 from xconv_fx.passes.gather_pooling import gather_pooling
 

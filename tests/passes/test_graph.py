@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tracing import trace
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from tracing import trace
 
 from xconv_fx.passes import graph
 from xconv_fx.passes.graph import closure, inline, is_elementwise, is_reduction, is_view, layer_of, nbytes, source_of

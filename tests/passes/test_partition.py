@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tracing import run_pair, trace
 from torch import nn
-from tracing import run_pair, trace
 
 from xconv_fx.passes.graph import is_tangent, output_node
 

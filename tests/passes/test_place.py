@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tracing import trace
 from torch import nn
-from tracing import trace
 
-from xconv_fx.fake_device import place
+from xconv_fx.compiler import pipeline
 from xconv_fx.options import Options
-from xconv_fx.passes import pipeline
 from xconv_fx.passes.graph import is_primal, nbytes, tensor_of
+from xconv_fx.passes.move_device import place
 
 
 def wide() -> nn.Module:

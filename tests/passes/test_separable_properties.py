@@ -11,11 +11,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from slicing import run, step_of
+from helpers.slicing import run, step_of
 from torch import nn
 
-from xconv_fx.passes.loss import Ends
-from xconv_fx.slices import Batch, Slicing
+from xconv_fx.planner.loss import Ends
+from xconv_fx.planner.slicing import Batch, Slicing
 
 SAMPLES = 4
 

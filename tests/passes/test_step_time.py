@@ -8,9 +8,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.timing import REARRANGING, few_channels
-from xconv_fx.passes.lifetimes import timeline
+from xconv_fx.device.workspace import workspace_bytes
+from xconv_fx.passes.liveness import timeline
 from xconv_fx.passes.step_time import step_seconds
-from xconv_fx.workspace import workspace_bytes
 
 aten = torch.ops.aten
 # One rate matters at a time: arithmetic takes seconds here, traffic next to nothing.

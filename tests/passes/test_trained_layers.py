@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tracing import trace
 from torch import nn
-from tracing import trace
 
-from xconv_fx.ops.registry import Held
+from xconv_fx.ops.codec import Held
 from xconv_fx.options import Options
-from xconv_fx.passes.links import link
-from xconv_fx.passes.planning import describe
-from xconv_fx.passes.problem import pose
 from xconv_fx.passes.residuals import find_residuals
-from xconv_fx.passes.sensitivities import Sensitivities
 from xconv_fx.passes.trained_layers import TrainedLayers
+from xconv_fx.planner.dependencies import link
+from xconv_fx.planner.problem import pose
+from xconv_fx.planner.sensitivities import Sensitivities
+from xconv_fx.planner.solve import describe
 
 X = torch.randn(4, 3, 16, 16)
 

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.text import Text
 
 from xconv_fx import __version__
-from xconv_fx.cli import bench, calibrate, calibrate_model, check, completion, doctor, fit, plan, sweep
-from xconv_fx.cli.arguments import EXIT_CODES, FAILED, INFEASIBLE
 from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError, nearest
-from xconv_fx.sizes import sufficient_size
-from xconv_fx.stack_room import with_stack_room
+from xconv_fx.hooks.cpython import with_stack_room
+from xconv_fx.units import sufficient_size
+
+from . import bench, calibrate, calibrate_model, check, completion, doctor, fit, plan, sweep
+from .arguments import EXIT_CODES, FAILED, INFEASIBLE
 
 COMMANDS = (plan, sweep, fit, check, bench, calibrate, calibrate_model, doctor, completion)
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xconv_fx.cli.scenario import add_scenario, scenario
-from xconv_fx.codec_set import CODECS_HINT
 from xconv_fx.errors import OptionError, UsageError
 from xconv_fx.options import PREFERENCES, Options
-from xconv_fx.workload import LOSSES, Workload
+from xconv_fx.options.codecs import CODECS_HINT
+from xconv_fx.tools.workload import LOSSES, Workload
+
+from .scenario import add_scenario, scenario
 
 OK, INFEASIBLE, FAILED = 0, 1, 2
 EXIT_CODES = (

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_planner, options, workload, write
-from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
-from xconv_fx.sizes import format_size
+from xconv_fx.units import format_size
+
+from .arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_planner, options, workload, write
+from .status import status
 
 if TYPE_CHECKING:
-    from xconv_fx.bench import Bench
+    from xconv_fx.tools.bench import Bench
 
 EXAMPLES = f"""\
 exit codes: {OK} the measured peak is within the budget, {INFEASIBLE} it is not, or no plan is, {FAILED} usage error
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if chosen.get("device") == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: there is none here", "xconv plan --device cuda, which needs none")
-    from xconv_fx.bench import bench
+    from xconv_fx.tools.bench import bench
 
     with status("building the model"):
         found = replace(workload(arguments), allocate=True).ask(bench, steps=steps, **chosen)
@@ -72,8 +73,8 @@ def _steps(text: str) -> int:
 
 
 def _show(found: Bench) -> None:
-    from xconv_fx.report import duration, report_table
-    from xconv_fx.sweep.table import noise_text, percent
+    from xconv_fx.plan.report import duration, report_table
+    from xconv_fx.tools.sweep.table import noise_text, percent
 
     table = report_table()
     table.add_column("", no_wrap=True)

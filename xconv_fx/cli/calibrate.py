@@ -1,4 +1,4 @@
-"""`xconv calibrate`: measure the machine that plans predict times for (`xconv_fx.machine`)."""
+"""`xconv calibrate`: measure the machine that plans predict times for (`xconv_fx.tools.calibrate_machine`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import re
 from typing import Any
 
-from xconv_fx.cli.arguments import FAILED, OK
 from xconv_fx.errors import UsageError
+
+from .arguments import FAILED, OK
 
 # Of `cost_model/device.py`, whose package imports too much for `xconv --help`.
 DEVICES = ("cpu", "cuda")
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from xconv_fx.machine import calibrate
+    from xconv_fx.tools.calibrate_machine import calibrate
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() and threads is None else "cpu")
     calibrate(kind, None if threads is None else int(threads), arguments.json)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from xconv_fx.cli.arguments import FAILED, OK, add_model, workload, write
-from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
-from xconv_fx.workload import names_callable
+from xconv_fx.tools.workload import names_callable
+
+from .arguments import FAILED, OK, add_model, workload, write
+from .status import status
 
 if TYPE_CHECKING:
-    from xconv_fx.statistics import Statistics
+    from xconv_fx.options.statistics import Statistics
 
 DATA_HINT = "--data FILE.py:callable, for a function that returns or yields pairs of inputs and targets"
 EXAMPLES = f"""\
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--output {arguments.output!r}: there is no directory {str(folder)!r}", "--output stats.json")
     import torch
 
-    from xconv_fx.user_data import measured_on_data, measured_on_inputs
+    from xconv_fx.tools.user_data import measured_on_data, measured_on_inputs
 
     step = replace(workload(arguments), allocate=True)
     torch.manual_seed(int(arguments.seed))
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(found: Statistics, arguments: argparse.Namespace) -> None:
-    from xconv_fx.statistics_table import table
+    from xconv_fx.tools.statistics_table import table
 
     console = Console()
     console.print(table(found))

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xconv_fx.cli.arguments import FAILED, OK
-from xconv_fx.cli.status import status
 from xconv_fx.errors import BudgetInfeasibleError, UsageError
 from xconv_fx.progress import doing
 
+from .arguments import FAILED, OK
+from .status import status
+
 if TYPE_CHECKING:
-    from xconv_fx.check.compare import Result
-    from xconv_fx.check.config import Check, Settings, Tolerance
-    from xconv_fx.check.record import Record
+    from xconv_fx.tools.check.compare import Result
+    from xconv_fx.tools.check.config import Check, Settings, Tolerance
+    from xconv_fx.tools.check.record import Record
 
 GREW = 1
 FORMATS = ("text", "json", "github", "junit")
@@ -52,8 +53,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from xconv_fx.check import config, lock
-    from xconv_fx.check.formats import FORMATS as formats
+    from xconv_fx.tools.check import config, lock
+    from xconv_fx.tools.check.formats import FORMATS as formats
 
     settings = config.read(arguments.config or config.find(Path.cwd()))
     tolerance = settings.tolerance
@@ -80,8 +81,8 @@ def _result(
     check: Check, settings: Settings, known: Mapping[str, Record], tolerance: Tolerance, update: bool
 ) -> Result:
     """Plan a check, and compare it unless it is to be written."""
-    from xconv_fx.check.compare import Result, compare
-    from xconv_fx.check.record import measure
+    from xconv_fx.tools.check.compare import Result, compare
+    from xconv_fx.tools.check.record import measure
 
     try:
         with doing(check.name):
@@ -103,7 +104,7 @@ def _result(
 
 def _update(settings: Settings, results: list[Result], known: Mapping[str, Record], path: Path) -> None:
     """Write the lock file, unless a check has no plan."""
-    from xconv_fx.check import lock
+    from xconv_fx.tools.check import lock
 
     if any(result.failed for result in results):
         return
@@ -114,7 +115,7 @@ def _update(settings: Settings, results: list[Result], known: Mapping[str, Recor
 
 
 def _orphans(settings: Settings, known: Mapping[str, Record]) -> list[Result]:
-    from xconv_fx.check.compare import Result
+    from xconv_fx.tools.check.compare import Result
 
     names = {check.name for check in settings.checks}
     problem = "in the lock file, but not in the configuration; xconv check --update"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from xconv_fx.cli.arguments import FAILED, OK
+from .arguments import FAILED, OK
 
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = f"""\
@@ -34,7 +34,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     import shtab
 
-    from xconv_fx.cli import parser
+    from . import parser
 
     sys.stdout.write(shtab.complete(parser(), arguments.shell))
     return OK

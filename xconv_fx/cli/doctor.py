@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from xconv_fx.cli.arguments import FAILED, OK
+from .arguments import FAILED, OK
 
 BROKEN = 1
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from xconv_fx import doctor
+    from xconv_fx.tools import doctor
 
     findings = doctor.examine(train=not arguments.quick, debug=arguments.debug)
     broken = any(finding.status == doctor.BROKEN for finding in findings)

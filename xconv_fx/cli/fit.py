@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_options, options, workload, write
-from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
-from xconv_fx.sizes import Budget, format_size
+from xconv_fx.options.budget import Budget
+from xconv_fx.units import format_size
+
+from .arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_options, options, workload, write
+from .status import status
 
 if TYPE_CHECKING:
-    from xconv_fx.fit import Fit, Trial
+    from xconv_fx.tools.fit import Fit, Trial
 
 MULTIPLES = {"batch": 1, "spatial": 16}
 EXAMPLES = f"""\
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if budget is None:
         wrong = "no --budget" if arguments.budget is None else f"--budget {arguments.budget}: of a peak that varies"
         raise UsageError(wrong, "--budget 8GB: what the largest size has to fit into")
-    from xconv_fx.fit import fit
+    from xconv_fx.tools.fit import fit
 
     with status("tracing the model"):
         found = fit(workload(arguments), budget, arguments.along, multiple, **chosen)
@@ -76,8 +78,8 @@ def _multiple(arguments: argparse.Namespace) -> int:
 
 
 def _table(found: Sequence[Fit], along: str) -> Table:
-    from xconv_fx.report import duration, report_table
-    from xconv_fx.sweep.table import noise_text
+    from xconv_fx.plan.report import duration, report_table
+    from xconv_fx.tools.sweep.table import noise_text
 
     table = report_table()
     table.add_column("method", no_wrap=True)

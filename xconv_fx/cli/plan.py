@@ -8,20 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from xconv_fx.cli.arguments import (
-    EXIT_CODES,
-    INFEASIBLE,
-    OK,
-    add_json,
-    add_model,
-    add_options,
-    options,
-    workload,
-    write,
-)
-from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
-from xconv_fx.report import render, to_json
+from xconv_fx.plan.report import render, to_json
+
+from .arguments import EXIT_CODES, INFEASIBLE, OK, add_json, add_model, add_options, options, workload, write
+from .status import status
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

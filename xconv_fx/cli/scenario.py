@@ -35,7 +35,7 @@ def scenario(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value not in (None, False)}
     if not given:
         return given
-    from xconv_fx.scenario import Scenario
+    from xconv_fx.device.scenario import Scenario
 
     try:
         Scenario.parse(**given)

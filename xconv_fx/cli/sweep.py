@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_options, options, workload, write
-from xconv_fx.cli.status import status
 from xconv_fx.errors import UsageError
+
+from .arguments import FAILED, INFEASIBLE, OK, add_json, add_model, add_options, options, workload, write
+from .status import status
 
 EXAMPLES = f"""\
 exit codes: {OK} planned, {INFEASIBLE} the budget given with --budget cannot be met, {FAILED} usage error
@@ -42,22 +43,22 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     points, chosen = _points(arguments.points), options(arguments)
-    from xconv_fx.sweep.frontier import frontier
-    from xconv_fx.sweep.table import FrontierReport
+    from xconv_fx.tools.sweep.frontier import frontier
+    from xconv_fx.tools.sweep.table import FrontierReport
 
     with status("tracing the model"):
         found = workload(arguments).ask(frontier, points=points, **chosen)
     title = f"{arguments.target}, {' '.join(arguments.inputs)}"
     if arguments.png is not None:
-        from xconv_fx.sweep.picture import draw
+        from xconv_fx.tools.sweep.picture import draw
 
         draw(found, title, arguments.png)
     if arguments.html is not None:
-        from xconv_fx.sweep.page import to_html
+        from xconv_fx.tools.sweep.page import to_html
 
         write(to_html(found, title, found.selected), arguments.html, "--html")
     if arguments.json is not None:
-        from xconv_fx.sweep.data import to_json
+        from xconv_fx.tools.sweep.data import to_json
 
         write(to_json(found), arguments.json)
     if arguments.json != "-":

@@ -1,7 +1,8 @@
 """How ATen and Inductor run an operation: which convolution, by a call or by a generated kernel, under which settings.
 
 Private parts of PyTorch, read in torch 2.13: `torch._C._select_conv_backend`, `OpOverload.is_view`, the tables of
-`torch._inductor.lowering`, and `_disable_current_modes`, which suspends whatever intercepts operations.
+`torch._inductor.lowering`, the guards of dispatch keys in `torch._C`, and `_disable_current_modes`, which suspends
+whatever intercepts operations.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
+# What `torch.nn.functional.pad` is in a graph of Dynamo's.
+PAD = torch._C._nn.pad  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -112,3 +117,13 @@ def show_checkpointed_draws(mode: type[TorchDispatchMode]) -> None:
 
     run_and_save_rng_state.py_impl(mode)(saving)
     run_with_rng_state.py_impl(mode)(restoring)
+
+
+def autocast_cuda_included() -> Any:
+    """A context in which every operation of this thread goes through the rules of CUDA's autocast."""
+    return torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutocastCUDA)
+
+
+def below_autocast_cuda() -> Any:
+    """A context in which none does: for the kernels behind those rules."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA))

@@ -1,6 +1,7 @@
-"""Running operations on tensors without memory, where some are expected to fail.
+"""Tensors without memory: their modes, operations on them that are expected to fail, and the layouts of convolutions.
 
-Checked on torch 2.13.0.
+Private parts of PyTorch, read in torch 2.13: `torch/_subclasses/fake_tensor.py`, `torch._guards.detect_fake_mode`,
+`torch._C._select_conv_backend`, and the fake rule of convolutions, which calls it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,28 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode to trace and to run models under: operations on its tensors compute shapes, and no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The mode of the fake tensors among these values; None without one."""
+    return torch._guards.detect_fake_mode(list(values))
 
 
 @contextlib.contextmanager
 def trying_fake(values: Sequence[Any]) -> Iterator[None]:
     """Inside, tensors are fake, in the mode of those given; operations that fail raise, and are not logged."""
-    mode = torch._guards.detect_fake_mode(list(values)) or torch._subclasses.FakeTensorMode()
+    mode = fake_mode_of(values) or FakeTensorMode()
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -24,3 +39,14 @@ def trying_fake(values: Sequence[Any]) -> Iterator[None]:
             yield
     finally:
         logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def cudnn_layouts() -> Iterator[None]:
+    """Lay out what fake convolutions return as cuDNN does: channels-last if the input or the weight is.
+
+    This is oneDNN's rule as well, so every convolution is said to run there.
+    """
+    chosen = torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+    with mock.patch.object(torch._C, "_select_conv_backend", lambda *_, **__: chosen):
+        yield

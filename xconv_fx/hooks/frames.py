@@ -111,3 +111,11 @@ def while_compiling(call: Callable[[bool], None]) -> Iterator[None]:
         if start in callback_handler.start_callbacks:
             callback_handler.remove_start_callback(start)
             callback_handler.remove_end_callback(end)
+
+
+@contextlib.contextmanager
+def any_number_of_sizes() -> Iterator[None]:
+    """Within this context Dynamo compiles one piece of code for however many shapes."""
+    many = sys.maxsize
+    with torch._dynamo.config.patch(recompile_limit=many, accumulated_recompile_limit=many):
+        yield

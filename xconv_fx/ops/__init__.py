@@ -5,13 +5,13 @@ eager reference and a fake rule; `lowering.install` adds generated kernels for I
 graph calls the eager reference.
 """
 
-from . import pool, seed, stored, volume  # noqa: F401 (operators that no codec's module defines)
+from . import conv3d, materialize, pool, seed  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
-from .codes import QUANTIZE
+from .codec import Codec, Held, codec_of, names, register
 from .fixed import FIXED
 from .fold import PROBE
 from .layout import fitting_probes, order_of
-from .registry import Codec, Held, codec, names, register
+from .quantize_codec import QUANTIZE
 
 __all__ = [
     "BITMASK",
@@ -20,7 +20,7 @@ __all__ = [
     "QUANTIZE",
     "Codec",
     "Held",
-    "codec",
+    "codec_of",
     "fitting_probes",
     "names",
     "order_of",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .registry import USES, Codec, Held, register
+from .codec import USES, Codec, Held, register
 
 
 @torch.library.custom_op(

@@ -11,8 +11,8 @@ X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is lin
 * `independent`: normal entries, every channel projected apart. That holds r sums a channel, C r a sample, and the noise
   is that of `gaussian` for as many values as a channel has pixels: the same at equal bytes.
 
-Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.hash`), drawn again wherever it is
-read, in blocks of at most `BLOCK` entries, and of a sixteenth of the input's where that is less (but at least
+Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.counter_rng`), drawn again wherever it
+is read, in blocks of at most `BLOCK` entries, and of a sixteenth of the input's where that is less (but at least
 `LEAST_BLOCK`, or one row of max(r, N) entries). Besides inputs and outputs encoding and decoding hold at most six such
 blocks: less than half of the input, and 6 MB in single precision, whatever N and D are.
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .conv import weight_gradient
-from .hash import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
+from .counter_rng import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
 from .layout import accumulator, inverse
 
 BLOCK, LEAST_BLOCK = 2**18, 2**12

@@ -32,7 +32,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from . import layout
-from .registry import Codec, Held, register
+from .codec import Codec, Held, register
 
 # Deviations that the bins span, by the bits of a code.
 SPAN = {8: 8.0, 4: 6.0, 2: 4.0}

@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from . import dense, layout
-from .hash import random_bits, random_signs
+from .codec import Codec, Held, register
+from .counter_rng import random_bits, random_signs
 from .quantize import bits_of, code_bytes, group_noise
-from .registry import Codec, Held, register
 
 STREAM = 2
 KINDS = ("fold", *dense.KINDS)
 PLAIN_BITS = 32
+# Fewer sums a sample are not worth a codec.
+FEWEST = 8
 
 
 @torch.library.custom_op(

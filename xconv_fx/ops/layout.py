@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hash import check_addressable
+from .counter_rng import check_addressable
 
 WORD_BITS = 32
 WORD_BYTES = 4

@@ -28,8 +28,8 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from . import layout
-from .hash import random_halves
-from .registry import Held
+from .codec import Held
+from .counter_rng import random_halves
 
 STREAM = 1
 

@@ -29,9 +29,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from xconv_fx import sample_gradients
-
-from . import layout, quantize
+from . import layout, quantize, sample_gradients
 
 WIDTHS = (1, 2, 4, 8)
 # Averages that leave something to share out.

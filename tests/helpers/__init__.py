@@ -1,0 +1,1 @@
+"""What several tests share: traced nets, compiled nets, and checks of them."""

@@ -1,0 +1,79 @@
+"""Channels-last copies of contiguous inputs: counted where Inductor makes them, and made late by the pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tracing import trace
+from torch import nn
+
+from xconv_fx.passes.graph import output_node
+from xconv_fx.passes.late_layout import late_layout, layout_copies, relaid_operands
+
+WEIGHTS = (3 * 8 + 8 * 8) * 9 * 4
+IMAGE = 2 * 3 * 16 * 16 * 4
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+
+def pair_of(x, late, model=None):
+    return trace(model or net(), x).job(disabled=("late_layout", "pose", "plan", "rewrite") if not late else
+                                        ("pose", "plan", "rewrite"), mem_budget="1GB").pair  # fmt: skip
+
+
+def clones(graph):
+    """The copies of the images."""
+    found = [node for node in graph.nodes if node.target is torch.ops.aten.clone.default]
+    return [node for node in found if node.meta["val"].shape[:2] == (2, 3)]
+
+
+def test_inductor_copies_weights_and_contiguous_images():
+    assert layout_copies(pair_of(torch.randn(2, 3, 16, 16), late=False).forward) == WEIGHTS + IMAGE
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    assert layout_copies(pair_of(images, late=False).forward) == WEIGHTS
+    volume = pair_of(torch.randn(1, 3, 8, 8, 8), late=False, model=nn.Conv3d(3, 8, 3))
+    assert layout_copies(volume.forward) == 0
+
+
+def test_images_are_copied_where_they_are_read_and_saved_as_a_view():
+    pair = pair_of(torch.randn(2, 3, 16, 16), late=True)
+    assert layout_copies(pair.forward) == WEIGHTS
+    for half in (pair.forward, pair.backward):
+        (copy,) = clones(half.graph)
+        assert copy.meta["val"].is_contiguous(memory_format=torch.channels_last)
+        (reader,) = copy.users
+        assert copy.next is reader
+    saved = {name: node for name, (node, _) in pair.saved().items()}
+    (matrix,) = (node for node in saved.values() if node.meta["val"].shape == (2, 3 * 16 * 16))
+    assert matrix.all_input_nodes[0].op == "placeholder"
+    assert not any(node.op == "placeholder" and len(node.meta["val"].shape) == 4 and node.meta["val"].shape[0] == 2
+                   for node in output_node(pair.forward.graph).all_input_nodes)  # fmt: skip
+    assert all(name not in pair.residuals() for name in saved if "matrix" in name)
+
+
+@pytest.mark.parametrize("size", [(2, 1, 16, 16), (2, 3, 1, 1)])
+def test_images_that_lie_both_ways_are_left(size):
+    pair = pair_of(torch.randn(size), late=True, model=nn.Conv2d(size[1], 8, 3, padding=1))
+    assert not clones(pair.forward.graph) and relaid_operands(pair.forward, 0) == []
+
+
+def test_a_view_of_a_larger_image_is_left_to_inductor():
+    pair = pair_of(torch.randn(2, 3, 16, 32)[..., ::2], late=False)
+    before = layout_copies(pair.forward)
+    late_layout(pair)
+    assert layout_copies(pair.forward) == before
+
+
+def test_images_of_one_channel_are_seen_channels_last():
+    """Without a copy; ATen, which goes by strides, would lay out the result contiguous, and copy its gradient."""
+    pair = pair_of(torch.randn(2, 1, 16, 12), late=True, model=nn.Conv2d(1, 8, 3, padding=1))
+    for half, place, target in (
+        (pair.forward, 0, torch.ops.aten.convolution.default),
+        (pair.backward, 1, torch.ops.aten.convolution_backward.default),
+    ):
+        for node in half.graph.find_nodes(op="call_function", target=target):
+            view = node.args[place]
+            assert view.target is torch.ops.aten.as_strided.default and view.meta["val"].stride() == (192, 1, 12, 1)
+            assert view.all_input_nodes[0].op == "placeholder"

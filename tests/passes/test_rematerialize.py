@@ -1,0 +1,122 @@
+"""Chains that replay a residual: what they consist of, what they refuse, and when they are affine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tracing import trace
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from xconv_fx.passes.rematerialize import LONGEST, find_chain
+
+aten = torch.ops.aten
+SHAPE = (2, 8, 16, 16)
+
+
+def forward(function, *shapes):
+    """Nodes of a traced forward by name; its inputs are named as primals are, and "saved" as a value that crosses."""
+    gm = make_fx(function, tracing_mode="fake")(*(torch.randn(shape) for shape in shapes))
+    return {node.name: node for node in gm.graph.nodes}
+
+
+def last(nodes):
+    return nodes["output"].args[0]
+
+
+def test_an_affine_chain_to_a_saved_value():
+    nodes = forward(lambda saved, primals_1: torch.relu(saved.sin() * primals_1 + 1), SHAPE, (8, 1, 1))
+    # The placeholders get numbers: what is saved is named here.
+    chain = find_chain(last(nodes), {"sin"})
+    assert chain is not None
+    assert [node.target for node in chain.nodes] == [aten.mul.Tensor, aten.add.Tensor, aten.relu.default]
+    assert chain.sources == ("sin",)
+    assert [node.name for node in chain.extras] == ["primals_1_1"]
+    assert chain.masks == (chain.nodes[-1],)
+    assert chain.extra_bytes == 0, "parameters are alive anyway"
+    assert chain.traffic == (2 * 4096 + 8) * 4
+    assert [node.name for node in chain.inputs] == ["sin", "primals_1_1"]
+
+
+def test_statistics_are_saved_and_large_values_are_not():
+    def normalise(x):
+        y = x.sin()
+        return (y - y.mean((0, 2, 3), keepdim=True)) * y.cos()
+
+    nodes = forward(normalise, SHAPE)
+    chain = find_chain(last(nodes), {"sin"})
+    assert chain is not None
+    assert {node.name for node in chain.extras} == {"mean"}
+    assert chain.extra_bytes == 8 * 4
+    assert {"cos", "sub", "mul"} == {node.name for node in chain.nodes}
+
+
+REFUSED = {
+    "random": lambda x: F.dropout(x.sin(), 0.5) + 1,
+    "convolution": lambda x: F.conv2d(x.sin(), torch.ones(8, 8, 1, 1)) + 1,
+    "matrix product": lambda x: x.sin() @ x.new_ones(16, 16) + 1,
+    "large reduction": lambda x: x.sin().cumsum(0) + 1,
+    "an input of the forward": lambda x: x + 1,
+    "too long": lambda x: [x := x.sin() + 1 for _ in range(LONGEST)][-1],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    nodes = forward(REFUSED[case], SHAPE)
+    saved = {"sin"} if case != "too long" else set()
+    assert find_chain(last(nodes), saved) is None
+
+
+MASKS = {
+    "affine": (lambda y: 2 * y - 1, []),
+    "relu": (lambda y: torch.relu(y), ["relu"]),
+    "leaky relu": (lambda y: torch.where(y > 0, y, 0.1 * y), ["gt"]),
+    "upsampled and joined": (lambda y: torch.cat((y, y), 1), []),
+    "ratio": (lambda y: y / 3, []),
+}
+NOT_AFFINE = {
+    "square": lambda y: y * y,
+    "sigmoid": lambda y: torch.sigmoid(y),
+    "divisor": lambda y: 1 / y,
+    "clamp": lambda y: y.clamp(0, 6),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_that_make_a_chain_affine(case):
+    function, expected = MASKS[case]
+    chain = find_chain(last(forward(lambda x: function(x.sin()), SHAPE)), {"sin"})
+    assert chain is not None and chain.masks is not None
+    assert [node.name for node in chain.masks] == expected
+
+
+@pytest.mark.parametrize("case", NOT_AFFINE)
+def test_other_chains_replay_only_exact_sources(case):
+    chain = find_chain(last(forward(lambda x: NOT_AFFINE[case](x.sin()), SHAPE)), {"sin"})
+    assert chain is not None and chain.masks is None
+
+
+def test_a_chain_computes_its_residual():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()
+    traced = trace(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    pair = traced.pair()
+    relu = pair.residuals()["relu"][0]
+    chain = find_chain(relu, set(pair.saved()) - {"relu"})
+    assert chain is not None and chain.sources == ("convolution",)
+
+    values: dict[fx.Node, torch.Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            return values[n]
+
+    with torch.no_grad():
+        Recorder(pair.forward, garbage_collect_values=False).run(*traced.primals)
+    replayed = {node: values[node] for node in chain.inputs}
+    for node in chain.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: replayed[arg])
+        replayed[node] = node.target(*args, **kwargs)
+    assert torch.equal(replayed[relu], values[relu])

@@ -1,0 +1,1 @@
+"""One graph: search for a plan, generate its code, audit that code."""

@@ -1,0 +1,183 @@
+"""The ways of running a step that are compared: what each costs in noise and in time, and which is preferred.
+
+Limits of noise and time are constraints of every plan that is compared (`cost_model/limits.py`), no filter on those
+that are preferred: a plan that keeps them is found where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xconv_fx.cost_model.limits import SLACK, noisiest
+from xconv_fx.cost_model.solver import Infeasible, OverLimits, Solution, solve
+from xconv_fx.errors import OptionError
+from xconv_fx.options import Options
+from xconv_fx.planner.microbatch import slice_step
+from xconv_fx.planner.problem import Posed
+from xconv_fx.planner.slicing import Slicing
+from xconv_fx.planner.solve import NOISE_PRICE, limits, tradeoff
+from xconv_fx.reproducible import effort
+
+# A plan that is exact and no slower than this is not compared with others.
+NEGLIGIBLE = 0.05
+# Seconds for one solution of the planning problem while ways are compared.
+GLANCE = 0.5
+# What a call of a kernel from Python takes besides the kernel: it counts once more for every slice.
+CALL = 1e-5
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a graph is compiled as, before it is planned.
+
+    `slicing` says in what slices of the batch it runs (None: all at once), `saved` what share of the residuals torch's
+    partitioner may save; the rest is recomputed from that, convolutions included. `relayout` lays volumes out
+    channels-last (passes/channels_last_3d.py).
+    """
+
+    slicing: Slicing | None = None
+    saved: float = 1.0
+    relayout: bool = True
+
+
+# The batch at once, nothing recomputed that PyTorch would not recompute by itself.
+AT_ONCE = Route()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A route and its predicted plan: `noise`, that of its noisiest `layer`, and `slowdown` as a fraction of the plain
+    step."""
+
+    route: Route
+    noise: float
+    slowdown: float
+    layer: float = 0.0
+
+    def cost(self, prefer: str) -> tuple[float, float]:
+        """Smaller is better; the second number decides among equals in the first."""
+        if prefer == "exact":
+            return self.noise, self.slowdown
+        if prefer == "speed":
+            return round(self.slowdown, 2), self.noise
+        return self.slowdown + NOISE_PRICE * self.noise, self.noise
+
+    def limited(self, name: str) -> float:
+        """What the option `name`, one of `options.LIMITS`, limits."""
+        return {"max_noise": self.noise, "max_layer_noise": self.layer, "max_slowdown": self.slowdown}[name]
+
+
+def select(ways: Sequence[Way], options: Options) -> list[Way]:
+    """The ways that the limits which the user gave allow, best first.
+
+    Raises `OptionError` when there are ways, but none within a limit.
+    """
+    for name, limit in options.given_limits().items():
+        if not ways:
+            break
+        least = min(way.limited(name) for way in ways)
+        allowed = limit * (1 + SLACK)
+        if least > allowed:
+            raise over(name, limit, least)
+        ways = [way for way in ways if way.limited(name) <= allowed]
+    return sorted(ways, key=lambda way: way.cost(options.prefer))
+
+
+def over(name: str, limit: float, least: float) -> OptionError:
+    """The error for a limit that no plan within the budget keeps, the best of which reaches `least`."""
+    hint = f"no plan within the budget has less than {at_least(least)}; write that, or a larger mem_budget"
+    return OptionError(name, limit, hint)
+
+
+def at_least(value: float) -> str:
+    """A positive number in two digits, rounded up: a limit of that allows the number."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / step - 1e-9) * step:.2g}"
+
+
+def allowed_seconds(posed: Posed, whole: Posed, slicing: Slicing | None, limit: float | None) -> float | None:
+    """What choices for a slice may add, in seconds, for a `slowdown` within the limit; None where there is none."""
+    if limit is None:
+        return None
+    total = (1 + limit) * sum(whole.seconds.values())
+    if slicing is None:
+        return total - sum(posed.seconds.values())
+    total -= (slicing.count - slicing.held) * posed.seconds["forward"]
+    return total / slicing.count - CALL * len(posed.phases) - sum(posed.seconds.values())
+
+
+def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> list[Way]:
+    """The ways to run the problem within the budget that are worth a comparison, best first.
+
+    `posed` is the problem of the route, for any number of slices held; `whole` is that of `AT_ONCE`, to whose time
+    slowdowns refer.
+    """
+    slicing = route.slicing
+    if slicing is None:
+        found = _solution(posed, options, allowed_seconds(posed, whole, None, options.max_slowdown))
+        if found is None:
+            return []
+        layer = noisiest(posed.problem, found.choice)
+        return [Way(route, found.noise, slowdown(posed, whole, None, found.time), layer)]
+    held = _Held(posed, slicing, options, whole)
+    ways = []
+    for number in held.candidates():
+        solution = held.solution(number, exact=False)
+        if solution is not None:
+            some = replace(slicing, held=number)
+            slower = slowdown(posed, whole, some, solution.time)
+            layer = noisiest(posed.problem, solution.choice)
+            ways.append(Way(replace(route, slicing=some), solution.noise, slower, layer))
+    return sorted(ways, key=lambda way: way.cost(options.prefer))
+
+
+def slowdown(posed: Posed, whole: Posed, slicing: Slicing | None, codecs: float) -> float:
+    """How much longer than the plain step of `whole` a step takes, as a fraction of that.
+
+    `codecs` is what the choices for a slice add, in seconds.
+    """
+    plain = sum(whole.seconds.values())
+    once = sum(posed.seconds.values()) + codecs
+    if slicing is None:
+        return once / plain - 1
+    again = (slicing.count - slicing.held) * posed.seconds["forward"]
+    return (slicing.count * (once + CALL * len(posed.phases)) + again) / plain - 1
+
+
+class _Held:
+    """Plans of a sliced step by the number of slices that are held, each solved for once."""
+
+    def __init__(self, posed: Posed, slicing: Slicing, options: Options, whole: Posed) -> None:
+        self.posed, self.slicing, self.options, self.whole = posed, slicing, options, whole
+        self.solved: dict[tuple[int, bool], Solution | None] = {}
+
+    def solution(self, held: int, exact: bool) -> Solution | None:
+        if (held, exact) not in self.solved:
+            slicing = replace(self.slicing, held=held)
+            options = replace(self.options, prefer="exact") if exact else self.options
+            seconds = allowed_seconds(self.posed, self.whole, slicing, options.max_slowdown)
+            self.solved[held, exact] = _solution(slice_step(self.posed, slicing), options, seconds)
+        return self.solved[held, exact]
+
+    def candidates(self) -> list[int]:
+        """All slices held, as many as fit without noise, a number between the two, and none."""
+        low, high = -1, self.slicing.count
+        while low < high:
+            middle = (low + high + 1) // 2
+            solution = self.solution(middle, exact=True)
+            low, high = (middle, high) if solution is not None and solution.noise == 0 else (low, middle - 1)
+        return sorted({self.slicing.count, (self.slicing.count + max(low, 0)) // 2, max(low, 0), 0})
+
+
+def _solution(posed: Posed, options: Options, seconds: float | None) -> Solution | None:
+    assert options.mem_budget is not None
+    if seconds is not None and seconds < 0:
+        return None
+    usable = options.usable(options.mem_budget.resolve(0))
+    kept = limits(options, seconds)
+    try:
+        return solve(posed.problem, usable, **effort(GLANCE), tradeoff=tradeoff(posed, options), limits=kept)
+    except (Infeasible, OverLimits):
+        return None

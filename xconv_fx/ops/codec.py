@@ -1,0 +1,86 @@
+"""The table of codecs: what can be held between forward and backward instead of a tensor.
+
+One row a codec. The planner reads legality, bytes, noise and traffic; the rewrite calls `encode` and `decode`, which
+consist of traceable operators only. Adding a codec means writing one file that registers one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+# How `bits` are shared out among samples: all have the same, or so many on average, in a network that computes samples
+# apart or one that mixes them, as batch normalisation does.
+BY_SAMPLE = ("", "apart", "mixed")
+USES = ("mask", "weight_grad", "norm", "other")
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one residual is held: all that encoding and decoding need to know before the program runs.
+
+    `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
+    `by_sample` (one of `BY_SAMPLE`), `probes` (sums a sample), `kind` (which random projections) and `means` (channel
+    means held exactly) are read by the codecs that have them.
+    """
+
+    codec: str
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+    _: KW_ONLY
+    bits: int | None = None
+    by_sample: str = ""
+    probes: int | None = None
+    kind: str = "fold"
+    means: bool = False
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to hold a residual.
+
+    `legal_uses` are the uses (of `USES`) of a residual in the backward that stay right, or unbiased, under this codec.
+    `encode(x, seed, held)` gives the payload and `decode(payload, seed, held)` the tensor back, with strides dense in
+    `held.order`; `seed` is an int64 tensor with one element, the same for both, or for "fixed" its table of scales.
+    `payload_bytes(held)` is exact.
+    `noise(held)` predicts E|decoded - x|^2 / E|x|^2 for x of independent normal values. `traffic(held)` is the bytes
+    that encode and decode read and write, each as kernels of their own.
+    """
+
+    name: str
+    lossless: bool
+    legal_uses: frozenset[str]
+    encode: Callable[[Tensor, Tensor, Held], tuple[Tensor, ...]]
+    decode: Callable[[tuple[Tensor, ...], Tensor, Held], Tensor]
+    payload_bytes: Callable[[Held], int]
+    noise: Callable[[Held], float]
+    traffic: Callable[[Held], int]
+
+
+_CODECS: dict[str, Codec] = {}
+
+
+def register(codec: Codec) -> Codec:
+    """Adds a row. Raises `ValueError` on a name that is taken and on unknown uses."""
+    if codec.name in _CODECS:
+        raise ValueError(f"codec {codec.name!r} is registered already; registered: {', '.join(_CODECS)}")
+    if unknown := codec.legal_uses - set(USES):
+        raise ValueError(f"codec {codec.name!r}: unknown uses {sorted(unknown)}; known: {', '.join(USES)}")
+    _CODECS[codec.name] = codec
+    return codec
+
+
+def codec_of(name: str) -> Codec:
+    """The row of that name. Raises `ValueError` that lists the names there are."""
+    if name not in _CODECS:
+        raise ValueError(f"codec={name!r}: must be one of {', '.join(_CODECS)}")
+    return _CODECS[name]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all codecs, in the order of their registration."""
+    return tuple(_CODECS)

@@ -1,0 +1,51 @@
+"""The codec "quantize": codes of one width for all values (`quantize`), or of one for each sample (`samples`)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import samples
+from .codec import Codec, Held, register
+from .quantize import bits_of, code_bytes, group_noise
+
+
+def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
+    if held.by_sample:
+        return samples.encode(x, seed, bits_of(held), list(held.order), held.by_sample == "mixed")
+    return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
+
+
+def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
+    codes, ranges, *widths = payload
+    order = list(held.order)
+    if held.by_sample:
+        return torch.ops.xconv.dequantize_samples.default(codes, ranges, *widths, list(held.size), order, held.dtype)
+    return torch.ops.xconv.dequantize.default(codes, ranges, list(held.size), order, bits_of(held), held.dtype)
+
+
+def _payload_bytes(held: Held) -> int:
+    if held.by_sample:
+        return samples.payload_bytes(held.size, held.order, bits_of(held), held.dtype)
+    return code_bytes(held.size, held.order, bits_of(held), held.dtype)
+
+
+def _traffic(held: Held) -> int:
+    # Two passes over x, one for the ranges and one for the codes, and one to write it back.
+    return 3 * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
+
+
+QUANTIZE = register(
+    Codec(
+        name="quantize",
+        lossless=False,
+        legal_uses=frozenset({"weight_grad", "norm", "other"}),
+        encode=_encode,
+        decode=_decode,
+        payload_bytes=_payload_bytes,
+        noise=lambda held: group_noise(held.size, held.order, bits_of(held)),
+        traffic=_traffic,
+    )
+)

@@ -1,0 +1,195 @@
+"""Turn the planning problem's solution into a `Plan`, and an infeasible budget into the user's error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xconv_fx.cost_model.greedy import Table
+from xconv_fx.cost_model.limits import Limits
+from xconv_fx.cost_model.memory import peak, profile
+from xconv_fx.cost_model.solver import Infeasible, OverLimits, minimum_peak, solve
+from xconv_fx.device import rates
+from xconv_fx.errors import BudgetInfeasibleError, OptionError
+from xconv_fx.options import Options, with_unseen
+from xconv_fx.passes.residuals import uncompressible
+from xconv_fx.plan import Plan
+from xconv_fx.reproducible import effort
+
+from .microbatch import slice_step
+from .presets import apply_preset, average_bits
+from .problem import Candidate, Posed
+from .slicing import Slicing
+
+SECONDS = 2.0
+# Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.
+NOISE_PRICE = 10.0
+# Effort for the plan of least peak: so many nodes of the search tree, which give the same plan in every run, whatever
+# else the machine does. Seconds are for problems that would take for ever.
+LOWEST_NODES, LOWEST_SECONDS = 100, 30.0
+# Layers that a note names.
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of a plan beforehand: that the choices of a step, or of a slice, may add so many `seconds` (None:
+    any), and a `start` that is within the budget and the limits (None: none is known)."""
+
+    seconds: float | None = None
+    start: tuple[int, ...] | None = None
+
+
+ANY = Bounds()
+
+
+def plan(
+    posed: Posed, options: Options, slicing: Slicing | None = None, bounds: Bounds = ANY
+) -> tuple[Plan, dict[str, int]]:
+    """The plan that `prefer` asks for, whose predicted peak is within the budget; and its peak in each phase.
+
+    `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
+    `BudgetInfeasibleError`, and `OptionError` where what the options ask for breaks a limit whatever the budget.
+    """
+    options.probes.check({layer for residual in posed.residuals for layer in residual.readers})
+    if slicing is not None:
+        found, peaks = plan(slice_step(posed, slicing), options, None, bounds)
+        return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
+    unprobed = _unprobed(posed, options)
+    keep = tuple(0 for _ in posed.residuals)
+    baseline, _ = peak(posed.problem, keep)
+    if options.codecs.preset:
+        return _preset(posed, options, baseline, unprobed)
+    if options.mem_budget is None:
+        return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
+    budget = options.mem_budget.resolve(with_unseen(baseline))
+    try:
+        solution = solve(
+            posed.problem,
+            options.usable(budget),
+            **effort(SECONDS),
+            tradeoff=tradeoff(posed, options),
+            limits=limits(options, bounds.seconds),
+            start=bounds.start,
+        )
+    except Infeasible as error:
+        raise infeasible(posed, error, budget, options) from None
+    except OverLimits:
+        raise _too_noisy(options) from None
+    found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
+    return found, posed.phase_peaks(solution.choice)
+
+
+def _preset(posed: Posed, options: Options, baseline: int, notes: tuple[str, ...]) -> tuple[Plan, dict[str, int]]:
+    """The plan of a published system. Whether it fits a budget is found out from it, not by it."""
+    preset = options.codecs.preset
+    choice = apply_preset(posed, preset)
+    average = average_bits(posed, choice)
+    notes = (f"codecs as in {preset}" + (f": {float(average):.3g} bits on average" if average else ""), *notes)
+    return describe(posed, choice, None, baseline, 0.0, notes), posed.phase_peaks(choice)
+
+
+def lowest(posed: Posed, options: Options, slicing: Slicing | None, seconds: float | None) -> Infeasible:
+    """What a budget of nothing is told: the plan of least predicted peak within the limits.
+
+    `seconds` are those of `Bounds`. The same in every run. Raises `OptionError` where no plan is within the limits.
+    """
+    problem = posed.problem if slicing is None else slice_step(posed, slicing).problem
+    kept = limits(options, seconds)
+    found = minimum_peak(problem, time_limit=LOWEST_SECONDS, nodes=LOWEST_NODES, limits=kept)
+    if not Table(problem, kept).keeps(found.choice):
+        raise _too_noisy(options)
+    return Infeasible(budget=0, smallest=found.peak, choice=found.choice, step=found.step, bound=found.bound)
+
+
+def limits(options: Options, seconds: float | None = None) -> Limits:
+    """The options' limits, as constraints of the search."""
+    noise = options.noise_limits
+    return Limits(noise.noise, noise.layer, seconds)
+
+
+def _too_noisy(options: Options) -> OptionError:
+    name, limit = next(iter(options.given_limits().items()))
+    return OptionError(name, limit, "what `probes` and `codecs` ask for breaks it whatever the budget")
+
+
+def tradeoff(posed: Posed, options: Options) -> float:
+    """The noise that a second is worth to the user, by `prefer`: none, NOISE_PRICE a step's time, or any."""
+    return tradeoff_of(sum(posed.seconds.values()), options)
+
+
+def tradeoff_of(seconds: float, options: Options) -> float:
+    """The same for a step that takes so many seconds."""
+    if options.prefer == "balanced":
+        return 1 / (NOISE_PRICE * max(seconds, 1e-9))
+    return 0.0 if options.prefer == "exact" else math.inf
+
+
+def describe(
+    posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float, notes: tuple[str, ...] = ()
+) -> Plan:
+    """The plan that the solver's choice stands for."""
+    chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
+    bytes_at_peak, step = peak(posed.taken(), choice)
+    return Plan(
+        device=posed.device,
+        budget=budget,
+        baseline_peak=baseline,
+        predicted_peak=bytes_at_peak,
+        peak_at=posed.problem.labels[step],
+        fixed_bytes=posed.fixed_bytes,
+        calls=posed.calls.count,
+        choices=tuple(candidate.choice for candidate in chosen),
+        noise=sum(candidate.option.noise for candidate in chosen),
+        time=sum(candidate.option.time for candidate in chosen),
+        gap=gap,
+        calibrated=rates.spec(posed.device).calibrated,
+        notes=(
+            *uncompressible({residual.name: residual for residual in posed.residuals}),
+            *notes,
+            *_by_sample(chosen),
+            *_assumed(posed),
+        ),
+        measured=posed.noises.stats is not None,
+        layers=posed.noises.by_layer(candidate.added for candidate in chosen),
+    )
+
+
+def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
+    """A note for each layer that must use probes by the options, but whose input cannot be held as such."""
+    return tuple(
+        f"{residual.reader}: its input {residual.name} is not held as probes: the backward reads it elsewhere as well"
+        for residual, row in zip(posed.residuals, posed.candidates, strict=True)
+        if residual.reader
+        and options.probes.count_among(residual.readers) is not None
+        and all(candidate.choice.codec != "probe" for candidate in row)
+    )
+
+
+def _by_sample(chosen: Sequence[Candidate]) -> tuple[str, ...]:
+    """A note of what has codes of another width for each sample."""
+    shared = sum(bool(candidate.choice.by_sample) for candidate in chosen)
+    return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
+
+
+def _assumed(posed: Posed) -> tuple[str, ...]:
+    """A note that names layers whose noise is a prior, although there are statistics."""
+    layers = posed.noises.unmeasured()
+    if not layers:
+        return ()
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return (f"without statistics, their noise by a prior: {', '.join(layers[:NAMED])}{more}",)
+
+
+def infeasible(posed: Posed, error: Infeasible, budget: int, options: Options) -> BudgetInfeasibleError:
+    """The user's error: the smallest budget that works, and the largest consumers at its peak."""
+    alive = []
+    for residual, row, index in zip(posed.residuals, posed.candidates, error.choice, strict=True):
+        held = sum(size for first, last, size in row[index].option.loads if first <= error.step <= last)
+        alive.append((residual.layer or residual.name, held))
+    rest = int(profile(posed.problem, error.choice)[error.step]) - sum(size for _, size in alive) - posed.fixed_bytes
+    alive.append(("parameters, buffers and inputs", posed.fixed_bytes))
+    alive.append((f"gradients and transients at {posed.problem.labels[error.step]}", rest))
+    consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
+    return BudgetInfeasibleError(budget=budget, smallest=options.needed(error.smallest), consumers=consumers)

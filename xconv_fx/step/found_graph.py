@@ -1,0 +1,84 @@
+"""A graph that was seen ahead of time, and the planning problems of the ways to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from xconv_fx import hooks
+from xconv_fx.compiler.attempt import Compilation, Traced
+from xconv_fx.compiler.candidates import AT_ONCE, Route
+from xconv_fx.compiler.search import Strategy
+from xconv_fx.errors import BudgetInfeasibleError, XConvError
+from xconv_fx.options import Options
+from xconv_fx.planner.problem import Posed
+from xconv_fx.planner.surroundings import Surroundings
+from xconv_fx.runtime.session import Graph
+
+
+class FoundGraph:
+    """A graph of a step that is planned as a whole, within whose compilation this is made.
+
+    It is planned beside nothing, and as if its results went on into further graphs: what is around it is counted where
+    all graphs are put together. `alone` is what is known of it where it is not planned together with others.
+    """
+
+    def __init__(self, traced: Traced, alone: Graph | None = None) -> None:
+        self.traced, self.strategy, self.alone = traced, Strategy(traced), alone
+        self.compiling = hooks.TracedWithin()
+
+    def pose(self, route: Route) -> Posed | None:
+        """The planning problem of a route, of one slice where it has slices; None for a graph without a backward."""
+        with self.compiling.again():
+            job = self.strategy.jobs.get(route) or self.strategy.pose(route)
+        if job is None or job.posed is None:
+            return None
+        self.strategy.jobs[route] = job
+        if route == AT_ONCE:
+            self.strategy.whole = job
+        return job.posed
+
+    def slicings(self) -> Iterator[Route]:
+        """The routes in slices, of which none is held, that the graph can take: fewer slices first."""
+        strategy = self.strategy
+        if self.pose(AT_ONCE) is None or strategy.traced.options.slices == 1:
+            return
+        with self.compiling.again():
+            assert strategy.whole is not None
+            if not strategy.unsliceable(strategy.whole):
+                for found in strategy.slices(strategy.whole):
+                    if found is not None:
+                        yield Route(found[0])
+
+    def short_of(
+        self, route: Route, around: Surroundings, options: Options, corrections: Mapping[str, int]
+    ) -> dict[str, int]:
+        """What the prediction of each phase is short of, in bytes, by an audit of the code that is generated.
+
+        `corrections` are known already. The graph by itself may need more than the budget, where its surroundings are
+        not alike in all of its runs; its backward is short of that as well. Empty when there is no plan of the graph by
+        itself.
+        """
+        beside = replace(self.traced, options=options, surroundings=around)
+        beyond = 0
+        with self.compiling.again():
+            try:
+                compilation = _generated(beside, route, corrections)
+            except BudgetInfeasibleError as error:
+                beyond = error.smallest - error.budget
+                compilation = _generated(beside.within(error.smallest), route, corrections)
+            except XConvError:
+                return {}
+        assert compilation.job is not None
+        predicted = compilation.job.phase_peaks
+        found = {
+            phase: audited - predicted[phase] + corrections.get(phase, 0)
+            for phase, audited in compilation.peaks.items()
+        }
+        return {**found, "backward": found["backward"] + beyond}
+
+
+def _generated(traced: Traced, route: Route, corrections: Mapping[str, int]) -> Compilation:
+    compilation = Compilation(traced, route, dict(corrections), enforced=False)
+    compilation.generate()
+    return compilation
