@@ -10,7 +10,7 @@ from torch import fx
 
 from xconv_fx import hooks
 
-from .graph import is_primal, output_node, storage_root
+from .graph import is_primal, is_tangent, output_node, storage_root, tensor_of
 
 
 @dataclass
@@ -25,6 +25,25 @@ class Pair:
     backward: fx.GraphModule
     results: int
     restored: dict[str, fx.Node] = field(default_factory=dict)
+
+    def copy(self) -> tuple[Pair, dict[fx.Node, fx.Node]]:
+        """Graphs of its own on the same values, and the node of the copy for every node of this one."""
+        nodes: dict[fx.Node, fx.Node] = {}
+        forward, backward = (_copied(half, nodes) for half in (self.forward, self.backward))
+        restored = {name: nodes[node] for name, node in self.restored.items()}
+        return Pair(forward, backward, self.results, restored), nodes
+
+    def verify(self) -> None:
+        """Raise `AssertionError` unless each value that is saved has exactly one placeholder, of the same kind and in
+        the same order."""
+        outputs: Any = output_node(self.forward.graph).args[0]
+        crossing = [node for node in outputs[self.results :] if isinstance(node, fx.Node)]
+        places = [node for node in self.backward.graph.find_nodes(op="placeholder") if not is_tangent(node)]
+        assert [node.name for node in crossing] == [node.name for node in places], (crossing, places)
+        for saved, placeholder in zip(crossing, places, strict=True):
+            one, other = tensor_of(saved), tensor_of(placeholder)
+            if one is not None and other is not None:
+                assert (one.shape, one.dtype) == (other.shape, other.dtype), saved.name
 
     def saved(self) -> dict[str, tuple[fx.Node, fx.Node]]:
         """Name of a saved value to (node that the forward returns, placeholder of the backward), in order."""
@@ -73,6 +92,18 @@ class Pair:
         if described is not None:
             saved = range(len(values) - self.results)
             output.meta["desc"] = [*described[: self.results], *(hooks.saved_descriptor(i) for i in saved)]
+
+
+def _copied(half: fx.GraphModule, nodes: dict[fx.Node, fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    results = graph.graph_copy(half.graph, nodes)
+    output = output_node(half.graph)
+    made = graph.output(results)
+    made.meta = dict(output.meta)
+    nodes[output] = made
+    copy = fx.GraphModule(half, graph)
+    copy.meta = dict(half.meta)
+    return copy
 
 
 def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], saved: float = 1.0, **arguments: Any) -> Pair:

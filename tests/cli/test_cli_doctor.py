@@ -49,7 +49,7 @@ def quick(monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_another_torch(capsys, monkeypatch):
-    monkeypatch.setattr(hooks, "CHECKED", ("2.99.0",))
+    monkeypatch.setattr("xconv_fx.hooks.version.CHECKED", ("2.99.0",))
     found = findings(capsys, "--quick", code=BROKEN)
     assert found["hooks"]["status"] == "broken" and found["hooks"]["fix"] == "pip install torch==2.99.0"
     assert "training" not in found

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xconv_fx.device import cuda_autocast as rules
 from xconv_fx.device.cuda_autocast import cuda_autocast
+from xconv_fx.hooks.dispatch import autocast_cuda_included
 
 IMAGE, VOLUME = (2, 4, 8, 8), (2, 4, 6, 6, 6)
 
@@ -126,7 +127,7 @@ def test_it_ends():
     assert weight.grad is not None and weight.grad.dtype == torch.float32
     assert not torch.is_autocast_enabled("cuda")
     # The kernels are torch's own again, which cast nothing on the CPU.
-    with torch._C._IncludeDispatchKeyGuard(rules.KEY):
+    with autocast_cuda_included():
         assert F.conv2d(x, weight).dtype == torch.float32
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from xconv_fx import hooks
 from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec
 from xconv_fx.device import rates
 from xconv_fx.device.rates import Machine, load, save, spec, specs
@@ -146,24 +145,6 @@ def test_plans_use_the_calibration():
     slow = plan()
     assert (generic.calibrated, slow.calibrated) == (False, True)
     assert slow.time > 1.5 * generic.time > 0
-
-
-def test_rates_are_part_of_the_compile_key(monkeypatch):
-    """Inductor's cache must not give back what was planned for other rates."""
-    keys, original = [], hooks.Partitioner
-
-    def partitioner(function, key):
-        keys.append(key)
-        return original(function, key)
-
-    monkeypatch.setattr(hooks, "Partitioner", partitioner)
-    net = nn.Conv2d(3, 4, 3)
-    for _ in range(2):
-        torch._dynamo.reset()
-        explain(net, torch.randn(1, 3, 8, 8))
-        save(Machine.of("cpu"), SLOW)
-    assert len(keys) == 2 and str(SLOW) in keys[1]
-    assert keys[1].replace(str(SLOW), str(DEVICES["cpu"])) == keys[0]
 
 
 # What is measured: not how fast this machine is, but that sensible numbers come out of small layers.

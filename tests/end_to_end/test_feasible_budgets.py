@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.compiler.attempt import Traced
 from xconv_fx.compiler.candidates import Route
 from xconv_fx.compiler.comparison import Comparison
+from xconv_fx.compiler.feedback import Corrections, Feedback
 from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.options import with_unseen
 
@@ -100,30 +101,21 @@ def test_more_codecs_are_never_noisier(compile_model, exact):
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-class Short(dict[Route, dict[str, int]]):
+@dataclass(frozen=True)
+class Short(Feedback):
     """What audits found, had they found every plan short of so many bytes."""
 
-    def __init__(self, missing: int) -> None:
-        self.missing = missing
+    missing: int = 0
 
-    def setdefault(self, route: Route, *_: object) -> dict[str, int]:
-        if route not in self:
-            self[route] = dict.fromkeys(("forward", "loss", "backward"), self.missing)
-        return self[route]
-
-    get = setdefault
+    def corrections(self, route: Route) -> Corrections:
+        return dict.fromkeys(("forward", "loss", "backward"), self.missing)
 
 
 def test_an_exact_way_is_tried_before_a_noisy_one_is_taken(compile_model, monkeypatch):
     """Audits may have ruled out exact ways by what other plans were short of: what is lowest of them is generated."""
-    start, budget = Comparison.__init__, smallest(normed(), codecs="exact")
-
-    def short(self: Comparison, traced: Traced) -> None:
-        start(self, traced)
-        self.corrections = Short(budget // 8)
-
+    budget = smallest(normed(), codecs="exact")
     torch._dynamo.reset()
-    monkeypatch.setattr(Comparison, "__init__", short)
+    monkeypatch.setattr("xconv_fx.compiler.search.NOTHING_FOUND", Short(missing=budget // 8))
     compiled = compile_model(normed(), codecs="all", prefer="exact", mem_budget=budget * 101 // 100, verify="off")
     compiled(X)
     assert compiled.plan.attempts == 2 and compiled.plan.noise == 0

@@ -11,8 +11,9 @@ from helpers.nets import gradients, loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xconv_fx.compiler.attempt import Compilation
 from xconv_fx.compiler.candidates import Route, Way
+from xconv_fx.compiler.comparison import Comparison
+from xconv_fx.compiler.feedback import Feedback
 from xconv_fx.compiler.search import Strategy
 from xconv_fx.errors import OptionError
 from xconv_fx.measure import training_peak
@@ -248,19 +249,19 @@ def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, m
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.PReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 2, 1))
     x = torch.randn(2, 2, 20, 20, 20)
-    expected, ways, attempt = gradients(model, x), Strategy.ways, Compilation.attempt
+    expected, ways, attempt = gradients(model, x), Comparison.ways, Strategy._attempt
     tried, contiguous = [], Route(relayout=False)
 
-    def both(self: Strategy) -> list[Way]:
+    def both(self: Comparison, feedback: Feedback) -> list[Way]:
         # Which layout takes less memory, and whether the other is looked at, depends on the processor.
-        return [*[way for way in ways(self) if way.route.relayout][:1], Way(contiguous, 0.0, 0.0)]
+        return [*[way for way in ways(self, feedback) if way.route.relayout][:1], Way(contiguous, 0.0, 0.0)]
 
-    def refused(self: Compilation, attempts: int) -> object:
-        tried.append(self.route)
-        return None if self.route.relayout else attempt(self, attempts)
+    def refused(self: Strategy, route: Route, feedback: Feedback) -> object:
+        tried.append(route)
+        return None if route.relayout else attempt(self, route, feedback)
 
-    monkeypatch.setattr(Strategy, "ways", both)
-    monkeypatch.setattr(Compilation, "attempt", refused)
+    monkeypatch.setattr(Comparison, "ways", both)
+    monkeypatch.setattr(Strategy, "_attempt", refused)
     compiled = compile_model(model, mem_budget="95%", slices=1, codecs="keep,recompute,bitmask")
     assert_same(gradients(compiled.model, x), expected, 1e-3)
     assert tried[-1] == contiguous

@@ -18,22 +18,21 @@ from torch import Tensor, fx
 from torch._inductor import compile_fx
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 
-from xconv_fx.compiler.attempt import Compilation
+from xconv_fx.compiler import generate
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """What is compiled meanwhile is interpreted."""
-    entering = Compilation._entering
+    entering = generate._Auditing.entering
 
-    def predicting(self: Compilation, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> None:
+    def predicting(self: generate._Auditing, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> None:
         entering(self, gm, inputs, is_backward)
-        if self.job is not None and self.job.plan is not None:
-            self.peaks = dict(self.job.phase_peaks)
+        self.peaks = dict(self.planned.phase_peaks)
 
     with (
         mock.patch.object(compile_fx, "compile_fx_inner", _interpret),
-        mock.patch.object(Compilation, "_entering", predicting),
+        mock.patch.object(generate._Auditing, "entering", predicting),
     ):
         yield
 

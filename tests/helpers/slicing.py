@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.tracing import Traced, trace
-from xconv_fx.compiler.attempt import copied
+from xconv_fx.hooks.capture import copied
 from xconv_fx.passes.batch_separability import Separability, separability
 from xconv_fx.passes.slice_graph import slice_graph
 from xconv_fx.planner.slicing import Batch, Slicing

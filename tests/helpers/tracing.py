@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,44 @@ from xconv_fx.passes.graph import is_tangent, output_node
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.partition import Pair
 from xconv_fx.passes.unpooling import scatter_unpooling
+from xconv_fx.plan import Plan
+from xconv_fx.planner.problem import Posed
 from xconv_fx.planner.slicing import Batch
+from xconv_fx.planner.solve import describe
 
 
 class _Captured(Exception):
     """Ends the compilation once the joint graph is known."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A graph at the stage where its planning problem is known; once it is `done`, planned and with that written in."""
+
+    options: Options
+    analysed: pipeline.Analysed
+    posed: Posed
+    done: pipeline.Planned | None = None
+    written: Pair | None = None
+
+    def planned(self, planned: pipeline.Planned, stream: int | None = None) -> Job:
+        """With this plan."""
+        return replace(self, done=planned, written=pipeline.finish(planned, stream, self.options.plain))
+
+    def chosen(self, choice: tuple[int, ...]) -> Job:
+        """With these candidates chosen, whatever their peak."""
+        plan = describe(self.posed, choice, None, 0, 0.0)
+        return self.planned(pipeline.Planned(self.analysed, self.posed, None, plan, self.posed.phase_peaks(choice)))
+
+    @property
+    def plan(self) -> Plan:
+        assert self.done is not None
+        return self.done.plan
+
+    @property
+    def pair(self) -> Pair:
+        assert self.written is not None
+        return self.written
 
 
 @dataclass
@@ -53,17 +86,26 @@ class Traced:
         graph.output(graph.graph_copy(self.gm.graph, copies)).meta = dict(output_node(self.gm.graph).meta)
         return fx.GraphModule(self.gm, graph)
 
-    def job(self, disabled: Sequence[str] = (), batch: Batch | None = None, **options: Any) -> pipeline.Job:
-        """The job after every pass that is not `disabled`; `batch` says which inputs hold samples."""
-        job = pipeline.Job(self.joint(), self.joint_inputs, dict(self.arguments), Options.parse(options), batch=batch)
-        return pipeline.run(job, disabled)
+    def analysed(self, batch: Batch | None = None, device: str | None = None, plain: bool = False) -> pipeline.Analysed:
+        """The graph up to its residuals; `batch` says which inputs hold samples."""
+        samples = 0 if batch is None else batch.size
+        joint = pipeline.Joint(self.joint(), self.joint_inputs, self.arguments, batch, samples, 1.0, device, plain)
+        return pipeline.analyse(joint)
 
-    def pair(self, **options: Any) -> Pair:
-        """The pair before any plan; a budget makes the preparing passes run."""
-        options.setdefault("mem_budget", "100%")
-        pair = self.job(disabled=("analyse", "plan", "rewrite"), **options).pair
-        assert pair is not None
-        return pair
+    def posed(self, batch: Batch | None = None, **options: Any) -> Job:
+        """The graph up to its planning problem."""
+        chosen = Options.parse(options)
+        analysed = self.analysed(batch, plain=chosen.plain)
+        return Job(chosen, analysed, analysed.problem(chosen))
+
+    def job(self, batch: Batch | None = None, **options: Any) -> Job:
+        """The graph after all passes, with its plan written into it."""
+        job = self.posed(batch, **options)
+        return job.planned(pipeline.plan(job.analysed, job.posed, job.options))
+
+    def pair(self) -> Pair:
+        """The pair before any plan."""
+        return self.analysed().pair
 
     def tangents(self, seed: int = 0) -> list[Tensor]:
         """Standard normal numbers in the place of the incoming gradients."""

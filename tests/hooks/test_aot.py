@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from helpers.tracing import Traced, run_pair, trace
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from xconv_fx.hooks import aot
 from xconv_fx.passes.partition import Pair
-
-sys.path.append(str(Path(__file__).parents[1] / "passes"))
-from helpers.tracing import Traced, run_pair, trace
 
 
 class Draws(nn.Module):

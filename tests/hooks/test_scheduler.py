@@ -92,12 +92,13 @@ def test_a_cycle_is_our_own_bug(nodes):
 
 
 def test_fusion_does_not_reach_across_an_extern_kernel(nodes):
-    from xconv_fx.hooks.scheduler import LocalFusion, _apart
+    from xconv_fx.hooks.scheduler import LocalFusion
 
+    rules = LocalFusion([torch.ops.aten.mm.default])
     kernels = {name: Kernel(name, [node]) for name, node in nodes.items()}
-    assert _apart(kernels["a"], kernels["c"]) and _apart(kernels["c"], kernels["a"])
-    assert not _apart(kernels["a"], kernels["b"]) and not _apart(kernels["c"], kernels["d"])
-    assert not LocalFusion.can_fuse_horizontal(None, kernels["b"], kernels["d"], 1)
+    assert rules.apart(kernels["a"], kernels["c"]) and rules.apart(kernels["c"], kernels["a"])
+    assert not rules.apart(kernels["a"], kernels["b"]) and not rules.apart(kernels["c"], kernels["d"])
+    assert not rules.can_fuse_horizontal(None, kernels["b"], kernels["d"], 1)
 
 
 def test_the_pass_is_part_of_the_cache_key():

@@ -55,7 +55,7 @@ def test_the_table_of_codecs_refuses_duplicates_and_unknown_names():
     assert codec_of("bitmask") is BITMASK and BITMASK.lossless
     with pytest.raises(ValueError, match="'bitmask' is registered already"):
         register(BITMASK)
-    with pytest.raises(ValueError, match=r"bitmask, .*quantize, .*probe"):
+    with pytest.raises(ValueError, match="bitmask, fixed, probe, quantize"):
         codec_of("zip")
 
 

@@ -9,14 +9,16 @@ import torch
 from helpers.tracing import run_joint, targets, trace
 from torch import nn
 
+from xconv_fx.compiler import pipeline
 from xconv_fx.passes.drop_shape_only import shapes_only
 from xconv_fx.passes.graph import is_primal, nbytes
 
 
 def held_bytes(traced, disabled):
     """What the forward makes for the backward and holds, in bytes."""
-    job = traced.job(disabled=(*disabled, "analyse", "pose", "plan", "rewrite"), mem_budget="100%")
-    return sum(nbytes(node) for node, _ in job.pair.residuals().values() if not is_primal(node))
+    with pipeline.without(*disabled):
+        pair = traced.pair()
+    return sum(nbytes(node) for node, _ in pair.residuals().values() if not is_primal(node))
 
 
 POOLED = {
@@ -39,7 +41,7 @@ def test_the_gradient_is_the_same_and_the_input_is_let_go(case):
     for one, other in zip(before, run_joint(gm, traced.primals, tangents), strict=True):
         torch.testing.assert_close(other, one)
     # What the sines need: the image itself, which is an input, and the pooled one.
-    held = [held_bytes(traced, disabled) for disabled in ((), ("shapes_only",))]
+    held = [held_bytes(traced, disabled) for disabled in ((), ("drop_shape_only",))]
     assert held[0] == 8 * before[0].numel() and held[1] == held[0] + 8 * math.prod(shape)
 
 

@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from helpers.tracing import run_joint, run_pair, targets, trace
 from torch import nn
 
-from xconv_fx.compiler import pipeline
 from xconv_fx.ops.fixed import SPAN
 from xconv_fx.passes.find_norms import find_norms
 from xconv_fx.passes.residuals import find_residuals
-from xconv_fx.planner.solve import describe
 
 BITS = 4
 # Dims over which a norm of (2, 8, 18, 18) reduces once it is seen as (2, 8 / group, group, 324).
@@ -46,12 +44,10 @@ def traced(norm, activation=nn.ReLU):
 
 def forced(traced, codecs):
     """The job in which everything is held in fixed point, or made again from that, that may be."""
-    job = traced.job(disabled=("plan", "rewrite"), mem_budget="100%", codecs=codecs)
+    job = traced.posed(mem_budget="100%", codecs=codecs)
     names = [[candidate.option.name for candidate in row] for row in job.posed.candidates]
     choice = tuple(max(map(row.index, {"fixed", "signed", "keep"}.intersection(row))) for row in names)
-    job.plan = describe(job.posed, choice, None, 0, 0.0)
-    pipeline.rewrite(job)
-    return job
+    return job.chosen(choice)
 
 
 def held(job):
@@ -256,6 +252,6 @@ def test_what_is_found_and_what_is_legal():
 
 
 def test_nothing_is_offered_unless_it_is_named():
-    job = traced(NORMS["batch"][0]).job(disabled=("plan", "rewrite"), mem_budget="100%")
+    job = traced(NORMS["batch"][0]).posed(mem_budget="100%")
     assert "signed" not in {candidate.option.name for row in job.posed.candidates for candidate in row}
     assert "fixed" not in {candidate.option.name for row in job.posed.candidates for candidate in row}

@@ -335,13 +335,12 @@ def test_a_mask_before_a_change_of_shape_keeps_its_own_dims():
 
 
 def test_a_stream_repeats_its_draws():
-    from xconv_fx.compiler import pipeline
     from xconv_fx.ops import seed
 
     traced = tiny()
-    job = traced.job(disabled=("rewrite",), mem_budget="1GB", probes=16)
-    job.stream = 77
-    job = pipeline.run(job, disabled=tuple({step.__name__ for step in pipeline.BUDGETED} - {"rewrite"}))
+    job = traced.job(mem_budget="1GB", probes=16)
+    assert job.done is not None
+    job = job.planned(job.done, stream=77)
     steps = []
     for _ in range(2):
         seed.start(77, 5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from helpers.tracing import trace
 from torch import nn
 
+from xconv_fx.compiler import pipeline
 from xconv_fx.passes.graph import output_node
 from xconv_fx.passes.late_layout import late_layout, layout_copies, relaid_operands
 
@@ -19,8 +22,8 @@ def net():
 
 
 def pair_of(x, late, model=None):
-    return trace(model or net(), x).job(disabled=("late_layout", "pose", "plan", "rewrite") if not late else
-                                        ("pose", "plan", "rewrite"), mem_budget="1GB").pair  # fmt: skip
+    with contextlib.nullcontext() if late else pipeline.without("late_layout"):
+        return trace(model or net(), x).pair()
 
 
 def clones(graph):

@@ -8,7 +8,6 @@ from helpers.tracing import trace
 from torch import nn
 
 from xconv_fx.compiler import pipeline
-from xconv_fx.options import Options
 from xconv_fx.passes.graph import is_primal, nbytes, tensor_of
 from xconv_fx.passes.move_device import place
 
@@ -50,12 +49,9 @@ def test_graphs_that_stay():
     }
 
 
-def pair(model: nn.Module, device: str | None) -> pipeline.Job:
-    """A job up to the move."""
-    traced = trace(model, torch.randn(2, 3, 16, 16))
-    options = Options.parse({"mem_budget": "1GB"})
-    job = pipeline.Job(traced.gm, traced.joint_inputs, traced.arguments, options, device=device)
-    return pipeline.run(job, disabled=("analyse", "pose", "plan", "rewrite", "volume_kernels"))
+def pair(model: nn.Module, device: str | None) -> pipeline.Analysed:
+    """The graphs after the move."""
+    return trace(model, torch.randn(2, 3, 16, 16)).analysed(device=device)
 
 
 def test_place_takes_graphs_without_values():

@@ -11,10 +11,8 @@ from helpers.tracing import run_joint, run_pair, trace
 from torch import Tensor, fx, nn
 
 import xconv_fx
-from xconv_fx.compiler import pipeline
 from xconv_fx.passes.graph import is_primal, is_view, nbytes, output_node
 from xconv_fx.planner.slicing import Batch
-from xconv_fx.planner.solve import describe
 
 LARGEST_Z = 4.5
 
@@ -82,7 +80,7 @@ def taken(job):
 
 def uniform(traced, bits):
     """The job with codes of one width wherever the preset has codes."""
-    job = traced.job(codecs="actnn:L3", disabled=("plan", "rewrite"))
+    job = traced.posed(codecs="actnn:L3")
     places = []
     for row in job.posed.candidates:
         wanted = [
@@ -91,9 +89,7 @@ def uniform(traced, bits):
             if c.choice.codec == "bitmask" or (c.choice.codec, c.choice.bits) == ("quantize", bits)
         ]
         places.append(wanted[0] if wanted else 0)
-    job.plan = describe(job.posed, tuple(places), None, 0, 0.0)
-    pipeline.rewrite(job)
-    return job
+    return job.chosen(tuple(places))
 
 
 def relative_variance(job, traced, upstream, draws=16):

@@ -15,7 +15,7 @@ from xconv_fx.passes.liveness import timeline
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.loss import LOSS_COPIES
-from xconv_fx.planner.problem import pose, resident_bytes
+from xconv_fx.planner.problem import beside, corrected, pose, resident_bytes
 from xconv_fx.planner.surroundings import Surroundings
 
 
@@ -37,7 +37,11 @@ def pairs():
 
 
 def posed_of(pair, outside=0, corrections=None, **options):
-    return link(pose(pair, find_residuals(pair), Options.parse(options), Surroundings(outside), corrections))
+    return link(
+        corrected(
+            beside(pose(pair, find_residuals(pair), Options.parse(options)), Surroundings(outside)), corrections or {}
+        )
+    )
 
 
 def names(posed, residual):

@@ -7,6 +7,7 @@ import torch
 from helpers.tracing import Traced, trace
 from torch import nn
 
+from xconv_fx.compiler import pipeline
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.options import with_unseen
 
@@ -22,7 +23,7 @@ def traced() -> Traced:
 
 
 def planned(traced, **options):
-    plan = traced.job(disabled=("rewrite",), **options).plan
+    plan = traced.job(**options).plan
     assert plan is not None
     return plan
 
@@ -106,14 +107,11 @@ def test_probes_for_an_unknown_layer_are_an_error(traced):
 
 
 def test_corrections_make_the_plan_smaller(traced):
-    job = traced.job(disabled=("plan", "rewrite"), mem_budget="90%")
+    posed = traced.posed(mem_budget="90%")
     before = planned(traced, mem_budget="90%")
-    from xconv_fx.compiler import pipeline
-
-    job.corrections = {"forward": 2000, "loss": 2000, "backward": 2000}
-    done = {step.__name__ for step in pipeline.BUDGETED} - {"pose", "plan"}
-    job = pipeline.run(job, disabled=tuple(done))
-    assert job.plan is not None
+    corrections = {"forward": 2000, "loss": 2000, "backward": 2000}
+    job = pipeline.plan(posed.analysed, posed.posed, posed.options, corrections=corrections)
+    assert job.plan.budget is not None
     # The budget is of the corrected baseline, and the corrections are in the prediction.
     assert job.plan.baseline_peak == before.baseline_peak + 2000
     assert job.plan.predicted_peak == max(job.phase_peaks.values()) <= job.plan.budget

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from xconv_fx import __version__
 from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError, nearest
-from xconv_fx.hooks.cpython import with_stack_room
+from xconv_fx.stack_room import with_stack_room
 from xconv_fx.units import sufficient_size
 
 from . import bench, calibrate, calibrate_model, check, completion, doctor, fit, plan, sweep

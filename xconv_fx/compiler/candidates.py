@@ -46,6 +46,11 @@ class Route:
 AT_ONCE = Route()
 
 
+def compared_route(route: Route) -> Route:
+    """The route whose problem was posed for `route`: the same whatever number of slices is held."""
+    return route if route.slicing is None else replace(route, slicing=replace(route.slicing, held=0))
+
+
 @dataclass(frozen=True)
 class Way:
     """A route and its predicted plan: `noise`, that of its noisiest `layer`, and `slowdown` as a fraction of the plain

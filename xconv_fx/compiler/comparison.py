@@ -1,12 +1,13 @@
-"""Compare the ways to run one graph by their predicted plans: the batch at once, in slices, recomputed more or less.
+"""Compare the variants of one graph by their predicted plans: the batch at once, in slices, recomputed more or less.
 
-Problems are posed when they are first looked at, from a trace alone, and kept: they are solved again with what audits
-found, by other options, and for the least peak.
+Variants are traced and posed when they are first looked at. Their problems are solved again with what audits found, by
+other options, and for the least peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 from xconv_fx.errors import OptionError, XConvError
@@ -18,9 +19,10 @@ from xconv_fx.planner.problem import Posed, corrected
 from xconv_fx.planner.slicing import Batch, Slicing
 from xconv_fx.planner.solve import lowest as lowest_plan
 
-from .attempt import Compilation, Traced
-from .candidates import AT_ONCE, NEGLIGIBLE, Route, Way, allowed_seconds, best_ways, select
-from .pipeline import Job
+from .candidates import AT_ONCE, NEGLIGIBLE, Route, Way, allowed_seconds, best_ways, compared_route, select
+from .capture import Traced
+from .feedback import NOTHING_FOUND, Feedback
+from .pipeline import Analysed
 from .refusals import Lowest
 
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
@@ -30,120 +32,129 @@ LARGEST_CUT = 2000
 
 
 class Comparison:
-    """The ways to run one graph, within the budget and the limits of its options."""
+    """The variants of one graph, within the budget and the limits of its options.
+
+    `posed` are the planning problems of those that were compared; of a variant in slices it is that of one slice, and
+    the variant that of which no slices are held.
+    """
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self.jobs: dict[Route, Job] = {}
-        self.seconds = 0.0
-        self.whole: Job | None = None
-        # By routes of which no slices are held: what audits found, and the ways that were found with that.
-        self.corrections: dict[Route, dict[str, int]] = {}
-        self.compared: dict[Route, tuple[dict[str, int], list[Way]]] = {}
-        self.sliced: dict[int, tuple[Slicing, Job] | None] = {}
+        self.posed: dict[Route, Posed] = {}
+        self._notes: dict[str, None] = {}
+        self._solved: dict[tuple[Route, int | None, tuple[tuple[str, int], ...]], list[Way]] = {}
+        self._sliced: dict[int, Slicing | None] = {}
 
     @property
-    def posed(self) -> dict[Route, Posed]:
-        """The planning problems that were compared, by their routes."""
-        return {route: job.posed for route, job in self.jobs.items() if job.posed is not None}
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the plan, why there are no slices included."""
+        return (*self.traced.notes, *(note for note in self._notes if note not in self.traced.notes))
 
-    def pose(self, route: Route) -> Job | None:
-        """The job of a route up to its planning problem; None for a graph without a backward."""
-        return Compilation(self.traced, route).pose()
+    @functools.cached_property
+    def whole(self) -> Posed | None:
+        """The problem of the batch at once, to which slowdowns refer; None for a graph without a backward."""
+        return self.traced.problem(AT_ONCE)
 
-    def ways(self) -> list[Way]:
-        """The ways whose predicted plans fit the budget, best first.
+    @property
+    def seconds(self) -> float:
+        """What a step takes with everything kept, the batch at once."""
+        return 0.0 if self.whole is None else sum(self.whole.seconds.values())
 
-        Keeps the problems that it poses on the way (`posed`, of one slice with none held), and notes why there are no
-        slices.
-        """
+    def ways(self, feedback: Feedback = NOTHING_FOUND) -> list[Way]:
+        """The ways whose plans, as predicted with what audits found, fit the budget; best first."""
         options = self.traced.options
-        whole = self.whole = self.whole or self.pose(AT_ONCE)
-        if whole is None or whole.posed is None:
+        if self.whole is None:
             return [Way(AT_ONCE, 0.0, 0.0)]
-        found = []
-        self.seconds = sum(whole.posed.seconds.values())
+        found: list[Way] = []
         at_once = options.slices in (None, 1)
         if at_once:
-            self.jobs[AT_ONCE] = whole
-            found = self.ways_of(AT_ONCE)
+            self.posed[AT_ONCE] = self.whole
+            found = self.ways_of(AT_ONCE, feedback)
         if not _settled(found):
-            found = self._in_slices(whole, found)
+            found = self._in_slices(found, feedback)
         if at_once and not _settled(found):
-            others = [way for route in self._at_once(whole) for way in self.ways_of(route)]
+            others = [way for route in self._at_once() for way in self.ways_of(route, feedback)]
             log.debug("other ways at once: %s", others)
             found = found + others
         return select(found, options)
 
-    def ways_of(self, route: Route, options: Options | None = None) -> list[Way]:
-        """The ways of a posed route, with what audits found of it; with other options, without."""
-        assert self.whole is not None and self.whole.posed is not None
-        if options is not None:
-            return best_ways(self.posed[route], options, self.whole.posed, route)
-        corrections = self.corrections.get(route, {})
-        known, ways = self.compared.get(route, (None, []))
-        if known != corrections:
+    def ways_of(self, route: Route, feedback: Feedback) -> list[Way]:
+        """The ways of a variant that was posed, with what audits found of it."""
+        budget = self.traced.options.mem_budget
+        corrections = feedback.corrections(route)
+        key = route, None if budget is None else budget.bytes, tuple(sorted(corrections.items()))
+        if key not in self._solved:
+            assert self.whole is not None
             posed = corrected(self.posed[route], corrections)
-            ways = best_ways(posed, self.traced.options, self.whole.posed, route)
-            self.compared[route] = dict(corrections), ways
-        return ways
+            self._solved[key] = best_ways(posed, self.traced.options, self.whole, route)
+        return self._solved[key]
 
-    def _in_slices(self, whole: Job, found: list[Way]) -> list[Way]:
+    def ways_by(self, options: Options) -> list[Way]:
+        """The ways of all variants that were posed, by other options, and without what audits found."""
+        assert self.whole is not None
+        return [way for route, posed in self.posed.items() for way in best_ways(posed, options, self.whole, route)]
+
+    def _in_slices(self, found: list[Way], feedback: Feedback) -> list[Way]:
         """What was found, and ways to run the batch in more and more slices, until they get no better."""
         prefer = self.traced.options.prefer
-        if self.traced.options.slices == 1 or self.unsliceable(whole):
+        if self.traced.options.slices == 1 or self.unsliceable():
             return found
-        for sliced in self.slices(whole):
-            if sliced is None:
+        for slicing in self.slices():
+            if slicing is None:
                 break
             best = min((way.cost(prefer) for way in found), default=None)
-            found = found + self.ways_of(Route(sliced[0]))
-            log.debug("ways up to %d slices: %s", sliced[0].count, found)
+            found = found + self.ways_of(Route(slicing), feedback)
+            log.debug("ways up to %d slices: %s", slicing.count, found)
             if best is not None and best <= min(way.cost(prefer) for way in found):
                 break
         return found
 
-    def unsliceable(self, whole: Job) -> bool:
+    def unsliceable(self) -> bool:
         """Whether the batch cannot be run in slices; notes why. Raises `OptionError` where the user wants some."""
         graphs = "a replayed CUDA graph overwrites what the slice before it holds"
-        mixing = graphs if self.traced.options.inductor_config().get("triton.cudagraphs") else whole.mixing
-        mixing = mixing or own_gradient(self.traced.gm)
+        cuda_graphs = self.traced.options.inductor_config().get("triton.cudagraphs")
+        mixing = (graphs if cuda_graphs else self._full_batch().mixing) or own_gradient(self.traced.gm)
         if self.traced.batch is None or mixing:
             self._cannot_slice(mixing)
             return True
         return False
 
-    def slices(self, whole: Job) -> Iterator[tuple[Slicing, Job] | None]:
-        """Slicings and their jobs, posed when they are asked for; None, and no more, where the graph is not the same
+    def _full_batch(self) -> Analysed:
+        found = self.traced.analysed(AT_ONCE)
+        assert found is not None, "a graph without a backward is not compared"
+        return found
+
+    def slices(self) -> Iterator[Slicing | None]:
+        """Slicings whose problems are posed when they are asked for; None, and no more, where the graph is not the same
         for a slice."""
         assert self.traced.batch is not None
-        for wanted in self._slicings(self.traced.batch, whole):
-            if wanted.count not in self.sliced:
-                self.sliced[wanted.count] = self._sliced(wanted)
-            found = self.sliced[wanted.count]
-            if found is not None:
-                self.jobs[Route(found[0])] = found[1]
+        for wanted in self._slicings(self.traced.batch):
+            if wanted.count not in self._sliced:
+                self._sliced[wanted.count] = self._traceable(wanted)
+            found = self._sliced[wanted.count]
+            if found is not None and (posed := self.traced.problem(Route(found))) is not None:
+                self.posed[Route(found)] = posed
             yield found
             if found is None:
                 return
 
-    def _at_once(self, whole: Job) -> Iterator[Route]:
+    def _at_once(self) -> Iterator[Route]:
         """Other ways to run all of the batch, posed: contiguous volumes, and recomputed convolutions by a smaller cut.
 
         The cut takes torch longer than all else in a large graph.
         """
         options = self.traced.options
         routes = [Route(relayout=False)] if volume_convolutions(self.traced.gm) else []
-        small = len(whole.joint.graph.nodes) <= LARGEST_CUT
+        small = self._full_batch().operations <= LARGEST_CUT
         if small and "recompute" in options.codecs and options.probes == Probes():
             routes += [Route(saved=saved) for saved in SAVED]
         for route in routes:
-            job = self.jobs.get(route) or self.pose(route)
-            if job is not None and job.posed is not None:
-                self.jobs[route] = job
+            posed = self.traced.problem(route)
+            if posed is not None:
+                self.posed[route] = posed
                 yield route
 
-    def _slicings(self, batch: Batch, whole: Job) -> list[Slicing]:
+    def _slicings(self, batch: Batch) -> list[Slicing]:
         """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
         counts, fixed = batch.counts(), self.traced.options.slices
         if fixed is not None and fixed not in counts:
@@ -153,29 +164,30 @@ class Comparison:
         for count in counts:
             if count == counts[-1] or not chosen or count >= 2 * chosen[-1]:
                 chosen.append(count)
-        relaid, copies = whole.relaid
+        whole = self._full_batch()
         return [
-            Slicing(batch, n, 0, whole.draws, relaid, copies, whole.changed)
-            for n in (chosen if fixed is None else [fixed])
+            Slicing(batch, count, 0, whole.draws, whole.relaid, whole.copies, whole.changed)
+            for count in (chosen if fixed is None else [fixed])
         ]
 
-    def _sliced(self, slicing: Slicing) -> tuple[Slicing, Job] | None:
-        """The job of a slice; None, with a note, when the graph is not the same for a slice.
+    def _traceable(self, slicing: Slicing) -> Slicing | None:
+        """The slicing as the graph can be traced for it; None, with a note, when the graph is not the same for a slice.
 
         Weights laid out channels-last make channels-last activations, of which a model's `view` may not be possible:
         then every slice lays them out for itself.
         """
+        reason = ""
         for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
             try:
-                job = self.pose(Route(way))
+                found = self.traced.analysed(Route(way))
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
                 reason = str(error).partition("\n")[0]
                 continue
-            if job is not None and not job.mixing:
-                return way, job
-            reason = "" if job is None else job.mixing
+            if found is not None and not found.mixing:
+                return way
+            reason = "" if found is None else found.mixing
             break
         self._cannot_slice(f"it cannot be traced for {slicing.samples} samples: {reason}")
         return None
@@ -183,40 +195,32 @@ class Comparison:
     def _cannot_slice(self, reason: str) -> None:
         if self.traced.options.slices is not None:
             raise OptionError("slices", self.traced.options.slices, f"the batch cannot be sliced: {reason}")
-        note = f"the batch is not run in slices: {reason}"
-        if note not in self.traced.notes:
-            self.traced = replace(self.traced, notes=(*self.traced.notes, note))
+        self._notes[f"the batch is not run in slices: {reason}"] = None
 
     def allowed(self, route: Route) -> float | None:
-        """What `Bounds` says of the route's choices."""
+        """What `Bounds` says of the variant's choices."""
         limit = self.traced.options.max_slowdown
-        if limit is None or self.whole is None or self.whole.posed is None:
+        if limit is None or self.whole is None:
             return None
-        posed = self.whole.posed if route == AT_ONCE else self.posed[compared_route(route)]
-        return allowed_seconds(posed, self.whole.posed, route.slicing, limit)
+        posed = self.whole if route == AT_ONCE else self.posed[compared_route(route)]
+        return allowed_seconds(posed, self.whole, route.slicing, limit)
 
-    def lowest(self, options: Options, corrections: Mapping[Route, dict[str, int]] | None = None) -> Lowest | None:
-        """The plan of least predicted peak within the limits of `options`, over all routes; None where none is within
+    def lowest(self, options: Options, feedback: Feedback = NOTHING_FOUND) -> Lowest | None:
+        """The plan of least predicted peak within the limits of `options`, over all variants; None where none is within
         `max_slowdown`."""
-        whole = self.whole
-        assert whole is not None
+        assert self.whole is not None
         if options.slices in (None, 1):
-            self.jobs[AT_ONCE] = whole
-            list(self._at_once(whole))
-        if options.slices != 1 and not self.unsliceable(whole):
-            list(self.slices(whole))
+            self.posed[AT_ONCE] = self.whole
+            list(self._at_once())
+        if options.slices != 1 and not self.unsliceable():
+            list(self.slices())
         plans = []
         for route, posed in self.posed.items():
             seconds = self.allowed(route)
             if seconds is None or seconds >= 0:
-                posed = corrected(posed, (corrections or {}).get(route, {}))
+                posed = corrected(posed, feedback.corrections(route))
                 plans.append(Lowest(route, posed, lowest_plan(posed, options, route.slicing, seconds)))
         return min(plans, key=lambda plan: plan.predicted, default=None)
-
-
-def compared_route(route: Route) -> Route:
-    """The route whose problem was posed for `route`: the same whatever number of slices is held."""
-    return route if route.slicing is None else replace(route, slicing=replace(route.slicing, held=0))
 
 
 def _settled(ways: list[Way]) -> bool:

@@ -1,217 +1,329 @@
-"""The pipeline: every pass over a joint graph, in order.
+"""The pipeline: from a joint graph to the forward and the backward that are compiled, stage by stage.
 
-    joint graph -> deduplicate -> separate -> split_backward -> gather_pooling -> shapes_only
-                -> partition -> forward, backward -> hoist -> place -> late_layout -> analyse -> pose -> plan
-                -> rewrite -> volume_kernels
+    Joint        NORMALISE, what mixes samples, LOWER: passes over the joint graph as AOTAutograd traced it
+    Partitioned  PREPARE: passes over forward and backward, which torch's partitioner made of it
+    Analysed     residuals, what the graph is like; the planning problem in numbers
+    Planned      a choice for every residual
+    Pair         FINISH: passes that write the plan into a copy of forward and backward
 
-A pass is a function of a `Job` that reads and fills its fields. The runner owns timing, logging and disabling by name
-(`disabled`); passes contain none of that.
+A stage is a value: it is made of the one before, and graphs are rewritten only on the way to the next. So one analysis
+serves many plans, and every attempt at generating code starts from a copy.
+
+A pass is a row of name and function; the runner owns timing, logging, the trace (`TORCH_TRACE` gets what each pass
+changed, as a diff of the code), verification and disabling by name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.errors import OptionError, join_clauses, nearest
+from xconv_fx.hooks import trace
 from xconv_fx.options import Options
 from xconv_fx.passes.batch_separability import NOTHING, separability
 from xconv_fx.passes.canonical_views import name_shapes
-from xconv_fx.passes.conv3d_kernels import volume_kernels as choose_volume_kernels
-from xconv_fx.passes.drop_shape_only import shapes_only as forget_values
-from xconv_fx.passes.gather_pooling import gather_pooling as gather_pool_backward
+from xconv_fx.passes.conv3d_kernels import volume_kernels
+from xconv_fx.passes.drop_shape_only import shapes_only
+from xconv_fx.passes.gather_pooling import gather_pooling
 from xconv_fx.passes.graph import nbytes
-from xconv_fx.passes.insert_codecs import rewrite as rewrite_pair
-from xconv_fx.passes.late_layout import late_layout as lay_out_late
-from xconv_fx.passes.late_layout import relaid_operands
-from xconv_fx.passes.move_device import place as place_halves
-from xconv_fx.passes.partition import Pair
-from xconv_fx.passes.partition import hoist as hoist_saved
-from xconv_fx.passes.partition import partition as partition_joint
+from xconv_fx.passes.insert_codecs import rewrite
+from xconv_fx.passes.late_layout import late_layout, relaid_operands
+from xconv_fx.passes.move_device import place
+from xconv_fx.passes.partition import Pair, hoist, partition
 from xconv_fx.passes.residuals import Residual, find_residuals
-from xconv_fx.passes.scatter_pooling import scatter_pooling as scatter_pool_backward
-from xconv_fx.passes.split_conv_backward import split_backward as split_joint
+from xconv_fx.passes.scatter_pooling import scatter_pooling
+from xconv_fx.passes.split_conv_backward import split_backward
 from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
 from xconv_fx.planner import solve
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.microbatch import slice_step
 from xconv_fx.planner.peak_scenarios import ONCE, Calls
-from xconv_fx.planner.problem import Posed
-from xconv_fx.planner.problem import pose as pose_problem
+from xconv_fx.planner.problem import Posed, corrected, pose
 from xconv_fx.planner.slicing import Batch, Slicing
-from xconv_fx.planner.surroundings import ALONE, Surroundings
+
+S = TypeVar("S")
 
 
-@dataclass
-class Job:
-    """One joint graph on its way through the pipeline.
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph, and what it is for.
 
-    `arguments` are the partitioner's. `around` is what is alive during the step besides this graph's own tensors,
-    `corrections` what audits found the prediction of a phase ("forward", "loss", "backward") to be short of; in bytes.
-    `goes_on` says that its results are read by further code of the model, `calls` how often it runs in a step.
-    `stream` names a fixed sequence of seeds; `batch` says which inputs hold samples (None: none do), and `slicing` how
-    many of them this graph is for (None: all); `saved` is the share of the residuals that the partitioner may save,
-    the others being recomputed from them, convolutions included. `device` is where the graphs are moved to after they
-    were traced on another one (None: nowhere), `bounds` what is known of the plan beforehand. The fields below are
-    filled by the passes: `mixing` is why the batch cannot be sliced, "" when it can, `draws` and `changed` what slices
-    need to know (`Separability`); `phase_peaks` are the plan's.
+    `inputs` and `arguments` are the partitioner's. `batch` says which inputs hold samples (None: none do), and
+    `samples` how many; `saved` is the share of the residuals that the partitioner may save, the others being recomputed
+    from them, convolutions included. `device` is where the graphs are moved to after they were traced on another one
+    (None: nowhere). `plain` graphs stay Inductor's own, and are only made right.
     """
 
-    joint: fx.GraphModule
-    joint_inputs: Sequence[object]
-    arguments: dict[str, Any]
-    options: Options
-    around: Surroundings = ALONE
-    corrections: dict[str, int] = field(default_factory=dict)
-    goes_on: bool = False
-    calls: Calls = ONCE
-    stream: int | None = None
+    graph: fx.GraphModule
+    inputs: Sequence[object]
+    arguments: Mapping[str, Any]
     batch: Batch | None = None
-    slicing: Slicing | None = None
+    samples: int = 0
     saved: float = 1.0
     device: str | None = None
-    bounds: solve.Bounds = solve.ANY
-    draws: str = NOTHING
-    changed: tuple[int, ...] = ()
-    mixing: str = "no input holds several samples"
-    pair: Pair | None = None
-    residuals: dict[str, Residual] = field(default_factory=dict)
-    posed: Posed | None = None
-    plan: Plan | None = None
-    phase_peaks: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def relaid(self) -> tuple[tuple[int, ...], int]:
-        """Which inputs are convolution weights that Inductor copies to channels-last, and the copies' bytes."""
-        assert self.pair is not None
-        weights = relaid_operands(self.pair.forward, 1)
-        names = [node.name for node in self.joint.graph.find_nodes(op="placeholder")]
-        return tuple(names.index(node.name) for node in weights), sum(map(nbytes, weights))
-
-    @property
-    def samples(self) -> int:
-        """Samples of the batch that the graph is for."""
-        assert self.batch is not None
-        return self.batch.size if self.slicing is None else self.slicing.samples
+    plain: bool = False
 
 
-def deduplicate(job: Job) -> None:
-    hooks.deduplicate(job.joint)
+@dataclass(frozen=True)
+class Partitioned:
+    """Forward and backward of a joint graph, and where they are to be moved."""
+
+    pair: Pair
+    device: str | None = None
 
 
-def plain_views(job: Job) -> None:
-    name_shapes(job.joint)
+@dataclass(frozen=True)
+class Analysed:
+    """Forward and backward before any plan, which nobody changes any more, and what was found in them.
+
+    `mixing` is why the batch cannot be sliced, "" when it can; `draws` and `changed` are what slices need to know
+    (`Separability`). `relaid` are the inputs that are convolution weights which Inductor copies to channels-last, by
+    their indices, and `copies` the bytes of the copies. `operations` are the nodes of the joint graph.
+    """
+
+    pair: Pair
+    residuals: Mapping[str, Residual]
+    mixing: str
+    draws: str
+    changed: tuple[int, ...]
+    relaid: tuple[int, ...]
+    copies: int
+    operations: int
+
+    def problem(
+        self,
+        options: Options,
+        goes_on: bool = False,
+        calls: Calls = ONCE,
+        sliced: bool = False,
+    ) -> Posed:
+        """The planning problem of this graph alone: of one slice, whatever number of slices is kept, or of the step.
+
+        `goes_on` says that its results are read by further code of the model, `calls` how often it runs in a step.
+        """
+        posed = link(pose(self.pair, self.residuals, options, not self.mixing, goes_on))
+        posed = replace(posed, calls=calls)
+        return posed if sliced else slice_step(posed, None)
 
 
-def separate(job: Job) -> None:
-    if job.batch is not None:
-        found = separability(job.joint, job.batch.batched, job.samples, job.arguments["num_fwd_outputs"])
-        job.mixing, job.draws, job.changed = found.mixing, found.draws, found.changed
+@dataclass(frozen=True)
+class Planned:
+    """A plan for an analysed graph: `posed` is the problem that it solves, `phase_peaks` its predicted peaks."""
+
+    analysed: Analysed
+    posed: Posed
+    slicing: Slicing | None
+    plan: Plan
+    phase_peaks: Mapping[str, int]
 
 
-def split_backward(job: Job) -> None:
-    split_joint(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
+@dataclass(frozen=True)
+class Pass(Generic[S]):
+    """A rewrite of a stage's graphs. Without an `optional` one the results are the same, by a slower or larger step.
+
+    `always` runs for plain graphs as well.
+    """
+
+    name: str
+    apply: Callable[[S], object]
+    optional: bool = False
+    always: bool = False
 
 
-def scatter_pooling(job: Job) -> None:
-    scatter_pool_backward(job.joint)
+def _channels_last(joint: Joint) -> bool:
+    return hooks.channels_last_convolutions(joint.graph, joint.device)
 
 
-def gather_pooling(job: Job) -> None:
-    gather_pool_backward(job.joint)
+NORMALISE: tuple[Pass[Joint], ...] = (
+    Pass("deduplicate", lambda joint: hooks.deduplicate(joint.graph), always=True),
+    Pass("canonical_views", lambda joint: name_shapes(joint.graph), optional=True),
+)
+LOWER: tuple[Pass[Joint], ...] = (
+    Pass("split_conv_backward", lambda joint: split_backward(joint.graph, _channels_last(joint))),
+    Pass("scatter_pooling", lambda joint: scatter_pooling(joint.graph), always=True),
+    Pass("gather_pooling", lambda joint: gather_pooling(joint.graph), optional=True),
+    Pass("drop_shape_only", lambda joint: shapes_only(joint.graph, _channels_last(joint)), optional=True),
+)
+PREPARE: tuple[Pass[Partitioned], ...] = (
+    Pass("hoist", lambda halves: hoist(halves.pair.forward.graph), optional=True),
+    Pass("move_device", lambda halves: _move(halves), always=True),
+    Pass("late_layout", lambda halves: late_layout(halves.pair), optional=True),
+)
 
 
-def shapes_only(job: Job) -> None:
-    forget_values(job.joint, hooks.channels_last_convolutions(job.joint, job.device))
+def _move(halves: Partitioned) -> None:
+    if halves.device is not None:
+        place((halves.pair.forward, halves.pair.backward), halves.device)
 
 
-def partition(job: Job) -> None:
-    job.pair = partition_joint(job.joint, job.joint_inputs, job.saved, **job.arguments)
-
-
-def hoist(job: Job) -> None:
-    assert job.pair is not None
-    hoist_saved(job.pair.forward.graph)
-
-
-def place(job: Job) -> None:
-    if job.device is not None:
-        assert job.pair is not None
-        place_halves((job.pair.forward, job.pair.backward), job.device)
-
-
-def late_layout(job: Job) -> None:
-    assert job.pair is not None
-    lay_out_late(job.pair)
-
-
-def analyse(job: Job) -> None:
-    assert job.pair is not None
-    job.residuals = find_residuals(job.pair)
-
-
-def pose(job: Job) -> None:
-    assert job.pair is not None
-    apart = not job.mixing
-    posed = link(pose_problem(job.pair, job.residuals, job.options, job.around, job.corrections, apart, job.goes_on))
-    posed = replace(posed, calls=job.calls)
-    # Of a slice it is the problem for any number of slices that are held.
-    job.posed = posed if job.slicing is not None else slice_step(posed, None)
-
-
-def plan(job: Job) -> None:
-    assert job.posed is not None
-    job.plan, job.phase_peaks = solve.plan(job.posed, job.options, job.slicing, job.bounds)
-
-
-def rewrite(job: Job) -> None:
-    assert job.pair is not None and job.posed is not None and job.plan is not None
-    rewrite_pair(job.pair, job.residuals, job.posed.chains, job.plan.choices, job.stream, job.posed.norms)
-
-
-def volume_kernels(job: Job) -> None:
-    assert job.pair is not None
-    for half in (job.pair.forward, job.pair.backward):
-        choose_volume_kernels(half.graph)
+def _kernels(pair: Pair) -> None:
+    for half in (pair.forward, pair.backward):
+        volume_kernels(half.graph)
         half.recompile()
 
 
-Pass = Callable[[Job], None]
+# What runs last, over what the plan was written into.
+KERNELS: Pass[Pair] = Pass("conv3d_kernels", _kernels, optional=True)
+OPTIONAL = [one.name for row in (NORMALISE, LOWER, PREPARE, (KERNELS,)) for one in row if one.optional]
 
-BUDGETED: tuple[Pass, ...] = (
-    deduplicate,
-    plain_views,
-    separate,
-    split_backward,
-    scatter_pooling,
-    gather_pooling,
-    shapes_only,
-    partition,
-    hoist,
-    place,
-    late_layout,
-    analyse,
-    pose,
-    plan,
-    rewrite,
-    volume_kernels,
-)
-# Without a budget or probes: Inductor's own forward and backward, made right, and the report on what they hold.
-PLAIN: tuple[Pass, ...] = (deduplicate, scatter_pooling, partition, place, analyse, pose, plan)
+_disabled: ContextVar[frozenset[str]] = ContextVar("disabled", default=frozenset())
+_verified: ContextVar[bool] = ContextVar("verified", default=False)
 
 
-def run(job: Job, disabled: Sequence[str] = ()) -> Job:
-    """Run every pass that is not disabled by name, in order."""
-    passes = PLAIN if job.options.plain else BUDGETED
-    for step in passes:
-        if step.__name__ in disabled:
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Within this context these optional passes do not run. Raises `OptionError` for any other name."""
+    for name in names:
+        if name not in OPTIONAL:
+            hint = join_clauses("no such optional pass;", nearest(name, OPTIONAL), f"they are {', '.join(OPTIONAL)}")
+            raise OptionError("pass", name, hint)
+    token = _disabled.set(_disabled.get() | set(names))
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[None]:
+    """Within this context graphs are checked after every pass: that they are well-formed, and fit together."""
+    token = _verified.set(True)
+    try:
+        yield
+    finally:
+        _verified.reset(token)
+
+
+def run(passes: Sequence[Pass[S]], stage: S, plain: bool = False) -> None:
+    """Run the passes that are not disabled, in order, over a stage's graphs; of plain ones those alone that must."""
+    for one in passes:
+        if (one.optional and one.name in _disabled.get()) or (plain and not one.always):
             continue
+        before = _text(stage) if trace.listening() else None
         start = time.perf_counter()
-        step(job)
-        log.debug("pass %s: %.3f s", step.__name__, time.perf_counter() - start)
-    return job
+        one.apply(stage)
+        log.debug("pass %s: %.3f s", one.name, time.perf_counter() - start)
+        if before is not None:
+            _dump(one.name, before, _text(stage))
+        if _verified.get():
+            _verify(stage)
+
+
+def _graphs(stage: object) -> dict[str, fx.GraphModule]:
+    if isinstance(stage, Joint):
+        return {"joint": stage.graph}
+    pair = stage.pair if isinstance(stage, Partitioned) else stage
+    assert isinstance(pair, Pair)
+    return {"forward": pair.forward, "backward": pair.backward}
+
+
+def _text(stage: object) -> list[str]:
+    return [
+        line for name, half in _graphs(stage).items() for line in (f"# {name}", *str(half.graph).splitlines())
+    ]  # fmt: skip
+
+
+def _dump(name: str, before: Sequence[str], after: Sequence[str]) -> None:
+    changes = "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=2))
+    trace.artifact(f"xconv_pass_{name}", lambda: changes or "nothing changed", "string")
+
+
+def _verify(stage: object) -> None:
+    for half in _graphs(stage).values():
+        half.graph.lint()
+    if not isinstance(stage, Joint):
+        pair = stage.pair if isinstance(stage, Partitioned) else stage
+        assert isinstance(pair, Pair)
+        pair.verify()
+
+
+def analyse(joint: Joint) -> Analysed:
+    """Partition a joint graph, which is rewritten on the way, and find what there is to plan."""
+    run(NORMALISE, joint, joint.plain)
+    mixing, draws, changed = "no input holds several samples", NOTHING, ()
+    if joint.batch is not None and not joint.plain:
+        found = separability(joint.graph, joint.batch.batched, joint.samples, joint.arguments["num_fwd_outputs"])
+        mixing, draws, changed = found.mixing, found.draws, found.changed
+    run(LOWER, joint, joint.plain)
+    operations = len(joint.graph.graph.nodes)
+    names = [node.name for node in joint.graph.graph.find_nodes(op="placeholder")]
+    halves = Partitioned(partition(joint.graph, joint.inputs, joint.saved, **joint.arguments), joint.device)
+    run(PREPARE, halves, joint.plain)
+    weights = [] if joint.plain else relaid_operands(halves.pair.forward, 1)
+    return Analysed(
+        halves.pair,
+        find_residuals(halves.pair),
+        mixing,
+        draws,
+        changed,
+        tuple(names.index(node.name) for node in weights),
+        sum(map(nbytes, weights)),
+        operations,
+    )
+
+
+def plan(
+    analysed: Analysed,
+    posed: Posed,
+    options: Options,
+    slicing: Slicing | None = None,
+    corrections: Mapping[str, int] | None = None,
+    bounds: solve.Bounds = solve.ANY,
+) -> Planned:
+    """The plan for a problem of this graph, whose phases audits found to be short of the `corrections`, in bytes.
+
+    Raises `BudgetInfeasibleError`, and `OptionError` where what the options ask for breaks a limit.
+    """
+    posed = corrected(posed, corrections or {})
+    found, peaks = solve.plan(posed, options, slicing, bounds)
+    return Planned(analysed, posed, slicing, found, peaks)
+
+
+def finish(planned: Planned, stream: int | None = None, plain: bool = False) -> Pair:
+    """Forward and backward with the plan written into them; `stream` names a fixed sequence of seeds."""
+    pair, nodes = planned.analysed.pair.copy()
+    if plain:
+        return pair
+    moved = Carried(nodes)
+    insert: Pass[Pair] = Pass(
+        "insert_codecs",
+        lambda pair: rewrite(
+            pair,
+            moved(planned.analysed.residuals),
+            moved(planned.posed.chains),
+            planned.plan.choices,
+            stream,
+            moved(planned.posed.norms),
+        ),
+    )
+    run((insert, KERNELS), pair)
+    return pair
+
+
+class Carried:
+    """Values that hold nodes of a graph, as they are of its copy."""
+
+    def __init__(self, nodes: Mapping[fx.Node, fx.Node]) -> None:
+        self.nodes = nodes
+
+    def __call__(self, value: Any) -> Any:
+        """The same value, of the copy's nodes; `value` is a node, a dataclass, or a collection of such."""
+        if isinstance(value, fx.Node):
+            return self.nodes[value]
+        if isinstance(value, Mapping):
+            return {self(key): self(one) for key, one in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self(one) for one in value)
+        if hasattr(value, "__dataclass_fields__"):
+            return replace(value, **{name: self(getattr(value, name)) for name in value.__dataclass_fields__})
+        return value

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xconv_fx.errors import BudgetInfeasibleError, XConvError
@@ -27,10 +27,12 @@ from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Plan
 from xconv_fx.planner.solve import Bounds
 
-from .attempt import Compilation, Traced
 from .candidates import AT_ONCE, Route, Way, select, slowdown
-from .comparison import Comparison, compared_route
-from .pipeline import Job
+from .capture import Traced
+from .comparison import Comparison
+from .feedback import NOTHING_FOUND, Feedback
+from .generate import Audited, Generated, generate, plan, report
+from .pipeline import Planned
 from .refusals import Lowest, refusal
 
 # Plans that are generated before the one of least peak is.
@@ -43,16 +45,35 @@ FAR = 1.5
 CLOSE = 0.05
 
 
-class Strategy(Comparison):
+@dataclass(frozen=True)
+class PlannedGraph:
+    """What a graph was planned as, on predictions alone: its variant, its plan, and that as it was recorded."""
+
+    route: Route
+    planned: Planned
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The way that was taken, its code, and how many plans were generated on the way there."""
+
+    way: Way
+    generated: Generated
+    tried: int
+    foreseen: float | None
+
+
+class Strategy:
     """The search for a way to run one graph within its budget."""
 
     def __init__(self, traced: Traced) -> None:
-        super().__init__(traced)
-        self.planned: Compilation | None = None
-        # Ways that were rejected, with the corrections that they were planned with.
-        self.rejected: dict[Route, dict[str, int]] = {}
-        self.tried = 0
-        self.foreseen: float | None = None
+        self.comparison = Comparison(traced)
+
+    @property
+    def traced(self) -> Traced:
+        """What is compiled."""
+        return self.comparison.traced
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
@@ -61,43 +82,45 @@ class Strategy(Comparison):
             return self._preset()
         if options.mem_budget is None:
             return self._without_budget()
-        plain: Compilation | None = None
+        plain: Generated | None = None
         if options.mem_budget.bytes is None or not (known := self._beyond_doubt(options.mem_budget.bytes)):
             plain = self._plain()
             budget = self._budget(options.mem_budget, plain.peak)
             known = {"baseline_peak": plain.peak, "budget": budget}
             if plain.peak <= options.usable(budget) and self._plain_will_do:
-                return _finished(plain, **known)
-            self.traced = self.traced.within(budget)
-        found = self._search()
-        if found is None:
-            return self._least(plain, **known)
-        way, compilation = found
-        return _finished(compilation, attempts=self.tried, foreseen=self.foreseen, **known, **self._time(way))
+                return self._finished(plain, **known)
+            self.comparison.traced = self.traced.within(budget)
+        taken = self._search()
+        if isinstance(taken, _Taken):
+            return self._finished(
+                taken.generated, attempts=taken.tried, foreseen=taken.foreseen, **known, **self._time(taken.way)
+            )
+        return self._least(plain, *taken, **known)
 
     def _without_budget(self) -> Callable[..., Any]:
         """The step as it is, or in as many slices as the user wants, all of them held."""
         route = self._wanted_route()
-        compilation = Compilation(self.traced, route)
-        compilation.generate()
-        self._check_limits(compilation.job)
-        return _finished(compilation)
+        planned = plan(self.traced, route)
+        self._check_limits(planned)
+        return self._finished(generate(self.traced, route, planned))
 
     def _wanted_route(self) -> Route:
-        """The route of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
+        """The variant of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
         if self.traced.options.slices in (None, 1):
             return AT_ONCE
-        whole = self.whole = self.pose(AT_ONCE)
-        if whole is None or self.unsliceable(whole):
+        if self.comparison.whole is None or self.comparison.unsliceable():
             return AT_ONCE
-        ((slicing, _),) = filter(None, self.slices(whole))
+        (slicing,) = filter(None, self.comparison.slices())
         return Route(replace(slicing, held=slicing.count))
 
-    def _plain(self) -> Compilation:
+    @functools.cached_property
+    def _inductors(self) -> Generated:
+        plain = self.traced.plain()
+        return generate(plain, AT_ONCE, plan(plain, AT_ONCE), enforced=False)
+
+    def _plain(self) -> Generated:
         """The code that Inductor generates by itself, without kernels."""
-        inductor = Compilation(self.traced.plain(), enforced=False)
-        inductor.generate()
-        return inductor
+        return self._inductors
 
     @property
     def _plain_will_do(self) -> bool:
@@ -105,28 +128,38 @@ class Strategy(Comparison):
         options = self.traced.options
         return options.probes == Probes() and options.slices in (None, 1)
 
-    def _search(self) -> tuple[Way, Compilation] | None:
-        """The best way whose generated code fits, by predictions that are corrected by every audit."""
-        while self.tried < ATTEMPTS:
-            way = next((way for way in self.ways() if not self._repeats(way)), None)
+    def _search(self) -> _Taken | tuple[int, float | None]:
+        """The best way whose generated code fits, by predictions that are corrected by every audit.
+
+        Where there is none, how many were generated, and how well the first was foreseen.
+        """
+        feedback, tried, foreseen = NOTHING_FOUND, 0, None
+        while tried < ATTEMPTS:
+            way = next((way for way in self.comparison.ways(feedback) if not feedback.repeats(way.route)), None)
             if way is None:
-                return None
-            corrections = self.corrections.setdefault(compared_route(way.route), {})
-            self.rejected[way.route] = dict(corrections)
-            bounds = Bounds(self.allowed(way.route))
-            compilation = Compilation(self.traced, way.route, corrections, bounds=bounds)
-            self.tried += 1
-            compiled = compilation.attempt(1)
-            self.foreseen = self.foreseen or compilation.foreseen
-            if compiled is not None:
-                return self._exact_instead(way, compilation) or (way, compilation)
-        return None
+                break
+            tried += 1
+            generated = self._attempt(way.route, feedback)
+            if generated is None:
+                feedback = feedback.without(way.route)
+                continue
+            foreseen = foreseen or generated.foreseen
+            if generated.step is None:
+                feedback = feedback.after(generated)
+                continue
+            found = _Taken(way, generated, tried, foreseen)
+            return self._exact_instead(found, feedback) or found
+        return tried, foreseen
 
-    def _repeats(self, way: Way) -> bool:
-        """Whether the way was rejected, and nothing is known since that would change its plan."""
-        return self.rejected.get(way.route) == self.corrections.get(compared_route(way.route), {})
+    def _attempt(self, route: Route, feedback: Feedback) -> Generated | None:
+        """Code for a way; None where the planner sees no plan of it any more, by what audits found."""
+        try:
+            planned = plan(self.traced, route, feedback.corrections(route), Bounds(self.comparison.allowed(route)))
+        except BudgetInfeasibleError:
+            return None
+        return generate(self.traced, route, planned)
 
-    def _exact_instead(self, noisy: Way, generated: Compilation) -> tuple[Way, Compilation] | None:
+    def _exact_instead(self, noisy: _Taken, feedback: Feedback) -> _Taken | None:
         """The plain step, or the exact way of least peak, where that is better than a noisy one and its code fits.
 
         Predictions err, and corrections as well: what other plans were found to be short of may be less for these. So
@@ -134,34 +167,31 @@ class Strategy(Comparison):
         off.
         """
         options = self.traced.options
-        if noisy.noise == 0 or options.codecs.exact or options.probes != Probes():
+        if noisy.way.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
         assert options.mem_budget is not None
         usable = options.usable(options.mem_budget.resolve(0))
-        doubtful = usable * (1 + CLOSE) + _overestimated(generated)
+        doubtful = usable * (1 + CLOSE) + _overestimated(noisy.generated)
         if self._plain_will_do and self._plain_predicted <= doubtful:
             plain = self._plain()
             if plain.peak <= usable:
-                return Way(AT_ONCE, 0.0, 0.0), plain
+                return replace(noisy, way=Way(AT_ONCE, 0.0, 0.0), generated=plain)
         exact = replace(options, max_noise=0.0)
-        found = self.lowest(exact, self.corrections)
+        found = self.comparison.lowest(exact, feedback)
         if found is None or found.predicted > doubtful:
             return None
-        corrections = self.corrections.get(compared_route(found.route), {})
-        compilation = self._generated(found, exact, dict(corrections))
-        way = self._way_of(compilation)
-        better = way.cost(options.prefer) < noisy.cost(options.prefer)
-        return (way, compilation) if better and compilation.peak <= usable else None
+        generated = self._generated(found, exact, feedback)
+        way = self._way_of(found.route, generated.planned)
+        better = way.cost(options.prefer) < noisy.way.cost(options.prefer)
+        return _Taken(way, generated, noisy.tried + 1, noisy.foreseen) if better and generated.peak <= usable else None
 
-    def _generated(self, found: Lowest, options: Options, corrections: dict[str, int]) -> Compilation:
+    def _generated(self, found: Lowest, options: Options, feedback: Feedback = NOTHING_FOUND) -> Generated:
         """The code of a plan of least peak, whatever its peak turns out to be."""
         needed = options.needed(found.predicted)
         traced = replace(self.traced, options=replace(options, mem_budget=Budget(bytes=needed)))
-        bounds = Bounds(self.allowed(found.route), found.found.choice)
-        compilation = Compilation(traced, found.route, corrections, enforced=False, bounds=bounds)
-        self.tried += 1
-        compilation.generate()
-        return compilation
+        bounds = Bounds(self.comparison.allowed(found.route), found.found.choice)
+        planned = plan(traced, found.route, feedback.corrections(found.route), bounds)
+        return generate(traced, found.route, planned, enforced=False)
 
     def _budget(self, wanted: Budget, plain: int) -> int:
         """The budget in bytes, of a step that takes `plain` without xconv."""
@@ -176,42 +206,39 @@ class Strategy(Comparison):
                 plain = self._plain().peak
                 known["baseline_peak"] = plain
             known["budget"] = self._budget(options.mem_budget, plain)
-        compilation = Compilation(self.traced, enforced=False)
-        compilation.generate()
-        if compilation.job is not None:
-            self._check_preset(compilation.job, compilation.peak, known.get("budget"))
-        return _finished(compilation, **known)
+        planned = plan(self.traced, AT_ONCE)
+        generated = generate(self.traced, AT_ONCE, planned, enforced=False)
+        if planned is not None:
+            self._check_preset(planned, generated.peak, known.get("budget"))
+        return self._finished(generated, **known)
 
-    def _check_preset(self, job: Job, reached: int, budget: int | None) -> None:
+    def _check_preset(self, planned: Planned, reached: int, budget: int | None) -> None:
         """Raise unless the plan of a preset, whose peak is `reached`, is within the budget and the limits."""
-        options, plan = self.traced.options, job.plan
-        assert plan is not None and job.posed is not None
+        options, plan = self.traced.options, planned.plan
         if budget is not None and reached > options.usable(budget):
             largest = [(c.layer or c.residual, c.bytes_after) for c in plan.choices]
             largest.append(("parameters, buffers and inputs", plan.fixed_bytes))
             note = f"codecs={options.codecs.preset!r} fixes how everything is held; 'all' lets it be planned"
             raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.traced.notes, note))
-        self._check_limits(job)
+        self._check_limits(planned)
 
-    def _check_limits(self, job: Job | None) -> None:
+    def _check_limits(self, planned: Planned | None) -> None:
         """Raise `OptionError` where a plan that the options name breaks a limit of theirs."""
-        if job is None or job.plan is None or job.posed is None:
+        if planned is None or not self.traced.options.given_limits():
             return
-        layer = max((noise for _, noise in job.plan.layers), default=0.0)
-        slower = slowdown(
-            job.posed, self.whole.posed if self.whole and self.whole.posed else job.posed, job.slicing, job.plan.time
-        )
-        select([Way(AT_ONCE, job.plan.noise, slower, layer)], self.traced.options)
+        layer = max((noise for _, noise in planned.plan.layers), default=0.0)
+        whole = planned.posed if planned.slicing is None else self.comparison.whole
+        slower = slowdown(planned.posed, whole or planned.posed, planned.slicing, planned.plan.time)
+        select([Way(AT_ONCE, planned.plan.noise, slower, layer)], self.traced.options)
 
     def _beyond_doubt(self, budget: int) -> dict[str, int]:
         """What is known of the plain step without its code, when it is predicted to exceed the budget by far.
 
         Empty when the prediction leaves a doubt.
         """
-        self.whole = self.pose(AT_ONCE)
-        if self.whole is None or self.whole.posed is None:
+        if self.comparison.whole is None:
             return {}
-        predicted = self.whole.posed.baseline_peak()
+        predicted = self.comparison.whole.baseline_peak()
         if budget * (1 + DOUBT) < predicted <= budget * FAR:
             predicted = self._plain_predicted
         return {"baseline_peak": predicted, "budget": budget} if predicted > budget * (1 + DOUBT) else {}
@@ -219,11 +246,11 @@ class Strategy(Comparison):
     @functools.cached_property
     def _plain_predicted(self) -> int:
         """The predicted peak of the graph as Inductor compiles it, without what passes do to it under a budget."""
-        job = Compilation(self.traced.plain()).pose()
-        assert job is not None and job.posed is not None
-        return job.posed.baseline_peak()
+        posed = self.traced.plain().problem(AT_ONCE)
+        assert posed is not None
+        return posed.baseline_peak()
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> PlannedGraph | None:
         """The plan to start from, on predictions alone; None for a graph without a backward.
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
@@ -232,54 +259,64 @@ class Strategy(Comparison):
         if options.codecs.preset:
             return self._plan_preset()
         if options.mem_budget is None:
-            self.planned = Compilation(self.traced, self._wanted_route())
-            self.planned.plan()
-            return self.planned.report()
-        self.whole = job = self.pose(AT_ONCE)
-        if job is None or job.posed is None:
+            route = self._wanted_route()
+            return self._planned(route, plan(self.traced, route))
+        if self.comparison.whole is None:
             return None
-        baseline = job.posed.baseline_peak()
-        self.traced = self.traced.within(self._budget(options.mem_budget, baseline))
-        self.planned = self._first_planned() or self._lowest_planned()
-        return self.planned.report(baseline_peak=baseline, **self._time(self._way_of(self.planned)))
+        baseline = self.comparison.whole.baseline_peak()
+        self.comparison.traced = self.traced.within(self._budget(options.mem_budget, baseline))
+        route, planned = self._first_planned() or self._lowest_planned()
+        return self._planned(
+            route, planned, baseline_peak=baseline, **self._time(self._way_of(route, planned))
+        )  # fmt: skip
 
-    def _first_planned(self) -> Compilation | None:
+    def _planned(self, route: Route, planned: Planned | None, **known: Any) -> PlannedGraph | None:
+        recorded = report(self._noted, route, planned, Audited(), **known)
+        return None if planned is None or recorded is None else PlannedGraph(route, planned, recorded)
+
+    def _first_planned(self) -> tuple[Route, Planned] | None:
         """The plan of the best way; None where the solver, stopped by its clock, found none."""
-        for way in self.ways()[:1]:
-            planned = Compilation(self.traced, way.route, bounds=Bounds(self.allowed(way.route)))
+        for way in self.comparison.ways()[:1]:
             with contextlib.suppress(BudgetInfeasibleError):
-                planned.plan(self.jobs.get(compared_route(way.route)))
-                return planned
+                planned = plan(self.traced, way.route, bounds=Bounds(self.comparison.allowed(way.route)))
+                assert planned is not None, "a graph without a backward has no budget"
+                return way.route, planned
         return None
 
-    def _lowest_planned(self) -> Compilation:
+    def _lowest_planned(self) -> tuple[Route, Planned]:
         """The plan that starts from the one of least peak. Raises why there is none."""
         options = self.traced.options
         assert options.mem_budget is not None
-        found = self.lowest(options)
+        found = self.comparison.lowest(options)
         if found is None or found.predicted > options.usable(options.mem_budget.resolve(0)):
             raise self._refusal(found)
-        bounds = Bounds(self.allowed(found.route), found.found.choice)
-        planned = Compilation(self.traced, found.route, bounds=bounds)
-        planned.plan(self.jobs.get(found.route))
-        return planned
+        bounds = Bounds(self.comparison.allowed(found.route), found.found.choice)
+        planned = plan(self.traced, found.route, bounds=bounds)
+        assert planned is not None, "a graph without a backward has no budget"
+        return found.route, planned
 
-    def _plan_preset(self) -> Plan | None:
+    def _plan_preset(self) -> PlannedGraph | None:
         """The predicted plan of a published system. Raises `BudgetInfeasibleError` where that exceeds the budget."""
-        self.planned = Compilation(self.traced)
-        job = self.planned.plan()
-        if job is None or job.plan is None:
+        planned = plan(self.traced, AT_ONCE)
+        if planned is None:
             return None
         budget = self.traced.options.mem_budget
-        known = {} if budget is None else {"budget": self._budget(budget, job.plan.baseline_peak)}
-        self._check_preset(job, job.plan.predicted_peak, known.get("budget"))
-        return self.planned.report(**known)
+        known = {} if budget is None else {"budget": self._budget(budget, planned.plan.baseline_peak)}
+        self._check_preset(planned, planned.plan.predicted_peak, known.get("budget"))
+        return self._planned(AT_ONCE, planned, **known)
+
+    @property
+    def _noted(self) -> Traced:
+        """What is compiled, with what was noted on the way."""
+        return replace(self.traced, notes=self.comparison.notes)
 
     def _time(self, way: Way) -> dict[str, float]:
         """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
-        return {"time": way.slowdown * self.seconds} if way.route != AT_ONCE else {}
+        return {"time": way.slowdown * self.comparison.seconds} if way.route != AT_ONCE else {}
 
-    def _least(self, plain: Compilation | None, **known: Any) -> Callable[..., Any]:
+    def _least(
+        self, plain: Generated | None, tried: int, foreseen: float | None, **known: Any
+    ) -> Callable[..., Any]:  # fmt: skip
         """The step of least peak: of the plans of least predicted peak, one of them exact, and of the plain step.
 
         Nothing here depends on the budget, nor on what audits found under it. Raises `BudgetInfeasibleError` with the
@@ -288,26 +325,26 @@ class Strategy(Comparison):
         options = self.traced.options
         assert options.mem_budget is not None
         usable = options.usable(options.mem_budget.resolve(0))
-        found = self.lowest(options)
-        steps = [] if found is None else [self._generated(found, options, {})]
+        found = self.comparison.lowest(options)
+        steps = [] if found is None else [self._generated(found, options)]
         if steps and options.probes == Probes():
             quiet = replace(options, max_noise=0.0)
-            exact = self.lowest(quiet)
+            exact = self.comparison.lowest(quiet)
             if exact is not None and self._might_be_lower(exact, found, steps[0]):
-                steps.append(self._generated(exact, quiet, {}))
+                steps.append(self._generated(exact, quiet))
         best = min(steps, key=lambda step: step.peak, default=None)
         if best is not None and best.peak <= usable:
-            foreseen = self.foreseen or best.foreseen
-            return _finished(best, attempts=self.tried, foreseen=foreseen, **known, **self._time(self._way_of(best)))
+            attempts = {"attempts": tried + len(steps), "foreseen": foreseen or best.foreseen}
+            return self._finished(best, **attempts, **known, **self._time(self._way_of(best.route, best.planned)))
         if self._plain_will_do:
             plain = plain or self._plain()
             if plain.peak <= usable:
-                return _finished(plain, **{**known, "baseline_peak": plain.peak})
+                return self._finished(plain, **{**known, "baseline_peak": plain.peak})
             steps.append(plain)
         smallest = options.needed(min((step.peak for step in steps), default=0))
         raise self._refusal(found, smallest)
 
-    def _might_be_lower(self, exact: Lowest, found: Lowest | None, generated: Compilation) -> bool:
+    def _might_be_lower(self, exact: Lowest, found: Lowest | None, generated: Generated) -> bool:
         """Whether the exact plan of least predicted peak is another one than the plan found, and may have a lower peak
         than that was audited to have."""
         another = found is None or (exact.route, exact.found.choice) != (found.route, found.found.choice)
@@ -318,32 +355,26 @@ class Strategy(Comparison):
         options = self.traced.options
         if smallest is None:
             smallest = 0 if found is None else options.needed(found.predicted)
+        comparison = self.comparison
+        return refusal(options, smallest, found, comparison.ways_by, comparison.lowest, comparison.notes)
 
-        def ways(lax: Options) -> list[Way]:
-            return [way for route in self.posed for way in self.ways_of(route, lax)]
+    def _way_of(self, route: Route, planned: Planned | None) -> Way:
+        """The way that was planned."""
+        assert planned is not None and self.comparison.whole is not None
+        slower = slowdown(planned.posed, self.comparison.whole, route.slicing, planned.plan.time)
+        return Way(route, planned.plan.noise, slower)
 
-        return refusal(options, smallest, found, ways, self.lowest, self.traced.notes)
+    def _finished(self, generated: Generated, **known: Any) -> Callable[..., Any]:
+        """The step of code that is run whatever its peak."""
+        assert generated.step is not None, "code that was abandoned is not run"
+        generated.load()
+        known = {"foreseen": generated.foreseen, **known}
+        traced = replace(generated.traced, notes=self.comparison.notes)
+        report(traced, generated.route, generated.planned, generated.audited, **known)
+        return generated.step
 
-    def _way_of(self, compilation: Compilation) -> Way:
-        """The way that was generated."""
-        job, whole = compilation.job, self.whole
-        assert job is not None and job.posed is not None and job.plan is not None
-        assert whole is not None and whole.posed is not None
-        slower = slowdown(job.posed, whole.posed, compilation.route.slicing, job.plan.time)
-        return Way(compilation.route, job.plan.noise, slower)
 
-
-def _overestimated(compilation: Compilation) -> int:
+def _overestimated(generated: Generated) -> int:
     """By how much a plan's predicted peak is above its audited one, in bytes."""
-    assert compilation.job is not None and compilation.job.plan is not None
-    return max(0, compilation.job.plan.predicted_peak - compilation.peak)
-
-
-def _finished(compilation: Compilation, **known: Any) -> Callable[..., Any]:
-    """The step of code that is run whatever its peak."""
-    compilation.enforced = False
-    compiled = compilation.compiled or compilation.generate()
-    assert compiled is not None
-    compilation.load()
-    compilation.report(**known)
-    return compiled
+    assert generated.planned is not None
+    return max(0, generated.planned.plan.predicted_peak - generated.peak)

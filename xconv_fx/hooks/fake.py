@@ -15,11 +15,13 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def fake_mode() -> FakeTensorMode:
     """A mode to trace and to run models under: operations on its tensors compute shapes, and no values."""
+    # It imports sympy, which eager layers do without.
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 

@@ -249,6 +249,12 @@ class Options:
             hint = f"{planned}, and everything is kept; write mem_budget, or a preset, which needs none"
             raise OptionError("codecs", names, hint)
 
+    def of_problem(self) -> Options:
+        """What a planning problem depends on: how values may be held, but not what is asked of the plan."""
+        asked = {"mem_budget", "slices", "prefer", *LIMITS, "reserve", "calls", "verify", "seed", "report"}
+        defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in asked})
+
     def usable(self, budget: int) -> int:
         """What an audited peak may be under a budget; in bytes.
 

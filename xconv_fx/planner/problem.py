@@ -123,21 +123,14 @@ class Posed:
 
 
 def pose(
-    pair: Pair,
-    residuals: dict[str, Residual],
-    options: Options,
-    around: Surroundings = ALONE,
-    corrections: Mapping[str, int] | None = None,
-    apart: bool = False,
-    goes_on: bool = False,
+    pair: Pair, residuals: Mapping[str, Residual], options: Options, apart: bool = False, goes_on: bool = False
 ) -> Posed:
-    """The planning problem of the pair.
+    """The planning problem of the pair, beside nothing.
 
-    `around` is what is alive besides this graph's tensors, `corrections` what audits found the model to be short of in
-    each phase; both in bytes. `apart` says that samples are known to be computed apart, `goes_on` that the
-    results go on into further code of the model.
+    `apart` says that samples are known to be computed apart, `goes_on` that the results go on into further code of the
+    model.
     """
-    return _Poser(pair, residuals, options, around, corrections or {}, apart, goes_on).pose()
+    return _Poser(pair, residuals, options, apart, goes_on).pose()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -153,18 +146,25 @@ def corrected(posed: Posed, corrections: Mapping[str, int]) -> Posed:
     return replace(posed, problem=replace(posed.problem, base=tuple(base)))
 
 
+def beside(posed: Posed, around: Surroundings) -> Posed:
+    """The problem of a graph that was posed alone, with this alive besides the graph's own tensors."""
+    if around == ALONE:
+        return posed
+    more = {
+        "forward": around.throughout,
+        "loss": around.throughout + around.inside + around.spare,
+        "backward": around.throughout + around.returning,
+    }
+    return replace(
+        corrected(posed, more), fixed_bytes=posed.fixed_bytes + around.throughout, spare=posed.spare + around.spare
+    )
+
+
 class _Poser:
     def __init__(
-        self,
-        pair: Pair,
-        residuals: dict[str, Residual],
-        options: Options,
-        around: Surroundings,
-        corrections: Mapping[str, int],
-        apart: bool,
-        goes_on: bool,
+        self, pair: Pair, residuals: Mapping[str, Residual], options: Options, apart: bool, goes_on: bool
     ) -> None:
-        self.pair, self.options, self.corrections, self.apart = pair, options, corrections, apart
+        self.pair, self.options, self.apart = pair, options, apart
         total = sum(residual.bytes for residual in residuals.values())
         self.large = {name: r for name, r in residuals.items() if not small(r, total)}
         self.index = {name: i for i, name in enumerate(self.large)}
@@ -176,7 +176,6 @@ class _Poser:
         saved = set(pair.saved())
         self.chains = {name: chain for name, r in self.large.items() if (chain := self._chain(r, saved)) is not None}
         self.norms = find_norms(self.large.values()) if "fixed" in options.codecs else {}
-        self.around = around
         tangents = [n for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n)]
         results = arguments(output_node(pair.forward.graph))[0][: pair.results]
         self.ends = Ends.of([node for node in results if isinstance(node, fx.Node)], tangents, goes_on)
@@ -203,7 +202,7 @@ class _Poser:
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
         phases = ("forward",) * len(self.forward.steps) + ("loss",) + ("backward",) * len(self.backward.steps)
-        fixed = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout
+        fixed = resident_bytes(self.pair.forward.graph.nodes)
         residuals = tuple(self.large.values())
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
         return Posed(
@@ -211,18 +210,16 @@ class _Poser:
             ends=self.ends, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
                      "backward": step_seconds(self.backward, self.machine)},
-            noises=self.noises, spare=self.around.spare,
+            noises=self.noises,
         )  # fmt: skip
 
     def _base(self) -> list[int]:
-        constant = resident_bytes(self.pair.forward.graph.nodes) + self.around.throughout + self.copies
-        more = {phase: constant + self.corrections.get(phase, 0) for phase in ("forward", "loss", "backward")}
+        constant = resident_bytes(self.pair.forward.graph.nodes) + self.copies
         held = self.rest + self.ends.results
-        forward = [more["forward"] + b for b in self.forward.profile()]
-        after = more["backward"] + self.around.returning + held + self.ends.kept + self.ends.tangents + self.relaid
+        forward = [constant + b for b in self.forward.profile()]
+        after = constant + held + self.ends.kept + self.ends.tangents + self.relaid
         backward = [after + b for b in self.backward.profile()]
-        between = more["loss"] + self.around.inside + self.around.spare + held + self.ends.between
-        return [*forward, between, *backward]
+        return [*forward, constant + held + self.ends.between, *backward]
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 

@@ -13,10 +13,9 @@ from typing import Any
 from torch import fx
 
 from xconv_fx import hooks
-from xconv_fx.compiler.attempt import Traced
+from xconv_fx.compiler.capture import Traced
 from xconv_fx.compiler.search import Strategy
 from xconv_fx.errors import UnsupportedModelError, XConvError
-from xconv_fx.hooks.cpython import with_stack_room
 from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 from xconv_fx.ops import lowering
 from xconv_fx.ops.sample_gradients import watched
@@ -24,6 +23,7 @@ from xconv_fx.options import Options
 from xconv_fx.plan import Plan
 from xconv_fx.runtime import unplanned
 from xconv_fx.runtime.session import GraphKey, Session
+from xconv_fx.stack_room import with_stack_room
 
 from .together import plan_together
 
@@ -100,4 +100,5 @@ def plan_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session, notes: tuple[str, ...] = ()
 ) -> Plan | None:
     """The plan of one graph, with these notes, without generating code; None for a graph without a backward."""
-    return Strategy(Traced(gm, example_inputs, options, session, notes)).plan()
+    found = Strategy(Traced(gm, example_inputs, options, session, notes)).plan()
+    return None if found is None else found.plan

@@ -22,7 +22,6 @@ from xconv_fx.compiler.search import Strategy
 from xconv_fx.device.fake import fake_module, fake_tensor
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import UnsupportedModelError
-from xconv_fx.hooks.cpython import with_stack_room
 from xconv_fx.hooks.fake import fake_mode
 from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 from xconv_fx.ops import lowering
@@ -33,6 +32,7 @@ from xconv_fx.plan.report import render
 from xconv_fx.progress import announce
 from xconv_fx.runtime.session import Session
 from xconv_fx.runtime.step_inputs import called_with
+from xconv_fx.stack_room import with_stack_room
 
 from .backend import plan_graph
 from .graphs import Collector, StepGraphs

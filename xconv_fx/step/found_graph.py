@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from xconv_fx import hooks
-from xconv_fx.compiler.attempt import Compilation, Traced
 from xconv_fx.compiler.candidates import AT_ONCE, Route
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.capture import Traced
+from xconv_fx.compiler.comparison import Comparison
+from xconv_fx.compiler.generate import Generated, generate, plan
 from xconv_fx.errors import BudgetInfeasibleError, XConvError
 from xconv_fx.options import Options
 from xconv_fx.planner.problem import Posed
@@ -24,31 +25,23 @@ class FoundGraph:
     """
 
     def __init__(self, traced: Traced, alone: Graph | None = None) -> None:
-        self.traced, self.strategy, self.alone = traced, Strategy(traced), alone
+        self.traced, self.comparison, self.alone = traced, Comparison(traced), alone
         self.compiling = hooks.TracedWithin()
 
     def pose(self, route: Route) -> Posed | None:
         """The planning problem of a route, of one slice where it has slices; None for a graph without a backward."""
         with self.compiling.again():
-            job = self.strategy.jobs.get(route) or self.strategy.pose(route)
-        if job is None or job.posed is None:
-            return None
-        self.strategy.jobs[route] = job
-        if route == AT_ONCE:
-            self.strategy.whole = job
-        return job.posed
+            return self.traced.problem(route)
 
     def slicings(self) -> Iterator[Route]:
         """The routes in slices, of which none is held, that the graph can take: fewer slices first."""
-        strategy = self.strategy
-        if self.pose(AT_ONCE) is None or strategy.traced.options.slices == 1:
+        if self.pose(AT_ONCE) is None or self.traced.options.slices == 1:
             return
         with self.compiling.again():
-            assert strategy.whole is not None
-            if not strategy.unsliceable(strategy.whole):
-                for found in strategy.slices(strategy.whole):
-                    if found is not None:
-                        yield Route(found[0])
+            if not self.comparison.unsliceable():
+                for slicing in self.comparison.slices():
+                    if slicing is not None:
+                        yield Route(slicing)
 
     def short_of(
         self, route: Route, around: Surroundings, options: Options, corrections: Mapping[str, int]
@@ -63,22 +56,20 @@ class FoundGraph:
         beyond = 0
         with self.compiling.again():
             try:
-                compilation = _generated(beside, route, corrections)
+                generated = _generated(beside, route, corrections)
             except BudgetInfeasibleError as error:
                 beyond = error.smallest - error.budget
-                compilation = _generated(beside.within(error.smallest), route, corrections)
+                generated = _generated(beside.within(error.smallest), route, corrections)
             except XConvError:
                 return {}
-        assert compilation.job is not None
-        predicted = compilation.job.phase_peaks
+        assert generated.planned is not None, "graphs without a backward are not among those of a step"
+        predicted = generated.planned.phase_peaks
         found = {
             phase: audited - predicted[phase] + corrections.get(phase, 0)
-            for phase, audited in compilation.peaks.items()
+            for phase, audited in generated.audited.peaks.items()
         }
         return {**found, "backward": found["backward"] + beyond}
 
 
-def _generated(traced: Traced, route: Route, corrections: Mapping[str, int]) -> Compilation:
-    compilation = Compilation(traced, route, dict(corrections), enforced=False)
-    compilation.generate()
-    return compilation
+def _generated(traced: Traced, route: Route, corrections: Mapping[str, int]) -> Generated:
+    return generate(traced, route, plan(traced, route, corrections), enforced=False)

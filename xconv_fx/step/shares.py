@@ -18,8 +18,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from xconv_fx.compiler.candidates import AT_ONCE, GLANCE, NEGLIGIBLE, Route, Way, slowdown
-from xconv_fx.compiler.search import compared_route
+from xconv_fx.compiler.candidates import AT_ONCE, GLANCE, NEGLIGIBLE, Route, Way, compared_route, slowdown
 from xconv_fx.cost_model.memory import Problem, peak
 from xconv_fx.cost_model.nested import Nested, Part, Run, nest
 from xconv_fx.cost_model.solver import Infeasible, solve

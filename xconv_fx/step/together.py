@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from xconv_fx.compiler.attempt import Traced, copied
+from xconv_fx.compiler.capture import Traced
+from xconv_fx.hooks.capture import copied
 from xconv_fx.options import Options
 from xconv_fx.planner.surroundings import ALONE
 from xconv_fx.runtime.session import TOGETHER, GraphKey, Session

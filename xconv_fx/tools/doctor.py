@@ -92,12 +92,13 @@ def _torch() -> Finding:
 def _hooks() -> Finding:
     from xconv_fx import hooks
     from xconv_fx.errors import UnsupportedTorchError
+    from xconv_fx.hooks import version
 
     try:
         hooks.require_checked_torch()
     except UnsupportedTorchError as error:
-        return Finding("hooks", BROKEN, str(error).partition(". What")[0], f"pip install torch=={hooks.CHECKED[-1]}")
-    return Finding("hooks", OK, f"the private interfaces were checked on torch {', '.join(hooks.CHECKED)}")
+        return Finding("hooks", BROKEN, str(error).partition(". What")[0], f"pip install torch=={version.CHECKED[-1]}")
+    return Finding("hooks", OK, f"the private interfaces were checked on torch {', '.join(version.CHECKED)}")
 
 
 def _backend() -> Finding:

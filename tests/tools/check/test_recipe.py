@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ci"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "ci"
 
 
 @pytest.fixture(scope="module")

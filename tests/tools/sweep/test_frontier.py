@@ -54,10 +54,10 @@ def test_a_point_is_the_plan_that_is_made_for_its_budget_alone(found, index, net
 
 
 def test_the_model_is_traced_once(monkeypatch, net, images):
-    from xconv_fx.compiler import pipeline
+    from xconv_fx.compiler import capture
 
     runs = []
-    monkeypatch.setattr(pipeline, "run", lambda *job, _run=pipeline.run, **kw: runs.append(job) or _run(*job, **kw))
+    monkeypatch.setattr(capture, "analyse", lambda joint, _run=capture.analyse: runs.append(joint) or _run(joint))
     torch._dynamo.reset()
     few = frontier(net(), images, points=2, slices=1)
     traces = len(runs)

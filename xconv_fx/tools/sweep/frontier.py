@@ -11,27 +11,23 @@ a point that costs more than the one below it takes that one's plan.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from xconv_fx.compiler.attempt import Compilation, Traced
-from xconv_fx.compiler.candidates import AT_ONCE, Route, Way
-from xconv_fx.compiler.pipeline import Job
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.candidates import AT_ONCE, Way
+from xconv_fx.compiler.search import PlannedGraph, Strategy
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
-from xconv_fx.hooks.cpython import with_stack_room
 from xconv_fx.options import Options
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Plan, Totals
 from xconv_fx.planner.microbatch import slice_step
-from xconv_fx.planner.surroundings import Surroundings
 from xconv_fx.progress import announce
 from xconv_fx.runtime.session import Session
+from xconv_fx.stack_room import with_stack_room
 from xconv_fx.step.explain import Trace
 from xconv_fx.step.found_graph import FoundGraph
 from xconv_fx.step.together import Finder, placed, share
@@ -42,9 +38,6 @@ from .memory import Memory, memory_of
 POINTS = 10
 # Attempts at the lowest budget of a graph; the first finds it, if the solver is not stopped too early.
 CLIMBS = 3
-
-# The jobs of a graph up to their planning problems, by route; an error where there is none.
-_Problems = dict[Route, Job | Exception | None]
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,6 @@ class _Sweep:
 
         with self.trace.tracing():
             self.step = self.trace.graphs(take)
-            self.posed: dict[int, _Problems] = defaultdict(dict)
             self._plan(self.plain)
             lowest, top = self._ends()
             series = self._series(lowest, top)
@@ -191,10 +183,10 @@ class _Sweep:
         plain, shares = 0, self._of(1).session.shares
         for graph in range(len(self.step.graphs)):
             with self._strategy(self.plain, graph) as strategy:
-                whole = strategy.pose(AT_ONCE)
-            assert whole is not None and whole.posed is not None
-            plain = max(plain, whole.posed.baseline_peak()) if shares is None else shares.plain
-            self.seconds += sum(whole.posed.seconds.values()) * sum(run.graph == graph for run in self.step.runs)
+                whole = strategy.traced.problem(AT_ONCE)
+            assert whole is not None, "graphs without a backward are not among those of a step"
+            plain = max(plain, whole.baseline_peak()) if shares is None else shares.plain
+            self.seconds += sum(whole.seconds.values()) * sum(run.graph == graph for run in self.step.runs)
         announce("looking for the lowest budget")
         lowest = 1
         for _ in range(CLIMBS):
@@ -245,12 +237,10 @@ class _Sweep:
         return [self._of(budget) for budget in sorted(budgets)]
 
     @contextlib.contextmanager
-    def _strategy(self, series: _Series, number: int) -> Iterator[_OncePosed]:
+    def _strategy(self, series: _Series, number: int) -> Iterator[Strategy]:
         graph: FoundGraph = self.step.graphs[number]
         with graph.compiling.again():
-            traced = placed(graph, series.session, series.options)
-            # Without a budget there is another graph, and no loss that all graphs share.
-            yield _OncePosed(traced, {} if series is self.plain else self.posed[number])
+            yield Strategy(placed(graph, series.session, series.options))
 
     def _plan(self, series: _Series) -> None:
         try:
@@ -263,58 +253,16 @@ class _Sweep:
     def _plan_all(self, series: _Series) -> None:
         for number in range(len(self.step.graphs)):
             with self._strategy(series, number) as strategy:
-                plan = strategy.plan()
-                if plan is not None and strategy.planned is not None:
-                    series.plans.append(plan)
-                    series.memory.append(_memory(strategy.planned, plan))
+                found = strategy.plan()
+                if found is not None:
+                    series.plans.append(found.plan)
+                    series.memory.append(_memory(found))
 
 
-class _OncePosed(Strategy):
-    """A search whose planning problems are those of other budgets, as far as these have posed them."""
-
-    def __init__(self, traced: Traced, problems: _Problems) -> None:
-        super().__init__(traced)
-        self.problems = problems
-
-    def pose(self, route: Route) -> Job | None:
-        around = self.traced.around  # Where the step has no plan, that is so for this budget.
-        if route not in self.problems:
-            try:
-                self.problems[route] = super().pose(route)
-            except Exception as error:
-                self.problems[route] = error
-        found = self.problems[route]
-        if isinstance(found, Exception):
-            raise found
-        return found and _beside(found, around)
-
-
-def _beside(job: Job, around: Surroundings) -> Job:
-    """The job with this alive besides its graph's own tensors."""
-    if around == job.around or job.posed is None:
-        return job
-    throughout = around.throughout - job.around.throughout
-    more = {
-        "forward": throughout,
-        "loss": throughout + around.inside + around.spare - job.around.inside - job.around.spare,
-        "backward": throughout + around.returning - job.around.returning,
-    }
-    problem = job.posed.problem
-    base = tuple(size + more[phase] for size, phase in zip(problem.base, job.posed.phases, strict=True))
-    posed = replace(
-        job.posed,
-        problem=replace(problem, base=base),
-        fixed_bytes=job.posed.fixed_bytes + throughout,
-        spare=around.spare,
-    )
-    return replace(job, around=around, posed=posed)
-
-
-def _memory(planned: Compilation, plan: Plan) -> Memory:
+def _memory(found: PlannedGraph) -> Memory:
     """Memory over the whole step of what was planned."""
-    assert planned.job is not None and planned.job.posed is not None
-    slicing = planned.route.slicing
-    return memory_of(planned.job.posed if slicing is None else slice_step(planned.job.posed, slicing), plan)
+    posed, slicing = found.planned.posed, found.route.slicing
+    return memory_of(posed if slicing is None else slice_step(posed, slicing), found.plan)
 
 
 def _under(point: Point, other: Point) -> Point:

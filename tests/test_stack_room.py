@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from xconv_fx.hooks.cpython import with_stack_room
+from xconv_fx.stack_room import with_stack_room
 
 CALLS = 300
 DEPTHS = range(120)

@@ -1,0 +1,245 @@
+"""What is compiled, and what was traced and found of it for each variant: once, for planning and for every attempt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from xconv_fx import hooks
+from xconv_fx.errors import find_ours
+from xconv_fx.hooks.capture import Capture, copied
+from xconv_fx.hooks.scheduler import LocalFusion, in_order
+from xconv_fx.ops import conv3d
+from xconv_fx.options import Options, Probes
+from xconv_fx.options.budget import Budget
+from xconv_fx.options.codecs import CodecSet
+from xconv_fx.passes.channels_last_3d import volumes_channels_last
+from xconv_fx.passes.graph import MATMULS
+from xconv_fx.passes.instance_norm import reshape_free_instance_norm
+from xconv_fx.passes.replicate_padding import concatenated_replicate_padding
+from xconv_fx.passes.slice_graph import Drawn, slice_graph
+from xconv_fx.passes.unpooling import scatter_unpooling
+from xconv_fx.planner.peak_scenarios import Calls
+from xconv_fx.planner.problem import Posed, beside
+from xconv_fx.planner.slicing import Batch
+from xconv_fx.planner.surroundings import Surroundings
+from xconv_fx.runtime.microbatch_step import slice_inputs
+from xconv_fx.runtime.session import TOGETHER, Graph, Session
+
+from .candidates import Route, compared_route
+from .fingerprint import source_hash
+from .pipeline import Analysed, Joint, analyse
+
+# A batch that was not looked for.
+_UNSEEN = Batch(0, (), 0, 0, 0)
+# Operators that run as calls, between which no kernels are fused.
+CALLED = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default, *MATMULS, *conv3d.OPERATORS)
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """What Inductor is given besides a graph: a partitioner, and who is told of each half and of its code."""
+
+    partition: Callable[..., Any]
+    entering: Callable[[fx.GraphModule, Sequence[Any], bool], None] = lambda *_: None
+    generated: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Dynamo's graph for one variant, before AOTAutograd traces it, and the inputs that it is traced for.
+
+    `drawn` is what the graph of a slice takes besides its inputs, `batch` says which of all hold samples. Two graphs of
+    one `kind` are the same.
+    """
+
+    gm: fx.GraphModule
+    inputs: Sequence[Any]
+    batch: Batch | None
+    drawn: Drawn
+    kind: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph that Dynamo traced, and what it is compiled with.
+
+    `known` is what is known of it, and `surroundings` what it is planned beside, where its session is not asked.
+    `batch` are the inputs that hold samples, if any do, which the graph tells only while Dynamo compiles it.
+    `found` is what was traced, which requests for the same graph by other options share.
+    """
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    options: Options
+    session: Session
+    notes: tuple[str, ...] = ()
+    known: Graph | None = None
+    surroundings: Surroundings | None = None
+    batch: Batch | None = _UNSEEN
+    found: Found = field(default_factory=lambda: Found())
+
+    def __post_init__(self) -> None:
+        if self.batch is _UNSEEN:
+            object.__setattr__(self, "batch", Batch.of(self.gm, self.example_inputs))
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """What its session knows it by."""
+        return self.known or self.session.graph(self.gm)
+
+    @property
+    def calls(self) -> Calls:
+        """How often it runs in a step. Gradients of graphs that are planned together are in their surroundings."""
+        graph = self.graph
+        gradients = 0 if graph.key.frame == TOGETHER else graph.parameters
+        return Calls(self.options.calls, graph.given, gradients, chain=graph.given < graph.inputs)
+
+    @functools.cached_property
+    def around(self) -> Surroundings:
+        """What is alive in the step besides it. Raises `BudgetInfeasibleError` where the step cannot be planned."""
+        return self.surroundings or self.session.surroundings(self.graph)
+
+    def within(self, budget: int) -> Traced:
+        """The same under a budget in bytes."""
+        return replace(self, options=replace(self.options, mem_budget=Budget(bytes=budget)))
+
+    def plain(self) -> Traced:
+        """The same as Inductor compiles it by itself."""
+        return replace(
+            self, options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet(), slices=None)
+        )
+
+    def analysed(self, route: Route) -> Analysed | None:
+        """What is found of a variant, of one slice where it has slices; None for a graph without a backward."""
+        return self.found.analysed(self, route)
+
+    def problem(self, route: Route) -> Posed | None:
+        """The planning problem of a variant, of one slice where it has slices; None for a graph without a backward."""
+        return self.found.problem(self, route)
+
+
+class Found:
+    """What was traced of one Dynamo graph, and what was found in that. Each is looked for when it is first needed."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[bool, Route], Prepared] = {}
+        self._captures: dict[tuple[object, ...], Capture] = {}
+        self._analysed: dict[tuple[bool, Route], Analysed | Exception | None] = {}
+        self._problems: dict[tuple[bool, Route], list[tuple[tuple[object, ...], Posed]]] = {}
+        self._compiled: tuple[Callable[..., Any], hooks.Deferred] | None = None
+
+    @property
+    def traces(self) -> int:
+        """How often AOTAutograd traced."""
+        return sum(capture.traces for capture in self._captures.values())
+
+    def analysed(self, traced: Traced, route: Route) -> Analysed | None:
+        """As `Traced.analysed`."""
+        key = traced.options.plain, compared_route(route)
+        if key not in self._analysed:
+            try:
+                self._analysed[key] = self._analyse(traced, key[1])
+            except Exception as error:
+                self._analysed[key] = error
+        found = self._analysed[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def problem(self, traced: Traced, route: Route) -> Posed | None:
+        """As `Traced.problem`."""
+        analysed = self.analysed(traced, route)
+        if analysed is None:
+            return None
+        known = self._problems.setdefault((traced.options.plain, compared_route(route)), [])
+        given = traced.options.of_problem(), traced.graph.goes_on, traced.calls
+        problem = next((problem for before, problem in known if before == given), None)
+        if problem is None:
+            problem = analysed.problem(*given, sliced=route.slicing is not None)
+            known.append((given, problem))
+        return beside(problem, traced.around)
+
+    def _analyse(self, traced: Traced, route: Route) -> Analysed | None:
+        found: list[Analysed] = []
+
+        def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+            samples = 0 if prepared.batch is None else prepared.batch.size
+            if route.slicing is not None:
+                samples = route.slicing.samples
+            joint = Joint(
+                gm, joint_inputs, arguments, prepared.batch, samples, route.saved, traced.session.device,
+                traced.options.plain,
+            )  # fmt: skip
+            found.append(analyse(joint))
+            raise _Enough
+
+        prepared = self.prepared(traced, route)
+        try:
+            self._compiled = self.compile(traced, route, Compiling(partition))
+        except Exception as error:
+            if not found:
+                raise find_ours(error) or error from None
+        return found[0] if found else None
+
+    def forward_only(self) -> tuple[Callable[..., Any], hooks.Deferred]:
+        """The compilation of a graph that was found to have no backward, and its kernels."""
+        assert self._compiled is not None, "it was not looked for a backward, or has one"
+        return self._compiled
+
+    def prepared(self, traced: Traced, route: Route) -> Prepared:
+        """Dynamo's graph for a variant, rewritten where AOTAutograd would lose what is worth knowing."""
+        key = traced.options.plain, replace(compared_route(route), saved=1.0)
+        if key not in self._prepared:
+            self._prepared[key] = _prepare(traced, *key)
+        return self._prepared[key]
+
+    def compile(self, traced: Traced, route: Route, compiling: Compiling) -> tuple[Callable[..., Any], hooks.Deferred]:
+        """Inductor's compilation of a variant, and its kernels, which are to be compiled."""
+        prepared, plain = self.prepared(traced, route), traced.options.plain
+        capture = self._captures.setdefault(prepared.kind, Capture())
+        # What the code depends on besides the graph and Inductor's settings, both of which are in its keys.
+        key = f"{source_hash()} {plain}"
+        partitioner = hooks.Partitioner(compiling.partition, key)
+        config = {**traced.options.inductor_config(), "custom_partitioner_fn": partitioner}
+        if not plain:
+            config.update(in_order(key))
+        kernels = hooks.Deferred()
+        with (
+            hooks.ahead_of_time_backward(),
+            hooks.early_releases(not plain),
+            hooks.cheap_strides(not plain),
+            hooks.fusion_rules(None if plain else LocalFusion(CALLED)),
+            hooks.generated_code(compiling.generated),
+            kernels.collect(),
+            capture.in_use(),
+        ):
+            compiled = hooks.compile_graph(copied(prepared.gm), prepared.inputs, config, compiling.entering)
+        return compiled, kernels
+
+
+class _Enough(Exception):
+    """Ends a compilation that has given what it was run for."""
+
+
+def _prepare(traced: Traced, plain: bool, route: Route) -> Prepared:
+    slicing = route.slicing
+    gm, inputs, batch, drawn = copied(traced.gm), traced.example_inputs, traced.batch, Drawn()
+    if slicing is not None:
+        whole, inputs = inputs, slice_inputs(inputs, slicing)
+        drawn = slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
+        batch, inputs = slicing.batch.beside(drawn.batched), [*inputs, *drawn.parts]
+    concatenated_replicate_padding(gm)
+    before = str(gm.graph)
+    if not plain:
+        reshape_free_instance_norm(gm)
+        scatter_unpooling(gm)
+        if route.relayout:
+            volumes_channels_last(gm, traced.options.draws_as_aten)
+    same = str(gm.graph) == before
+    return Prepared(gm, inputs, batch, drawn, (slicing, same) if same else (slicing, same, route.relayout))
