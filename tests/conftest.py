@@ -11,9 +11,10 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plans rest on the generic rates, whatever was measured on this machine."""
+    """Plans rest on the generic rates, whatever was measured on this machine, and are looked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XCONV_FX_CACHE", str(tmp_path_factory.mktemp("calibrations")))
+        patch.setenv("XCONV_FX_PLAN_CACHE", "0")
         yield
 
 

@@ -82,7 +82,7 @@ def test_the_plain_step_is_feasible_although_it_is_predicted_not_to_be(compile_m
     torch._dynamo.reset()
     monkeypatch.setattr("xconv_fx.compiler.search.FAR", 0.0)
     monkeypatch.setattr("xconv_fx.compiler.search.DOUBT", -1.0)
-    monkeypatch.setattr(Comparison, "ways", lambda self: [])
+    monkeypatch.setattr(Comparison, "ways", lambda self, feedback: [])
     monkeypatch.setattr(Comparison, "lowest", lambda self, *_: None)
     plain = compile_model(Mixing(), codecs="keep", mem_budget=with_unseen(whole.plan.audited_peak), verify="off")
     plain(X)

@@ -112,7 +112,8 @@ class Traced:
     def plain(self) -> Traced:
         """The same as Inductor compiles it by itself."""
         return replace(
-            self, options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet(), slices=None)
+            self,
+            options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet(), slices=None, plan=None),
         )
 
     def analysed(self, route: Route) -> Analysed | None:

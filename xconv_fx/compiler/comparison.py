@@ -50,6 +50,11 @@ class Comparison:
         """What is to be said of the plan, why there are no slices included."""
         return (*self.traced.notes, *(note for note in self._notes if note not in self.traced.notes))
 
+    @property
+    def found_notes(self) -> tuple[str, ...]:
+        """Why there are no slices."""
+        return tuple(self._notes)
+
     @functools.cached_property
     def whole(self) -> Posed | None:
         """The problem of the batch at once, to which slowdowns refer; None for a graph without a backward."""

@@ -188,6 +188,7 @@ def report(traced: Traced, route: Route, planned: Planned | None, audited: Audit
     taken = max((size - traced.around.spare * (phase == "loss") for phase, size in audited.peaks.items()), default=0)
     found = {
         "saved_share": route.saved,
+        "relayout": route.relayout,
         "audited_peak": taken or None,
         "attempts": 1,
         **traced.session.facts,

@@ -42,7 +42,7 @@ from xconv_fx.passes.partition import Pair, hoist, partition
 from xconv_fx.passes.residuals import Residual, find_residuals
 from xconv_fx.passes.scatter_pooling import scatter_pooling
 from xconv_fx.passes.split_conv_backward import split_backward
-from xconv_fx.plan import Plan
+from xconv_fx.plan import Choice, Plan
 from xconv_fx.plan.log import log
 from xconv_fx.planner import solve
 from xconv_fx.planner.dependencies import link
@@ -286,6 +286,19 @@ def plan(
     """
     posed = corrected(posed, corrections or {})
     found, peaks = solve.plan(posed, options, slicing, bounds)
+    return Planned(analysed, posed, slicing, found, peaks)
+
+
+def planned_as(
+    analysed: Analysed,
+    posed: Posed,
+    options: Options,
+    choices: Sequence[Choice],
+    budget: int | None,
+    slicing: Slicing | None = None,
+) -> Planned:
+    """The plan that makes these choices. Raises `ValueError`, which says where they are not choices of this graph."""
+    found, peaks = solve.plan_of(posed, options, solve.choice_of(posed, choices), budget, slicing)
     return Planned(analysed, posed, slicing, found, peaks)
 
 

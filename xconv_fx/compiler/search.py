@@ -21,10 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xconv_fx.errors import BudgetInfeasibleError, XConvError
+from xconv_fx.errors import BudgetInfeasibleError, OptionError, XConvError
 from xconv_fx.options import Options, Probes
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Plan
+from xconv_fx.plan.log import log
 from xconv_fx.planner.solve import Bounds
 
 from .candidates import AT_ONCE, Route, Way, select, slowdown
@@ -32,8 +33,9 @@ from .capture import Traced
 from .comparison import Comparison
 from .feedback import NOTHING_FOUND, Feedback
 from .generate import Audited, Generated, generate, plan, report
-from .pipeline import Planned
+from .pipeline import Planned, planned_as
 from .refusals import Lowest, refusal
+from .stored_plans import StoredPlan, keep, look_up
 
 # Plans that are generated before the one of least peak is.
 ATTEMPTS = 8
@@ -68,6 +70,7 @@ class Strategy:
     """The search for a way to run one graph within its budget."""
 
     def __init__(self, traced: Traced) -> None:
+        self.asked = traced
         self.comparison = Comparison(traced)
 
     @property
@@ -78,14 +81,21 @@ class Strategy:
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
         options = self.traced.options
+        if options.plan is not None:
+            return self._as_given()
         if options.codecs.preset:
             return self._preset()
         if options.mem_budget is None:
             return self._without_budget()
+        return self._as_stored(options.mem_budget) or self._searched(options.mem_budget)
+
+    def _searched(self, wanted: Budget) -> Callable[..., Any]:
+        """The step of a plan that is looked for."""
+        options = self.traced.options
         plain: Generated | None = None
-        if options.mem_budget.bytes is None or not (known := self._beyond_doubt(options.mem_budget.bytes)):
+        if wanted.bytes is None or not (known := self._beyond_doubt(wanted.bytes)):
             plain = self._plain()
-            budget = self._budget(options.mem_budget, plain.peak)
+            budget = self._budget(wanted, plain.peak)
             known = {"baseline_peak": plain.peak, "budget": budget}
             if plain.peak <= options.usable(budget) and self._plain_will_do:
                 return self._finished(plain, **known)
@@ -96,6 +106,73 @@ class Strategy:
                 taken.generated, attempts=taken.tried, foreseen=taken.foreseen, **known, **self._time(taken.way)
             )
         return self._least(plain, *taken, **known)
+
+    def _as_stored(self, wanted: Budget) -> Callable[..., Any] | None:
+        """The step of a plan that was found before; None where there is none, or it does not come out as it did."""
+        stored = look_up(self.traced)
+        if stored is None:
+            return None
+        budget = self._budget(wanted, stored.baseline_peak)
+        traced = self.traced.within(budget)
+        traced = traced.plain() if stored.plan.inductor else traced
+        try:
+            generated = self._of(traced, stored.route(traced), stored.plan, budget)
+        except ValueError as error:
+            log.debug("a stored plan is not one of this graph: %s", error)
+            return None
+        if generated.step is None:
+            log.debug("a stored plan takes more than its budget: %s", generated.audited.peaks)
+            return None
+        known = {name: getattr(stored.plan, name) for name in ("attempts", "foreseen", "time", "gap")}
+        self.comparison.traced = replace(traced, notes=(*self.traced.notes, *stored.notes))
+        return self._finished(generated, baseline_peak=stored.baseline_peak, budget=budget, **known)
+
+    def _of(self, traced: Traced, route: Route, plan: Plan, budget: int | None, *, enforced: bool = True) -> Generated:
+        """Code for a plan that was made before; abandoned when it is over the budget, while that is `enforced`.
+
+        Raises `ValueError`, which says why, where the plan is not one of this graph.
+        """
+        analysed, posed = traced.analysed(route), traced.problem(route)
+        if analysed is None or posed is None:
+            raise ValueError("the graph has no backward")
+        planned = planned_as(analysed, posed, traced.options, plan.choices, budget, route.slicing)
+        return generate(traced, route, planned, enforced=enforced)
+
+    def _as_given(self) -> Callable[..., Any]:
+        """The step of the plan that the options name. Raises `OptionError` where none of them is one of this graph."""
+        given, reasons = self.traced.session.given, []
+        for number in given.left(self.traced.graph.key):
+            plan = given.plans[number]
+            try:
+                generated, budget = self._given(plan)
+            except ValueError as error:
+                reasons.append(f"plan {number + 1} of {len(given.plans)} is not one of this graph: {error}")
+                continue
+            given.take(number, self.traced.graph.key)
+            if budget is not None and generated.peak > self.traced.options.usable(budget):
+                needed = self.traced.options.needed(generated.peak)
+                note = "the option plan fixes how everything is held; without it, other plans are looked for"
+                raise BudgetInfeasibleError(budget, needed, notes=(*self.traced.notes, note))
+            known = {name: getattr(plan, name) for name in ("baseline_peak", "time", "gap")}
+            return self._finished(generated, budget=budget, **known)
+        first = reasons[0] if reasons else f"all of its {len(given.plans)} plans are taken by other graphs"
+        hint = "write the file of a plan that was made for this model and these sizes, with the same other options"
+        raise OptionError("plan", str(self.traced.options.plan), f"{first}; {hint}")
+
+    def _given(self, plan: Plan) -> tuple[Generated, int | None]:
+        """Code for a plan, and the budget in bytes that it is to keep. Raises `ValueError` where it is another's."""
+        wanted, traced = self.traced.options.mem_budget, self.traced
+        budget = plan.budget if wanted is None else self._budget(wanted, plan.baseline_peak)
+        if plan.inductor:
+            traced = traced.plain()
+        route = replace(AT_ONCE, saved=plan.saved_share, relayout=plan.relayout)
+        if plan.slices > 1:
+            sliced = Comparison(replace(traced, options=replace(traced.options, slices=plan.slices)))
+            if sliced.whole is None or sliced.unsliceable():
+                raise ValueError("it runs in slices, and this graph does not")
+            (slicing,) = filter(None, sliced.slices())
+            route = replace(route, slicing=replace(slicing, held=plan.held_slices))
+        return self._of(traced, route, plan, budget, enforced=False), budget
 
     def _without_budget(self) -> Callable[..., Any]:
         """The step as it is, or in as many slices as the user wants, all of them held."""
@@ -368,9 +445,12 @@ class Strategy:
         """The step of code that is run whatever its peak."""
         assert generated.step is not None, "code that was abandoned is not run"
         generated.load()
-        known = {"foreseen": generated.foreseen, **known}
+        known = {"foreseen": generated.foreseen, "inductor": generated.traced.options.plain, **known}
         traced = replace(generated.traced, notes=self.comparison.notes)
-        report(traced, generated.route, generated.planned, generated.audited, **known)
+        recorded = report(traced, generated.route, generated.planned, generated.audited, **known)
+        if recorded is not None and "baseline_peak" in known and self.asked.options.plan is None:
+            found = self.comparison.found_notes
+            keep(self.asked, StoredPlan.of(recorded, known["baseline_peak"], found, generated.route.slicing))
         return generated.step
 
 

@@ -61,6 +61,7 @@ from .inductor import ahead_of_time_backward as ahead_of_time_backward
 from .inductor import cache_folder as cache_folder
 from .inductor import channels_last_convolutions as channels_last_convolutions
 from .inductor import compile_graph as compile_graph
+from .inductor import compiler_settings as compiler_settings
 from .inductor import cpp_compiler as cpp_compiler
 from .inductor import decompositions as decompositions
 from .inductor import fusion_rules as fusion_rules

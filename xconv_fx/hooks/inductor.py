@@ -128,6 +128,18 @@ def known_settings() -> dict[str, Any]:
     return {name: config.get_type(name) for name in config.get_config_copy()}  # type: ignore[attr-defined]
 
 
+def compiler_settings() -> str:
+    """What stands for the version of torch and the settings of its compiler, as they are now."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+
+    return f"{torch.__version__} {_hash_of(config)} {_hash_of(functorch_config)}"
+
+
+def _hash_of(config: Any) -> str:
+    return str(config.get_hash().hex())
+
+
 def cache_folder() -> str:
     """Where Inductor keeps compiled kernels unless it is told otherwise."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir

@@ -159,6 +159,7 @@ class Options:
     sample_bits: bool | None = None
     reserve: int = 0
     calls: int = 1
+    plan: Path | None = None
     verify: str = "replan"
     seed: int | None = None
     report: Path | None = None
@@ -180,9 +181,18 @@ class Options:
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError("mode", given["mode"], f"torch.compile was called with mode={mode!r}; give only one")
         parsed = Options(**{name: PARSERS[name](value) for name, value in given.items()})
+        parsed._check_plan(given)
         parsed._check_preset()
         parsed._check_sample_bits()
         return parsed
+
+    def _check_plan(self, given: Collection[str]) -> None:
+        """A plan says how everything is held: nothing is left to prefer or to limit."""
+        if self.plan is None:
+            return
+        for name in ("slices", "prefer", *LIMITS):
+            if name in given:
+                raise OptionError(name, getattr(self, name), f"the option plan fixes it; leave {name} out, or plan")
 
     def _check_preset(self) -> None:
         """A preset of codecs leaves no choice of slices, and ActNN's none of probes."""
@@ -206,7 +216,8 @@ class Options:
     def plain(self) -> bool:
         """Whether nothing is asked for that Inductor does not do by itself."""
         whole = self.slices in (None, 1)
-        return self.mem_budget is None and self.probes == Probes() and not self.codecs.preset and whole
+        asked = self.plan is not None or self.mem_budget is not None or bool(self.codecs.preset)
+        return not asked and self.probes == Probes() and whole
 
     @property
     def protected(self) -> bool:
@@ -235,7 +246,7 @@ class Options:
 
         Preferences and limits are kept by a step that compresses nothing.
         """
-        if self.mem_budget is not None:
+        if self.mem_budget is not None or self.plan is not None:
             return
         planned = "without mem_budget nothing is planned"
         if self.reserve:
@@ -251,7 +262,7 @@ class Options:
 
     def of_problem(self) -> Options:
         """What a planning problem depends on: how values may be held, but not what is asked of the plan."""
-        asked = {"mem_budget", "slices", "prefer", *LIMITS, "reserve", "calls", "verify", "seed", "report"}
+        asked = {"mem_budget", "slices", "prefer", *LIMITS, "reserve", "calls", "plan", "verify", "seed", "report"}
         defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: defaults[name] for name in asked})
 
@@ -390,6 +401,19 @@ def _parse_mode(value: Any) -> str:
     return value
 
 
+def _parse_plan(value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, Path)):
+        raise OptionError("plan", value, "write the path of a file that the option report, or xconv plan, wrote")
+    path = Path(value)
+    if not path.is_file():
+        raise OptionError(
+            "plan", str(value), "there is no such file; the option report, and xconv plan --json, write one"
+        )
+    return path
+
+
 def _parse_inductor(value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
@@ -434,6 +458,7 @@ PARSERS: Mapping[str, Any] = MappingProxyType(
         "sample_bits": _parse_sample_bits,
         "reserve": _parse_reserve,
         "calls": _parse_calls,
+        "plan": _parse_plan,
         "verify": _one_of("verify", VERIFY),
         "seed": _parse_seed,
         "report": _parse_report,

@@ -74,6 +74,9 @@ class Plan:
     choices are those of one. `measured_peak` is what the last training step of the whole model took that was measured,
     losses and optimiser included (None until then).
 
+    `relayout` says that volumes are laid out channels-last, `inductor` that the step is what Inductor compiles by
+    itself.
+
     A plan made ahead may count the state of an `optimizer`, which `fixed_bytes` include, and be for a `gpu`, with the
     memory and rates of its data sheet.
     """
@@ -104,6 +107,8 @@ class Plan:
     layers: tuple[tuple[str, float], ...] = ()
     calls: int = 1
     measured_peak: int | None = None
+    relayout: bool = True
+    inductor: bool = False
 
     @property
     def peak(self) -> int:

@@ -14,7 +14,7 @@ from xconv_fx.device import rates
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.options import Options, with_unseen
 from xconv_fx.passes.residuals import uncompressible
-from xconv_fx.plan import Plan
+from xconv_fx.plan import Choice, Plan
 from xconv_fx.reproducible import effort
 
 from .microbatch import slice_step
@@ -79,6 +79,48 @@ def plan(
         raise _too_noisy(options) from None
     found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
     return found, posed.phase_peaks(solution.choice)
+
+
+def choice_of(posed: Posed, choices: Sequence[Choice]) -> tuple[int, ...]:
+    """The candidates that these choices are, one for each residual of the problem, in its order.
+
+    Raises `ValueError`, which says where they are not those of this problem.
+    """
+    wanted = {choice.residual: choice for choice in choices}
+    found: list[int] = []
+    for residual, row in zip(posed.residuals, posed.candidates, strict=True):
+        choice = wanted.pop(residual.name, None)
+        if choice is None:
+            raise ValueError(
+                f"it holds nothing of {residual.name}, {list(residual.shape)}, of {residual.layer or 'it'}"
+            )
+        known = [_held_as(candidate.choice) for candidate in row]
+        if _held_as(choice) not in known:
+            how = " ".join(f"{name}={value}" for name, value in zip(_HELD_AS, _held_as(choice), strict=True) if value)
+            raise ValueError(f"these options do not let {residual.name} be held as it says: {how}")
+        found.append(known.index(_held_as(choice)))
+    if wanted:
+        raise ValueError(f"the graph has no {next(iter(wanted))}")
+    return tuple(found)
+
+
+# What a choice says of how a value is held.
+_HELD_AS = ("shape", "dtype", "codec", "probes", "bits", "kind", "means", "by_sample")
+
+
+def _held_as(choice: Choice) -> tuple[object, ...]:
+    return tuple(getattr(choice, name) for name in _HELD_AS)
+
+
+def plan_of(
+    posed: Posed, options: Options, choice: tuple[int, ...], budget: int | None, slicing: Slicing | None = None
+) -> tuple[Plan, dict[str, int]]:
+    """The plan of these candidates, whatever its peak; and its peak in each phase."""
+    if slicing is not None:
+        found, peaks = plan_of(slice_step(posed, slicing), options, choice, budget)
+        return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
+    baseline, _ = peak(posed.problem, tuple(0 for _ in posed.residuals))
+    return describe(posed, choice, budget, baseline, 0.0, _unprobed(posed, options)), posed.phase_peaks(choice)
 
 
 def _preset(posed: Posed, options: Options, baseline: int, notes: tuple[str, ...]) -> tuple[Plan, dict[str, int]]:

@@ -17,6 +17,7 @@ import itertools
 import weakref
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ from torch import fx, nn
 
 from xconv_fx import hooks
 from xconv_fx.cost_model.memory import Problem
+from xconv_fx.errors import OptionError
 from xconv_fx.hooks.frames import CompileId
 from xconv_fx.options import Options, with_unseen
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Plan
-from xconv_fx.plan.report import write_json
+from xconv_fx.plan.report import read_json, write_json
 from xconv_fx.planner.surroundings import Surroundings
 
 from . import step_inputs
@@ -95,6 +97,33 @@ class GraphRecord:
         return self.plan.saved_after
 
 
+class GivenPlans:
+    """The plans of a file that the options name, of which each is for one graph of the step."""
+
+    def __init__(self, plans: Sequence[Plan] = ()) -> None:
+        self.plans = tuple(plans)
+        self._taken: dict[int, GraphKey] = {}
+
+    @staticmethod
+    def read(path: Path | None) -> GivenPlans:
+        """The plans of a file. Raises `OptionError` for one that holds none."""
+        if path is None:
+            return GivenPlans()
+        try:
+            return GivenPlans(read_json(path))
+        except (OSError, ValueError) as error:
+            hint = f"not a file of plans: {error}; the option report, and xconv plan --json, write one"
+            raise OptionError("plan", str(path), hint) from None
+
+    def left(self, key: GraphKey) -> list[int]:
+        """The plans, by number, that this graph may have: those that no other one has."""
+        return [number for number in range(len(self.plans)) if self._taken.get(number, key) == key]
+
+    def take(self, number: int, key: GraphKey) -> None:
+        """The graph has this plan."""
+        self._taken[number] = key
+
+
 @dataclass
 class Session:
     """The records of the graphs compiled so far, in the order in which they run in a step.
@@ -115,6 +144,7 @@ class Session:
     def __post_init__(self) -> None:
         if self.options.stats is not None and self.module is not None:
             self.options.stats.check(self.module)
+        self.given = GivenPlans.read(self.options.plan)
         self.records: dict[GraphKey, GraphRecord] = {}
         self._compilations: dict[Hashable, tuple[tuple[object, object] | None, list[weakref.ref[fx.GraphModule]]]] = {}
         self._codes: dict[CompileId, CodeType] = {}

@@ -53,13 +53,14 @@ def xconv(
         return unplanned.graph(gm.forward)
     if not hooks.needs_backward(example_inputs):
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
-        plain = replace(chosen, mem_budget=None, slices=None, stats=None)
+        plain = replace(chosen, mem_budget=None, slices=None, stats=None, plan=None)
         return unplanned.graph(Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile())
     if not chosen.plain and hooks.branches(gm):
         hint = "torch.where, an `if` behind a graph break, or this model without options"
         raise UnsupportedModelError("torch.cond", "what its branches hold depends on values and is not planned", hint)
     session = Session.of(chosen)
-    if chosen.mem_budget is not None and not chosen.codecs.preset and not session.is_next(gm, example_inputs):
+    alone = chosen.codecs.preset or chosen.plan is not None
+    if chosen.mem_budget is not None and not alone and not session.is_next(gm, example_inputs):
         plan_together(session, gm, example_inputs)
     graph = session.graph(gm)
     compiled = _compile(gm, example_inputs, chosen, session, graph.key)

@@ -1,0 +1,153 @@
+"""Plans that were made before: one that the user names (the option `plan`), and those that the cache on disk keeps.
+
+The cache is asked before a search. Its key is everything that a search rests on: the graph and its inputs, the options,
+what is alive around the graph, the versions of this package and of torch with its compiler's settings, and the numbers
+of the machine. What is found is compiled and audited like any plan; where that does not come out as it was stored, the
+search runs as if nothing had been found. `XCONV_FX_PLAN_CACHE=0` turns the cache off.
+
+Known gaps: budgets that are refused are searched for again in every process, and so is what several graphs of one step
+may take of the budget; only the plan of each graph is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from xconv_fx import hooks
+from xconv_fx.device import rates
+from xconv_fx.hooks import dispatch
+from xconv_fx.plan import Plan
+from xconv_fx.plan.log import log
+from xconv_fx.planner.slicing import Slicing
+
+from .candidates import AT_ONCE, Route
+from .capture import Traced
+from .fingerprint import source_hash
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What a search came to: the plan as it was recorded, and what else there is to know to compile it.
+
+    `baseline_peak` are the bytes that the step takes without xconv, `notes` what was noted while it was looked for. Of
+    a step in slices, `draws`, `relaid`, `copies` and `changed` are those of `Slicing`.
+    """
+
+    plan: Plan
+    baseline_peak: int
+    notes: tuple[str, ...] = ()
+    draws: str = ""
+    relaid: tuple[int, ...] = ()
+    copies: int = 0
+    changed: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(plan: Plan, baseline_peak: int, notes: tuple[str, ...], slicing: Slicing | None) -> StoredPlan:
+        """The plan of a step in these slices."""
+        if slicing is None:
+            return StoredPlan(plan, baseline_peak, notes)
+        return StoredPlan(plan, baseline_peak, notes, slicing.draws, slicing.relaid, slicing.copies, slicing.changed)
+
+    def route(self, traced: Traced) -> Route:
+        """The variant that it is a plan for, of a graph that it was stored for."""
+        if self.plan.slices == 1:
+            return replace(AT_ONCE, saved=self.plan.saved_share, relayout=self.plan.relayout)
+        assert traced.batch is not None, "the key says that the inputs are the same"
+        slicing = Slicing(
+            traced.batch, self.plan.slices, self.plan.held_slices, self.draws, self.relaid, self.copies, self.changed
+        )
+        return Route(slicing, self.plan.saved_share, self.plan.relayout)
+
+
+def look_up(traced: Traced) -> StoredPlan | None:
+    """What is kept for this graph and these options; None for nothing, or for what cannot be read."""
+    if not _enabled():
+        return None
+    try:
+        row: dict[str, Any] = json.loads(_path(traced).read_text())
+        plan = Plan.from_json(json.dumps(row.pop("plan")))
+        if row.pop("format") != FORMAT:
+            return None
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+        return StoredPlan(plan, **known)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.debug("a stored plan cannot be read: %s", error)
+        return None
+
+
+def keep(traced: Traced, stored: StoredPlan) -> None:
+    """Keep a plan for this graph and these options. A folder that cannot be written to is none."""
+    if not _enabled():
+        return
+    row = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
+    # What a measured step takes is found out anew.
+    plan = replace(stored.plan, measured_peak=None)
+    text = json.dumps({**row, "format": FORMAT, "plan": json.loads(plan.to_json())}, sort_keys=True)
+    with contextlib.suppress(OSError):
+        path = _path(traced)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete: another process may read it meanwhile.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(text)
+        Path(file.name).replace(path)
+
+
+def _enabled() -> bool:
+    return os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
+
+
+def _path(traced: Traced) -> Path:
+    return rates.folder() / "plans" / f"{key_of(traced)}.json"
+
+
+def key_of(traced: Traced) -> str:
+    """What stands for all that a search for this graph rests on."""
+    graph = traced.graph
+    parts = (
+        source_hash(),
+        hooks.compiler_settings(),
+        _graph(traced.gm),
+        [_described(value) for value in traced.example_inputs],
+        hooks.data_inputs(traced.gm),
+        traced.options.fingerprint(),
+        traced.around,
+        (graph.goes_on, graph.parameters, graph.primals, graph.inputs, graph.given),
+        traced.session.device,
+        sorted(traced.session.facts.items()),
+        rates.specs(traced.example_inputs),
+        rates.Machine.of("cpu"),
+        dispatch.settings(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _graph(gm: fx.GraphModule) -> list[Any]:
+    """The graph as text, with the layers that its operations belong to, and the graphs inside of it."""
+    found: list[Any] = [str(gm.graph)]
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        layers = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        found.append((node.name, layers, _described(value)))
+    return found + [(name, _graph(child)) for name, child in gm.named_children() if isinstance(child, fx.GraphModule)]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        sizes: Sequence[Any] = (tuple(map(int, value.shape)), tuple(map(int, value.stride())))
+        return (*sizes, value.dtype, value.device, value.requires_grad)
+    return repr(value) if isinstance(value, (int, float, bool, str)) else type(value).__name__
