@@ -84,6 +84,18 @@ def test_slices_are_compiled_without_another_proof(tmp_path, cache, searches):
     assert again == plan and plan.slices == 2 and len(searches) == 1
 
 
+def test_a_refusal_is_kept_as_well(tmp_path, cache, searches):
+    errors = []
+    for _ in range(2):
+        with pytest.raises(BudgetInfeasibleError) as error:
+            compiled(tmp_path, build(), mem_budget=1000)
+        errors.append(error.value)
+    first, second = errors
+    assert len(searches) == 1
+    assert (str(first), first.smallest, first.consumers) == (str(second), second.smallest, second.consumers)
+    compiled(tmp_path, build(), mem_budget=first.smallest)
+
+
 def test_what_is_not_the_same_is_searched_for(tmp_path, cache, searches):
     compiled(tmp_path, build(), mem_budget="70%")
     compiled(tmp_path, build(), mem_budget="71%")

@@ -87,7 +87,13 @@ class Strategy:
             return self._preset()
         if options.mem_budget is None:
             return self._without_budget()
-        return self._as_stored(options.mem_budget) or self._searched(options.mem_budget)
+        if (stored := self._as_stored(options.mem_budget)) is not None:
+            return stored
+        try:
+            return self._searched(options.mem_budget)
+        except BudgetInfeasibleError as error:
+            keep(self.asked, error)
+            raise
 
     def _searched(self, wanted: Budget) -> Callable[..., Any]:
         """The step of a plan that is looked for."""

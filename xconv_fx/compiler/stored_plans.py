@@ -5,8 +5,8 @@ what is alive around the graph, the versions of this package and of torch with i
 of the machine. What is found is compiled and audited like any plan; where that does not come out as it was stored, the
 search runs as if nothing had been found. `XCONV_FX_PLAN_CACHE=0` turns the cache off.
 
-Known gaps: budgets that are refused are searched for again in every process, and so is what several graphs of one step
-may take of the budget; only the plan of each graph is kept.
+Known gap: what several graphs of one step may take of the budget is searched for again in every process; only the plan
+of each graph is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, fx
 
 from xconv_fx import hooks
 from xconv_fx.device import rates
+from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.hooks import dispatch
 from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
@@ -73,31 +74,44 @@ class StoredPlan:
 
 
 def look_up(traced: Traced) -> StoredPlan | None:
-    """What is kept for this graph and these options; None for nothing, or for what cannot be read."""
+    """What is kept for this graph and these options; None for nothing, or for what cannot be read.
+
+    Raises the `BudgetInfeasibleError` that the search ended with, if it did.
+    """
     if not _enabled():
         return None
+    refused = None
     try:
         row: dict[str, Any] = json.loads(_path(traced).read_text())
-        plan = Plan.from_json(json.dumps(row.pop("plan")))
         if row.pop("format") != FORMAT:
             return None
+        if "refused" in row:
+            refused = BudgetInfeasibleError(**row["refused"])
+            raise refused
+        plan = Plan.from_json(json.dumps(row.pop("plan")))
         known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
         return StoredPlan(plan, **known)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if error is refused:
+            raise
         log.debug("a stored plan cannot be read: %s", error)
         return None
 
 
-def keep(traced: Traced, stored: StoredPlan) -> None:
-    """Keep a plan for this graph and these options. A folder that cannot be written to is none."""
+def keep(traced: Traced, found: StoredPlan | BudgetInfeasibleError) -> None:
+    """Keep what a search for this graph and these options came to. A folder that cannot be written to is none."""
     if not _enabled():
         return
-    row = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
-    # What a measured step takes is found out anew.
-    plan = replace(stored.plan, measured_peak=None)
-    text = json.dumps({**row, "format": FORMAT, "plan": json.loads(plan.to_json())}, sort_keys=True)
+    if isinstance(found, BudgetInfeasibleError):
+        names = ("budget", "smallest", "consumers", "notes")
+        row: dict[str, Any] = {"refused": {name: getattr(found, name) for name in names}}
+    else:
+        row = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        # What a measured step takes is found out anew.
+        row["plan"] = json.loads(replace(found.plan, measured_peak=None).to_json())
+    text = json.dumps({**row, "format": FORMAT}, sort_keys=True)
     with contextlib.suppress(OSError):
         path = _path(traced)
         path.parent.mkdir(parents=True, exist_ok=True)
