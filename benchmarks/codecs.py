@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, codec_of, fitting_probes, fixed, layout, lowering
+from xconv_fx.ops import SavedAs, codec_of, fitting_probes, fixed, layout, lowering
 from xconv_fx.units import format_size
 
 CHANNELS_LAST = (0, 2, 3, 1)
@@ -61,7 +61,7 @@ TENSORS = {
 }
 QUICK = ("channels_last", "odd")
 
-# Name, and the fields of `Held` besides those that say which tensor.
+# Name, and the fields of `SavedAs` besides those that say which tensor.
 CODECS: dict[str, dict[str, Any]] = {
     "bitmask": {"codec": "bitmask"},
     **{f"quantize {bits}": {"codec": "quantize", "bits": bits} for bits in (8, 4, 2, 1)},
@@ -86,16 +86,16 @@ def tensor(shape: Shape, dtype: torch.dtype) -> Tensor:
     return layout.to_logical(torch.randn(layout.physical_size(shape.size, shape.order)).to(dtype), shape.order)
 
 
-def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> Held:
+def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> SavedAs:
     probes = (
         fitting_probes(shape.size, shape.order, math.prod(shape.size[1:]) // FOLD)
         if fields["codec"] == "probe"
         else None
     )
-    return Held(size=shape.size, dtype=dtype, order=shape.order, probes=probes, **fields)
+    return SavedAs(size=shape.size, dtype=dtype, order=shape.order, probes=probes, **fields)
 
 
-def side(held: Held, seed: Tensor) -> Tensor:
+def side(held: SavedAs, seed: Tensor) -> Tensor:
     """What both directions read besides: the seed, or the scales of channels of mean 0 and deviation 1."""
     if held.codec != "fixed":
         return seed
@@ -103,7 +103,7 @@ def side(held: Held, seed: Tensor) -> Tensor:
     return fixed.scales(mean, mean + 1, mean + SHIFT, mean + 1, fixed.bits_of(held))
 
 
-def build(held: Held, x: Tensor, seed: Tensor) -> Kernels:
+def build(held: SavedAs, x: Tensor, seed: Tensor) -> Kernels:
     """Compiles and runs both directions once. A mask is applied to `x` itself."""
     row, seed = codec_of(held.codec), side(held, seed)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import xconv_fx
 from xconv_fx.noise.expected import measured_noise
-from xconv_fx.ops import Held, codec_of, fitting_probes
+from xconv_fx.ops import SavedAs, codec_of, fitting_probes
 
 GOAL = 0.3
 BITS, FOLDS, PROBES = (8, 4, 2, 1), (6, 48), 16
@@ -80,25 +80,25 @@ def caught(net: Net, images: Tensor, classes: Tensor) -> Iterator[Caught]:
         yield Caught(name, module, x.detach(), dy)
 
 
-def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, Held]]:
+def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, SavedAs]]:
     """What the layer's input is held as, with names."""
     blank: dict[str, Any] = {"size": tuple(x.shape), "dtype": x.dtype, "order": order}
     for bits in BITS:
-        yield f"quantize, {bits} bits", Held("quantize", **blank, bits=bits)
+        yield f"quantize, {bits} bits", SavedAs("quantize", **blank, bits=bits)
     length = math.prod(x.shape[1:])
     for terms in FOLDS:
         if length // terms < 8:
             continue
-        fold = Held("probe", **blank, probes=fitting_probes(x.shape, order, length // terms))
+        fold = SavedAs("probe", **blank, probes=fitting_probes(x.shape, order, length // terms))
         ways = [("", fold), (", 4 bits", replace(fold, bits=4)), (", 2 bits", replace(fold, bits=2))]
         if x.dim() > 2:
             ways += [(", means", replace(fold, means=True)), (", means, 2 bits", replace(fold, means=True, bits=2))]
         yield from ((f"fold of {terms}{how}", held) for how, held in ways)
     for kind in ("gaussian", "rademacher", "orthogonal"):
-        yield f"{PROBES} {kind}", Held("probe", **blank, probes=PROBES, kind=kind)
+        yield f"{PROBES} {kind}", SavedAs("probe", **blank, probes=PROBES, kind=kind)
 
 
-def measured(layer: Caught, held: Held, draws: int) -> tuple[float, float]:
+def measured(layer: Caught, held: SavedAs, draws: int) -> tuple[float, float]:
     """The variance that the codec adds to the weight gradient, and its standard error."""
     row, exact, losses = codec_of(held.codec), layer.gradient(layer.x), []
     for _ in range(draws):

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from xconv_fx.ops import Held, codec_of
+from xconv_fx.ops import SavedAs, codec_of
 
 DRAWS = 8
 
 
-def measured(x: Tensor, held: Held) -> float:
+def measured(x: Tensor, held: SavedAs) -> float:
     """E|decoded - x|^2 / |x|^2 over a few draws."""
     row = codec_of(held.codec)
     seeds = [torch.randint(2**62, (1,)) for _ in range(DRAWS)]
@@ -38,7 +38,7 @@ def deviation(x: Tensor) -> float:
     return float((x - x.mean((2, 3), keepdim=True)).square().sum() / x.square().sum())
 
 
-def rounding_of_sums(x: Tensor, held: Held) -> float:
+def rounding_of_sums(x: Tensor, held: SavedAs) -> float:
     """Measured over predicted noise that the codes add to the sums."""
     exact = replace(held, bits=None)
     share = deviation(x) if held.means else 1.0

@@ -20,7 +20,7 @@ The columns:
                   all bias. Empty where there is no error but rounding
 
 Last come the predictions: of peaks before anything was generated, by the audit, and of step times, for which
-`xconv calibrate --threads 1` should have been run on the machine.
+`xconv profile-machine --threads 1` should have been run on the machine.
 
 A percentage below a budget that was refused is not tried again: its row repeats the smallest feasible budget. The
 lowest budgets are found by asking for one byte, then for what the refusal named.

@@ -49,7 +49,7 @@ from torch._inductor.utils import fresh_cache
 from unbiased import Errors, verdict
 
 from xconv_fx.measure import interleaved_times
-from xconv_fx.ops import Held, codec_of, lowering
+from xconv_fx.ops import SavedAs, codec_of, lowering
 from xconv_fx.ops.conv import input_gradient, weight_gradient
 from xconv_fx.ops.sketched_layers import sample_order
 from xconv_fx.planner import probe_ladder
@@ -178,7 +178,7 @@ def gaussian(layer: Layer, probes: int) -> Tensor:
     return ((rows @ z) @ z.t() / probes).view(layer.x.shape)
 
 
-def coded(layer: Layer, held: Held, draws: int) -> Sample:
+def coded(layer: Layer, held: SavedAs, draws: int) -> Sample:
     """Draws of the layer's input through a codec: its eager reference, there and back."""
     row = codec_of(held.codec)
 
@@ -201,15 +201,15 @@ def sample(layer: Layer, estimate: Callable[[], Tensor], draws: int) -> Sample:
 # Parameters of our codecs.
 
 
-def blank(x: Tensor, name: str) -> Held:
-    return Held(name, tuple(x.shape), x.dtype, sample_order(x))
+def blank(x: Tensor, name: str) -> SavedAs:
+    return SavedAs(name, tuple(x.shape), x.dtype, sample_order(x))
 
 
-def bytes_of(held: Held) -> int:
+def bytes_of(held: SavedAs) -> int:
     return codec_of(held.codec).payload_bytes(held)
 
 
-def folds(x: Tensor, payload: int, unit: int, means: Sequence[bool] = (True, False)) -> list[Held]:
+def folds(x: Tensor, payload: int, unit: int, means: Sequence[bool] = (True, False)) -> list[SavedAs]:
     """For all bits, with and without means: the most probes, a multiple of `unit`, that fit the payload."""
     counts = range(unit, math.prod(x.shape[1:]) + 1, unit)
     found = []
@@ -220,16 +220,16 @@ def folds(x: Tensor, payload: int, unit: int, means: Sequence[bool] = (True, Fal
     return found
 
 
-def quantizers(x: Tensor) -> list[Held]:
+def quantizers(x: Tensor) -> list[SavedAs]:
     return [replace(blank(x, "quantize"), bits=bits) for bits in QUANTIZE_BITS]
 
 
-def best(layer: Layer, candidates: list[Held]) -> Held:
+def best(layer: Layer, candidates: list[SavedAs]) -> SavedAs:
     """The candidate of least error in a few draws."""
     return min(candidates, key=lambda held: coded(layer, held, PILOT).loss)
 
 
-def described(held: Held) -> str:
+def described(held: SavedAs) -> str:
     fold = math.prod(held.size[1:]) / (held.probes or 1)
     return f"{fold:.1f}-fold {held.bits} bits{' means' * held.means}"
 
@@ -243,7 +243,7 @@ def compare(layer: Layer, compression: int, draws: int, table: Table) -> tuple[S
     probes = payload // (len(layer.x) * layer.x.element_size())
     reference = sample(layer, lambda: gaussian(layer, probes), draws)
 
-    def ratio_of(held: Held) -> str:
+    def ratio_of(held: SavedAs) -> str:
         return f"{reference.loss / coded(layer, held, draws).loss:.1f}"
 
     held = best(layer, folds(layer.x, payload, unit=layer.x.shape[1]))
@@ -254,7 +254,7 @@ def compare(layer: Layer, compression: int, draws: int, table: Table) -> tuple[S
     goal = f"met by {part:.2f}x" if part >= 1 else f"missed by {1 / part:.2f}x"
     planners, alone = "-", "-"
     if choices := [
-        held for held in probe_ladder.offered(blank(layer.x, "probe"), ("fold",)) if bytes_of(held) <= payload
+        held for held in probe_ladder.probe_candidates(blank(layer.x, "probe"), ("fold",)) if bytes_of(held) <= payload
     ]:
         planners = f"{described(choices[0])}: {ratio_of(choices[0])}"
     if codes := [held for held in quantizers(layer.x) if bytes_of(held) <= payload]:
@@ -306,7 +306,7 @@ def quantize_table(layers: list[Layer], draws: int, console: Console) -> None:
 # The second table
 
 
-def probed_convolution(held: Held) -> Callable[..., Tensor]:
+def probed_convolution(held: SavedAs) -> Callable[..., Tensor]:
     """`convolution(x, weight, bias, seed)` that holds a payload for its backward, in the two halves of the backend."""
     row = codec_of(held.codec)
 

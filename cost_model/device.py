@@ -1,8 +1,8 @@
 """What a machine sustains: memory bandwidth, arithmetic and the cost of starting a kernel.
 
 The two defaults are generic. They rank options by time; they do not predict the time of a given machine, which
-`xconv calibrate` measures (`xconv_fx/device/rates.py` looks its numbers up). Numbers are sustained rates, a stated
-fraction of the vendor's peak, because kernels of convolutional networks reach no more.
+`xconv profile-machine` measures (`xconv_fx/device/rates.py` looks its numbers up). Numbers are sustained rates, a
+stated fraction of the vendor's peak, because kernels of convolutional networks reach no more.
 
 Weight gradients have rates of their own: they sum over samples and pixels into few results, which blocks and spreads
 over threads less well than a forward does.

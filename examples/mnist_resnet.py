@@ -7,7 +7,7 @@ digit; four fifths of each digit are for training, the rest for the score.
 
 needs requirements/nets.txt. Network and data are callables by themselves, for the command line:
 
-    xconv calibrate-model examples/mnist_resnet.py:build --data examples/mnist_resnet.py:batches \\
+    xconv calibrate examples/mnist_resnet.py:build --data examples/mnist_resnet.py:batches \\
         --loss torch.nn.functional:cross_entropy --output stats.json
 """
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from xconv_fx.ops import fixed
-from xconv_fx.ops.codec import Held, codec_of
+from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.ops.seed import DEFAULT
 from xconv_fx.plan import Choice
 
 from .find_norms import Norm
 from .graph import inline, origin_meta, tensor_of
 from .partition import Pair
-from .rematerialize import Chain
+from .rematerialize import RecomputeSubgraph
 from .residuals import Residual, physical_order
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ APPROXIMATE = (*SKETCHES, "fixed")
 def rewrite(
     pair: Pair,
     residuals: Mapping[str, Residual],
-    chains: Mapping[str, Chain],
+    chains: Mapping[str, RecomputeSubgraph],
     choices: Iterable[Choice],
     stream: int | None = None,
     norms: Mapping[str, Norm] = MappingProxyType({}),
@@ -61,9 +61,9 @@ def _element(seeds: Tensor, number: int) -> Tensor:
     return seeds if len(seeds) == 1 else seeds[number : number + 1]
 
 
-def held_for(residual: Residual, choice: Choice) -> Held:
+def held_for(residual: Residual, choice: Choice) -> SavedAs:
     """The codec's parameters that a choice stands for."""
-    return Held(
+    return SavedAs(
         choice.codec, residual.shape, residual.value.dtype, residual.order,
         bits=choice.bits, probes=choice.probes, kind=choice.kind or "fold", means=choice.means,
         by_sample=choice.by_sample,
@@ -77,7 +77,7 @@ class _Writer:
         self,
         pair: Pair,
         residuals: Mapping[str, Residual],
-        chains: Mapping[str, Chain],
+        chains: Mapping[str, RecomputeSubgraph],
         how: Mapping[str, Choice],
         stream: int | None,
         norms: Mapping[str, Norm],
@@ -85,14 +85,14 @@ class _Writer:
         self.pair, self.chains, self.how, self.stream = pair, chains, how, stream
         self.fixed = {name: norm for name, norm in norms.items() if name in how and how[name].codec == "fixed"}
         self.residuals = residuals
-        self.scaled: dict[str, tuple[fx.Node, fx.Node, Held]] = {}
+        self.scaled: dict[str, tuple[fx.Node, fx.Node, SavedAs]] = {}
         self.forward, self.backward = pair.forward.graph, pair.backward.graph
         self.saved = pair.saved()
         # The partitioner copies nodes under the joint graph's names: what both halves compute has one name in both.
         self.computed = {node.name: node for node in self.forward.nodes if node.op == "call_function"}
         self.sketches, self.draws = self.numbered_sketches()
         self.seeds: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
-        self.packed: dict[fx.Node, tuple[fx.Node, Held]] = {}
+        self.packed: dict[fx.Node, tuple[fx.Node, SavedAs]] = {}
         self.lifted: dict[Any, fx.Node] = {}
 
     def apply(self, residual: Residual, choice: Choice) -> None:
@@ -121,7 +121,7 @@ class _Writer:
             return choice is not None and choice.codec in APPROXIMATE
         return any(self.is_approximate(source) for source in self.chains[name].sources)
 
-    def hold(self, residual: Residual, held: Held) -> None:
+    def hold(self, residual: Residual, held: SavedAs) -> None:
         """Encode after the producer, cross with the payload, decode before every reader."""
         codec = codec_of(held.codec)
         if residual.name in self.fixed:
@@ -140,7 +140,7 @@ class _Writer:
         for reader in list(residual.backward.users):
             self.decode(payload, held, [backward for _, backward in seeds], residual.backward, reader, number)
 
-    def encode(self, node: fx.Node, held: Held, seeds: list[fx.Node], number: int = 0) -> list[fx.Node]:
+    def encode(self, node: fx.Node, held: SavedAs, seeds: list[fx.Node], number: int = 0) -> list[fx.Node]:
         """The payload's placeholders in the backward; `number` is the place of its seed among all."""
         codec = codec_of(held.codec)
 
@@ -154,7 +154,7 @@ class _Writer:
         return [self.pair.cross(part, f"{node.name}_{held.codec}") for part in payload]
 
     def decode(
-        self, payload: list[fx.Node], held: Held, side: list[fx.Node], old: fx.Node, reader: fx.Node, number: int = 0
+        self, payload: list[fx.Node], held: SavedAs, side: list[fx.Node], old: fx.Node, reader: fx.Node, number: int = 0
     ) -> None:
         """Give `reader` a decoded value in the place of `old`. `side` are all seeds, or for "fixed" its table."""
         codec = codec_of(held.codec)
@@ -195,7 +195,7 @@ class _Writer:
 
     # Fixed point: codes that carry a sign, and the table of scales that both halves read.
 
-    def fix(self, name: str) -> tuple[fx.Node, fx.Node, Held]:
+    def fix(self, name: str) -> tuple[fx.Node, fx.Node, SavedAs]:
         """The backward's placeholders for codes and table of a normalised residual, made once, and what they are."""
         if name not in self.scaled:
             residual, norm = self.residuals[name], self.fixed[name]
@@ -242,13 +242,13 @@ class _Writer:
         if not mask.users and mask in self.backward.nodes:
             self.backward.erase_node(mask)
 
-    def pack(self, boolean: fx.Node, order: tuple[int, ...]) -> tuple[fx.Node, Held]:
+    def pack(self, boolean: fx.Node, order: tuple[int, ...]) -> tuple[fx.Node, SavedAs]:
         if boolean not in self.packed:
             value = tensor_of(boolean)
             assert value is not None
             if len(order) != value.dim():  # Between it and the residual lies a change of shape.
                 order = physical_order(value, channels_last=False)
-            held = Held("bitmask", tuple(int(n) for n in value.shape), torch.bool, order)
+            held = SavedAs("bitmask", tuple(int(n) for n in value.shape), torch.bool, order)
             (words,) = self.encode(boolean, held, [])
             self.packed[boolean] = (words, held)
         return self.packed[boolean]
@@ -280,7 +280,7 @@ class _Writer:
 
     # Replayed residuals.
 
-    def replay(self, chain: Chain, residual: Residual, reader: fx.Node, approximate: bool) -> fx.Node:
+    def replay(self, chain: RecomputeSubgraph, residual: Residual, reader: fx.Node, approximate: bool) -> fx.Node:
         """A copy of the chain before `reader`: the value of the residual."""
         masks = set(chain.masks or ()) if approximate else set()
         values: dict[fx.Node, fx.Node] = {}
@@ -326,7 +326,7 @@ class _Writer:
         return self.lifted[key]
 
 
-def _told(held: Held, positive: bool, words: Tensor, table: Tensor) -> Tensor:
+def _told(held: SavedAs, positive: bool, words: Tensor, table: Tensor) -> Tensor:
     sign = fixed.sign(words, table, held)
     return sign if positive else aten.logical_not.default(sign)
 

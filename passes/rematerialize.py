@@ -38,7 +38,7 @@ _AFFINE = {
 
 
 @dataclass(frozen=True)
-class Chain:
+class RecomputeSubgraph:
     """How to replay one residual.
 
     `nodes` are forward nodes in order, the residual last. `sources` are the other residuals it reads, by name, and
@@ -76,7 +76,7 @@ class Chain:
         return tuple(dict.fromkeys(a for n in self.nodes for a in n.all_input_nodes if a not in inside))
 
 
-def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
+def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph | None:
     """The chain that replays the forward node `node` from values named in `saved`, or None if there is none."""
     limit = max(1, int(numel(node) * SMALL))
     nodes: list[fx.Node] = []
@@ -102,7 +102,7 @@ def find_chain(node: fx.Node, saved: set[str]) -> Chain | None:
             else:
                 stack.append(arg)
     nodes.sort()
-    return Chain(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
+    return RecomputeSubgraph(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
 
 
 def _replayable(node: fx.Node) -> bool:

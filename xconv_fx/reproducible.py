@@ -1,9 +1,9 @@
 """Plans that are the same on every machine, for those that are compared with a file that another machine wrote.
 
-A plan for training rests on what this machine does: rates that `xconv calibrate` measured, workspaces of convolutions
-that are measured by running them, a number of threads by which ATen chooses among convolutions, and a solver that is
-stopped by the clock. Inside `portable()` rates are the generic ones, workspaces those that a rule gives, threads as
-many as the generic machine has cores, and the solver is stopped by the size of its search tree.
+A plan for training rests on what this machine does: rates that `xconv profile-machine` measured, workspaces of
+convolutions that are measured by running them, a number of threads by which ATen chooses among convolutions, and a
+solver that is stopped by the clock. Inside `portable()` rates are the generic ones, workspaces those that a rule gives,
+threads as many as the generic machine has cores, and the solver is stopped by the size of its search tree.
 
 Known gaps: HiGHS, and which of ATen's convolutions runs, are those of the installed scipy and torch; other versions,
 and torch on another processor architecture, can plan otherwise. What only a measurement knows is left out.

@@ -1,114 +1,111 @@
-"""`xconv calibrate`: what it prints, what it keeps, and what it refuses."""
+"""`xconv calibrate`: what it measures and writes, plans that read it, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
-import torch
 
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, OK
-from xconv_fx.cli.calibrate import DEVICES
-from xconv_fx.cost_model import device
-from xconv_fx.cost_model.device import DeviceSpec
-from xconv_fx.device.rates import Machine, spec
-from xconv_fx.tools import calibrate_machine
+from xconv_fx.options.statistics import Statistics
 
-MEASURED = DeviceSpec("cpu", 1e9, 2e9, 3e9, 4e9, 5e9, launch=6e-6, calibrated=True)
+NET = """
+import torch
+from torch import nn
+
+def build(width=8):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    )
+
+def batches(size=4):
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(size, 3, 16, 16, generator=generator), torch.randint(0, 2, (size,), generator=generator)
+
+def wrong(): return [(torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.int64))]
+def alone(): return torch.randn(2, 4, 3, 16, 16)
+def number(): return 3
+def inputs(): return torch.ones(4, 3, 16, 16)
+def loss(output, label): return nn.functional.cross_entropy(output, label)
+"""
+DATA = ["--data", "net.py:batches", "--loss", "net.py:loss"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache of this test's own."""
-    monkeypatch.setenv("XCONV_FX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "100")
-    return tmp_path / "cache"
+def project(project_of):
+    return project_of("net", NET)
 
 
-@pytest.fixture(autouse=True)
-def asked(monkeypatch):
-    """Nothing is measured: `MEASURED` comes out, and what was asked for is recorded."""
-    calls = []
-
-    def stand_in(kind):
-        calls.append((kind, torch.get_num_threads()))
-        return MEASURED
-
-    monkeypatch.setattr(calibrate_machine, "measure", stand_in)
-    return calls
-
-
-def test_numbers_are_shown_and_kept(capsys, cache, asked):
-    threads = torch.get_num_threads()
-    assert main(["calibrate", "--device", "cpu"]) == OK
+def test_a_file_that_plans_read(project, capsys):
+    assert main(["calibrate", "net.py:build", *DATA, "--batches", "2", "--output", "stats.json"]) == OK
     out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines()]
-    assert ["copy", "1.00", "20.0", "GB/s"] in rows and ["start", "of", "a", "kernel", "6.00", "2.00", "us"] in rows
-    assert ["float32", "convolutions", "2.00", "190", "Gflop/s"] in rows
-    assert str(Machine.of("cpu").path) in out
-    assert spec("cpu") == MEASURED and asked == [("cpu", threads)]
+    assert [line.split()[0] for line in out.splitlines() if line[1:2].isdigit()] == ["0", "1", "3", "7"]
+    assert "measured on 2 batches; plans read it with --stats stats.json" in out and "random" not in out
+    found = Statistics.from_json((project / "stats.json").read_text())
+    assert found.batches == 2 and found.layers["0"].samples == 4
+
+    plan = ["plan", "net.py:build", "--input", "4x3x16x16", "--budget", "70%", "--json", "-"]
+    plan += ["--codecs", "quantize,bitmask", "--slices", "1"]
+    assert main([*plan, "--stats", "stats.json"]) == OK
+    (measured,) = json.loads(capsys.readouterr().out)
+    assert measured["measured"] and measured["noise"] > 0 and measured["layers"]
+    assert main(plan) == OK
+    (prior,) = json.loads(capsys.readouterr().out)
+    assert not prior["measured"] and [name for name, _ in prior["layers"]]
+
+    plan[1] = "net.py:build(width=9)"
+    assert main([*plan, "--stats", "stats.json"]) == FAILED
+    assert "'0': another model's: its weight is 9x3x3x3, and was 8x3x3x3" in capsys.readouterr().err
 
 
-def test_threads_are_set_for_the_measurement_alone(capsys, asked):
-    before = torch.get_num_threads()
-    assert main(["calibrate", "--device", "cpu", "--threads", "3"]) == OK
-    assert asked == [("cpu", 3)] and torch.get_num_threads() == before
-    assert "3 threads" in capsys.readouterr().out
-    assert not spec("cpu").calibrated
-
-
-def test_json_is_all_that_is_printed(capsys):
-    assert main(["calibrate", "--device", "cpu", "--json"]) == OK
-    out = capsys.readouterr().out
-    assert out == Machine.of("cpu").path.read_text()
-    assert json.loads(out)["measured"]["weight16"] == 5e9
+def test_shapes_are_filled_with_random_numbers_and_told_so(capsys):
+    arguments = ["net.py:build", "--input", "4x3x16x16", "--loss", "net.py:loss", "--label", "4:int64"]
+    assert main(["calibrate", *arguments, "--batches", "1", "--output", "random.json"]) == OK
+    assert "inputs were random numbers" in capsys.readouterr().out
+    assert main(["calibrate", "net.py:build", "--input", "net.py:inputs", "--output", "-"]) == OK
+    found = capsys.readouterr().out
+    assert Statistics.from_json(found).batches == 2
+    again = ["calibrate", "net.py:build", "--input", "net.py:inputs", "--output", "-", "--seed"]
+    assert main([*again, "0"]) == OK and capsys.readouterr().out == found
+    assert main([*again, "1"]) == OK and capsys.readouterr().out != found
 
 
 MISTAKES = [
-    (["--threads", "many"], ["--threads 'many'", "--threads 4"]),
-    (["--threads", "0"], ["--threads '0'", "--threads 4"]),
-    (["--device", "tpu"], ["tpu", "'cpu', 'cuda'"]),
-    (["--tread", "2"], ["unknown argument '--tread'", "'--threads'"]),
+    (["--output", "s.json"], ["neither --data nor --input", "--data FILE.py:callable"]),
+    ([*DATA, "--input", "4x3x16x16", "--output", "s.json"], ["both --data and --input"]),
+    ([*DATA], ["--output", "xconv calibrate --help"]),
+    ([*DATA, "--output", "s.json", "--batches", "none"], ["--batches 'none'", "--batches 2"]),
+    ([*DATA, "--output", "s.json", "--seed", "-1"], ["--seed '-1'", "--seed 0"]),
+    (
+        [*DATA, "--output", "missing/s.json"],
+        ["--output 'missing/s.json': there is no directory 'missing'", "--output stats.json"],
+    ),
+    (["--data", "net.py:batchs", "--output", "s.json"], ["no 'batchs'", "'batches'"]),
+    (["--data", "net.py:wrong", *DATA[2:], "--output", "s.json"], ["Sequential failed on --data net.py:wrong"]),
+    (["--data", "net.py:alone", *DATA[2:], "--output", "s.json"], ["batches: one is a tensor", "not a pair"]),
+    (["--data", "net.py:number", "--output", "s.json"], ["net.py:number gives nothing to iterate over", "yield such"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=lambda value: " ".join(value)[:30])
-def test_mistakes_are_told_what_to_type_next(capsys, asked, arguments, told):
-    assert main(["calibrate", *arguments]) == FAILED
+@pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=lambda value: " ".join(value)[-40:])
+def test_mistakes_are_told_what_to_type_next(capsys, arguments, told):
+    assert main(["calibrate", "net.py:build", *arguments]) == FAILED
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and not asked
+    assert captured.out == "" and captured.err.startswith("error: ")
     for text in told:
         assert text in captured.err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none(capsys, asked):
-    assert main(["calibrate", "--device", "cuda"]) == FAILED
-    error = capsys.readouterr().err
-    assert "--device cuda: torch" in error and "try:   --device cpu" in error
-    assert main(["calibrate", "--device", "cuda", "--threads", "2"]) == FAILED
-    assert "leave --threads out" in capsys.readouterr().err
-    assert not asked
+def test_a_file_that_holds_no_statistics(project, capsys):
+    (project / "stats.json").write_text("{}")
+    assert main(["plan", "net.py:build", "--input", "4x3x16x16", "--stats", "stats.json"]) == FAILED
+    assert "--stats 'stats.json'" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written(capsys, cache):
-    cache.write_text("a file where the folder should be")
-    assert main(["calibrate", "--device", "cpu"]) == FAILED
-    captured = capsys.readouterr()
-    assert captured.out == "" and str(cache) in captured.err and "XCONV_FX_CACHE=DIR" in captured.err
-
-
-def test_the_devices_are_those_of_the_cost_model():
-    assert set(DEVICES) == set(device.DEVICES)
-
-
-def test_help_does_not_wait_for_torch(capsys):
-    code = (
-        "import sys; from xconv_fx.cli import main\n"
-        "try: main(['calibrate', '--help'])\n"
-        "finally: assert 'torch' not in sys.modules and 'scipy' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+def test_the_former_name_still_works(capsys):
+    assert main(["calibrate-model", "net.py:build", "--output", "stats.json"]) == FAILED
+    err = capsys.readouterr().err
+    assert "xconv calibrate-model is now xconv calibrate" in err and "neither --data nor --input given" in err

@@ -37,7 +37,7 @@ def test_this_machine_trains(capsys):
         "training": "ok",
     }
     assert torch.__version__ in found["torch"]["detail"]
-    assert found["rates"]["fix"] == "xconv calibrate"
+    assert found["rates"]["fix"] == "xconv profile-machine"
 
 
 @pytest.fixture

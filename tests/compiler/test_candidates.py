@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from xconv_fx.compiler.candidates import Route, Way, select
+from xconv_fx.compiler.candidates import Candidate, Variant, select
 from xconv_fx.errors import OptionError
 from xconv_fx.options import Options
 
-EXACT = Way(Route(), 0.0, 0.3)
-SLIGHT = Way(Route(), 1e-3, 0.02)
-NOISY = Way(Route(), 0.05, 0.0)
+EXACT = Candidate(Variant(), 0.0, 0.3)
+SLIGHT = Candidate(Variant(), 1e-3, 0.02)
+NOISY = Candidate(Variant(), 0.05, 0.0)
 WAYS = [NOISY, EXACT, SLIGHT]
 
 

@@ -86,10 +86,10 @@ def test_graphs_that_do_not_fit_together_are_found(traced):
 
 def test_one_analysis_serves_many_plans(traced):
     """Writing a plan into the graphs leaves those of the analysis as they were."""
-    found = traced.posed(mem_budget="1GB")
+    found = traced.planning(mem_budget="1GB")
     before = text(found.analysed.pair.forward.graph), text(found.analysed.pair.backward.graph)
-    kept = found.chosen(tuple(0 for _ in found.posed.residuals))
-    last = found.chosen(tuple(len(row) - 1 for row in found.posed.candidates))
+    kept = found.chosen(tuple(0 for _ in found.planning.residuals))
+    last = found.chosen(tuple(len(row) - 1 for row in found.planning.candidates))
     assert {choice.codec for choice in last.plan.choices} != {"keep"}
     assert text(last.pair.forward.graph) != text(kept.pair.forward.graph)
     assert (text(found.analysed.pair.forward.graph), text(found.analysed.pair.backward.graph)) == before

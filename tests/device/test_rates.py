@@ -14,7 +14,7 @@ from xconv_fx.cost_model.device import DEVICES, RATES, DeviceSpec
 from xconv_fx.device import rates
 from xconv_fx.device.rates import Machine, load, save, spec, specs
 from xconv_fx.step.explain import explain
-from xconv_fx.tools import calibrate_machine
+from xconv_fx.tools import profile_machine
 
 SLOW = DeviceSpec("cpu", 1e9, 2e9, 3e9, 4e9, 5e9, launch=6e-6, calibrated=True)
 
@@ -112,7 +112,7 @@ def test_a_malformed_file_is_told_once_and_ignored(text, cache, caplog):
     with caplog.at_level(logging.WARNING, logger="xconv_fx"):
         assert spec("cpu") is spec("cpu") is DEVICES["cpu"]
     (record,) = caplog.records
-    assert str(path) in record.getMessage() and "xconv calibrate" in record.getMessage()
+    assert str(path) in record.getMessage() and "xconv profile-machine" in record.getMessage()
     save(Machine.of("cpu"), SLOW)
     assert spec("cpu") == SLOW
 
@@ -149,50 +149,50 @@ def test_plans_use_the_calibration():
 
 # What is measured: not how fast this machine is, but that sensible numbers come out of small layers.
 
-SMALL = (calibrate_machine.Layer(8, (8, 8)), calibrate_machine.Layer(4, (4, 4, 4)))
+SMALL = (profile_machine.Layer(8, (8, 8)), profile_machine.Layer(4, (4, 4, 4)))
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Measurements of tiny layers and copies."""
-    monkeypatch.setattr(calibrate_machine, "LAYERS", SMALL)
-    monkeypatch.setattr(calibrate_machine, "BATCHES", {"cpu": (1, 2)})
-    monkeypatch.setattr(calibrate_machine, "COPIED", {"cpu": 2**16})
-    monkeypatch.setattr(calibrate_machine, "STARTED", 10)
+    monkeypatch.setattr(profile_machine, "LAYERS", SMALL)
+    monkeypatch.setattr(profile_machine, "BATCHES", {"cpu": (1, 2)})
+    monkeypatch.setattr(profile_machine, "COPIED", {"cpu": 2**16})
+    monkeypatch.setattr(profile_machine, "STARTED", 10)
 
 
 def test_a_measurement_is_a_calibrated_spec(quick):
-    measured = calibrate_machine.measure("cpu")
+    measured = profile_machine.measure("cpu")
     assert measured.calibrated and measured.name == "cpu"
     assert 1e-8 < measured.launch < 1e-2 and measured.bandwidth > 1e6
 
 
 def test_batches_grow_until_a_kernel_takes_long_enough(quick, monkeypatch):
     times = iter([0.001, 0.01, 0.001, 0.1, 0.05])
-    monkeypatch.setattr(calibrate_machine, "_median", lambda call, kind: next(times))
+    monkeypatch.setattr(profile_machine, "_median", lambda call, kind: next(times))
     layer = SMALL[0]
-    forward, grad_input, weight = calibrate_machine._layer_rates(layer, "cpu", torch.float32)
+    forward, grad_input, weight = profile_machine._layer_rates(layer, "cpu", torch.float32)
     assert forward == layer.flops(2) / 0.01 and grad_input == layer.flops(2) / 0.1
     assert weight == layer.flops(1) / 0.05
 
 
 @pytest.mark.parametrize("layer", SMALL)
 def test_the_three_convolutions_are_those_of_autograd(layer):
-    x, weight, grad = calibrate_machine._operands(layer, 2, "cpu", torch.float32)
+    x, weight, grad = profile_machine._operands(layer, 2, "cpu", torch.float32)
     x.requires_grad_()
     weight.requires_grad_()
     convolution = nn.functional.conv2d if x.dim() == 4 else nn.functional.conv3d
     output = convolution(x, weight, padding=1)
     expected = torch.autograd.grad(output, (x, weight), grad)
     with torch.no_grad():
-        torch.testing.assert_close(calibrate_machine._forward(x, weight, grad), output)
-        torch.testing.assert_close(calibrate_machine._input_gradient(x, weight, grad)[0], expected[0])
-        torch.testing.assert_close(calibrate_machine._weight_gradient(x, weight, grad)[1], expected[1])
+        torch.testing.assert_close(profile_machine._forward(x, weight, grad), output)
+        torch.testing.assert_close(profile_machine._input_gradient(x, weight, grad)[0], expected[0])
+        torch.testing.assert_close(profile_machine._weight_gradient(x, weight, grad)[1], expected[1])
     assert layer.flops(2) == 2 * x.numel() * weight[0].numel()
 
 
 def test_a_slow_measurement_is_not_repeated(monkeypatch):
     times = iter([9.0, 0.2, 0.1, 9.0, 1.0])
-    monkeypatch.setattr(calibrate_machine, "_timed", lambda call, kind: next(times))
-    assert calibrate_machine._median(lambda: None, "cpu") == pytest.approx(0.15)
-    assert calibrate_machine._median(lambda: None, "cpu") == 1.0
+    monkeypatch.setattr(profile_machine, "_timed", lambda call, kind: next(times))
+    assert profile_machine._median(lambda: None, "cpu") == pytest.approx(0.15)
+    assert profile_machine._median(lambda: None, "cpu") == 1.0

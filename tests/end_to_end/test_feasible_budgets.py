@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.compiler.candidates import Route
+from xconv_fx.compiler.candidates import Variant
 from xconv_fx.compiler.comparison import Comparison
 from xconv_fx.compiler.feedback import Corrections, Feedback
 from xconv_fx.errors import BudgetInfeasibleError
@@ -107,7 +107,7 @@ class Short(Feedback):
 
     missing: int = 0
 
-    def corrections(self, route: Route) -> Corrections:
+    def corrections(self, variant: Variant) -> Corrections:
         return dict.fromkeys(("forward", "loss", "backward"), self.missing)
 
 

@@ -11,10 +11,10 @@ from helpers.nets import gradients, loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xconv_fx.compiler.candidates import Route, Way
+from xconv_fx.compiler.candidates import Candidate, Variant
 from xconv_fx.compiler.comparison import Comparison
 from xconv_fx.compiler.feedback import Feedback
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.search import Search
 from xconv_fx.errors import OptionError
 from xconv_fx.measure import training_peak
 from xconv_fx.step.explain import explain
@@ -249,19 +249,19 @@ def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, m
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.PReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 2, 1))
     x = torch.randn(2, 2, 20, 20, 20)
-    expected, ways, attempt = gradients(model, x), Comparison.ways, Strategy._attempt
-    tried, contiguous = [], Route(relayout=False)
+    expected, ways, attempt = gradients(model, x), Comparison.ways, Search._attempt
+    tried, contiguous = [], Variant(relayout=False)
 
-    def both(self: Comparison, feedback: Feedback) -> list[Way]:
+    def both(self: Comparison, feedback: Feedback) -> list[Candidate]:
         # Which layout takes less memory, and whether the other is looked at, depends on the processor.
-        return [*[way for way in ways(self, feedback) if way.route.relayout][:1], Way(contiguous, 0.0, 0.0)]
+        return [*[way for way in ways(self, feedback) if way.variant.relayout][:1], Candidate(contiguous, 0.0, 0.0)]
 
-    def refused(self: Strategy, route: Route, feedback: Feedback) -> object:
-        tried.append(route)
-        return None if route.relayout else attempt(self, route, feedback)
+    def refused(self: Search, variant: Variant, feedback: Feedback) -> object:
+        tried.append(variant)
+        return None if variant.relayout else attempt(self, variant, feedback)
 
     monkeypatch.setattr(Comparison, "ways", both)
-    monkeypatch.setattr(Strategy, "_attempt", refused)
+    monkeypatch.setattr(Search, "_attempt", refused)
     compiled = compile_model(model, mem_budget="95%", slices=1, codecs="keep,recompute,bitmask")
     assert_same(gradients(compiled.model, x), expected, 1e-3)
     assert tried[-1] == contiguous

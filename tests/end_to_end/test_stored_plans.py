@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xconv_fx.compiler import stored_plans
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.search import Search
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.plan import Plan
 from xconv_fx.plan.report import read_json, write_json
@@ -57,8 +57,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was searched for so far."""
     found: list[object] = []
-    search = Strategy._searched
-    monkeypatch.setattr(Strategy, "_searched", lambda self, wanted: found.append(wanted) or search(self, wanted))
+    search = Search._searched
+    monkeypatch.setattr(Search, "_searched", lambda self, wanted: found.append(wanted) or search(self, wanted))
     return found
 
 

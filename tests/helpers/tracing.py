@@ -29,8 +29,8 @@ from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.partition import Pair
 from xconv_fx.passes.unpooling import scatter_unpooling
 from xconv_fx.plan import Plan
-from xconv_fx.planner.problem import Posed
-from xconv_fx.planner.slicing import Batch
+from xconv_fx.planner.microbatches import Batch
+from xconv_fx.planner.problem import PlanningProblem
 from xconv_fx.planner.solve import describe
 
 
@@ -44,7 +44,7 @@ class Job:
 
     options: Options
     analysed: pipeline.Analysed
-    posed: Posed
+    planning: PlanningProblem
     done: pipeline.Planned | None = None
     written: Pair | None = None
 
@@ -54,8 +54,10 @@ class Job:
 
     def chosen(self, choice: tuple[int, ...]) -> Job:
         """With these candidates chosen, whatever their peak."""
-        plan = describe(self.posed, choice, None, 0, 0.0)
-        return self.planned(pipeline.Planned(self.analysed, self.posed, None, plan, self.posed.phase_peaks(choice)))
+        plan = describe(self.planning, choice, None, 0, 0.0)
+        return self.planned(
+            pipeline.Planned(self.analysed, self.planning, None, plan, self.planning.phase_peaks(choice))
+        )
 
     @property
     def plan(self) -> Plan:
@@ -92,7 +94,7 @@ class Traced:
         joint = pipeline.Joint(self.joint(), self.joint_inputs, self.arguments, batch, samples, 1.0, device, plain)
         return pipeline.analyse(joint)
 
-    def posed(self, batch: Batch | None = None, **options: Any) -> Job:
+    def planning(self, batch: Batch | None = None, **options: Any) -> Job:
         """The graph up to its planning problem."""
         chosen = Options.parse(options)
         analysed = self.analysed(batch, plain=chosen.plain)
@@ -100,8 +102,8 @@ class Traced:
 
     def job(self, batch: Batch | None = None, **options: Any) -> Job:
         """The graph after all passes, with its plan written into it."""
-        job = self.posed(batch, **options)
-        return job.planned(pipeline.plan(job.analysed, job.posed, job.options))
+        job = self.planning(batch, **options)
+        return job.planned(pipeline.plan(job.analysed, job.planning, job.options))
 
     def pair(self) -> Pair:
         """The pair before any plan."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xconv_fx.noise.expected import measured_noise
 from xconv_fx.noise.layer import Measurement, Source, measure_normalisation, measure_weighted
 from xconv_fx.noise.moments import Bilinear, deviation, sample_noise
-from xconv_fx.ops import Held, codec_of, fitting_probes
+from xconv_fx.ops import SavedAs, codec_of, fitting_probes
 
 LAYERS = {
     "1d": (nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
@@ -84,7 +84,7 @@ HELD = [
 def test_predicted_variance_is_that_of_draws(layer, way):
     module, x, dy, known = layer
     way = dict(way)
-    held = Held(way.pop("codec"), tuple(x.shape), x.dtype, way.pop("order"))
+    held = SavedAs(way.pop("codec"), tuple(x.shape), x.dtype, way.pop("order"))
     if terms := way.pop("terms", None):
         held = replace(held, probes=fitting_probes(x.shape, held.order, math.prod(x.shape[1:]) // terms))
     held = replace(held, **way)

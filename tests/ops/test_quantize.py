@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xconv_fx.ops import QUANTIZE, Held, layout
+from xconv_fx.ops import QUANTIZE, SavedAs, layout
 from xconv_fx.ops.quantize import group_noise, normal_noise
 
 CASES = [
@@ -18,7 +18,7 @@ IMAGE = ((4, 64, 16, 16), (0, 2, 3, 1))
 
 
 def held_as(size, order, dtype=torch.float32, bits=4):
-    return Held("quantize", size, dtype, order, bits=bits)
+    return SavedAs("quantize", size, dtype, order, bits=bits)
 
 
 def round_trip(x, held, seed=7):
@@ -120,7 +120,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="floating-point"):
         torch.ops.xconv.quantize(torch.ones(4, dtype=torch.int32), torch.tensor([1]), 4, (0,))
     with pytest.raises(ValueError, match="bits=None"):
-        QUANTIZE.payload_bytes(Held("quantize", (4,), torch.float32, (0,)))
+        QUANTIZE.payload_bytes(SavedAs("quantize", (4,), torch.float32, (0,)))
 
 
 @pytest.mark.parametrize("block", [1, 100])

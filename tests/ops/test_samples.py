@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
-from xconv_fx.ops import QUANTIZE, Held, layout, lowering, samples
+from xconv_fx.ops import QUANTIZE, SavedAs, layout, lowering, samples
 from xconv_fx.ops.sample_gradients import SampleGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -33,7 +33,7 @@ def values(size, order, dtype=torch.float32):
 
 
 def held_as(size, order, dtype=torch.float32, bits=2):
-    return Held("quantize", size, dtype, order, bits=bits, by_sample="apart")
+    return SavedAs("quantize", size, dtype, order, bits=bits, by_sample="apart")
 
 
 def noise(weights, widths):

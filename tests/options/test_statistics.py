@@ -54,7 +54,7 @@ BROKEN = {
 def test_what_is_no_statistics_is_refused(tmp_path, what):
     path = tmp_path / "stats.json"
     path.write_text(BROKEN[what])
-    with pytest.raises(OptionError, match=r"xconv calibrate-model --output FILE") as caught:
+    with pytest.raises(OptionError, match=r"xconv calibrate --output FILE") as caught:
         Options.parse({"stats": path})
     assert caught.value.option == "stats" and caught.value.value == str(path)
 

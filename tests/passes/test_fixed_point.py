@@ -44,8 +44,8 @@ def traced(norm, activation=nn.ReLU):
 
 def forced(traced, codecs):
     """The job in which everything is held in fixed point, or made again from that, that may be."""
-    job = traced.posed(mem_budget="100%", codecs=codecs)
-    names = [[candidate.option.name for candidate in row] for row in job.posed.candidates]
+    job = traced.planning(mem_budget="100%", codecs=codecs)
+    names = [[candidate.option.name for candidate in row] for row in job.planning.candidates]
     choice = tuple(max(map(row.index, {"fixed", "signed", "keep"}.intersection(row))) for row in names)
     return job.chosen(choice)
 
@@ -252,6 +252,6 @@ def test_what_is_found_and_what_is_legal():
 
 
 def test_nothing_is_offered_unless_it_is_named():
-    job = traced(NORMS["batch"][0]).posed(mem_budget="100%")
-    assert "signed" not in {candidate.option.name for row in job.posed.candidates for candidate in row}
-    assert "fixed" not in {candidate.option.name for row in job.posed.candidates for candidate in row}
+    job = traced(NORMS["batch"][0]).planning(mem_budget="100%")
+    assert "signed" not in {candidate.option.name for row in job.planning.candidates for candidate in row}
+    assert "fixed" not in {candidate.option.name for row in job.planning.candidates for candidate in row}

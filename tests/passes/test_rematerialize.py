@@ -9,7 +9,7 @@ from helpers.tracing import trace
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from xconv_fx.passes.rematerialize import LONGEST, find_chain
+from xconv_fx.passes.rematerialize import LONGEST, find_recompute_subgraph
 
 aten = torch.ops.aten
 SHAPE = (2, 8, 16, 16)
@@ -28,7 +28,7 @@ def last(nodes):
 def test_an_affine_chain_to_a_saved_value():
     nodes = forward(lambda saved, primals_1: torch.relu(saved.sin() * primals_1 + 1), SHAPE, (8, 1, 1))
     # The placeholders get numbers: what is saved is named here.
-    chain = find_chain(last(nodes), {"sin"})
+    chain = find_recompute_subgraph(last(nodes), {"sin"})
     assert chain is not None
     assert [node.target for node in chain.nodes] == [aten.mul.Tensor, aten.add.Tensor, aten.relu.default]
     assert chain.sources == ("sin",)
@@ -45,7 +45,7 @@ def test_statistics_are_saved_and_large_values_are_not():
         return (y - y.mean((0, 2, 3), keepdim=True)) * y.cos()
 
     nodes = forward(normalise, SHAPE)
-    chain = find_chain(last(nodes), {"sin"})
+    chain = find_recompute_subgraph(last(nodes), {"sin"})
     assert chain is not None
     assert {node.name for node in chain.extras} == {"mean"}
     assert chain.extra_bytes == 8 * 4
@@ -66,7 +66,7 @@ REFUSED = {
 def test_refused(case):
     nodes = forward(REFUSED[case], SHAPE)
     saved = {"sin"} if case != "too long" else set()
-    assert find_chain(last(nodes), saved) is None
+    assert find_recompute_subgraph(last(nodes), saved) is None
 
 
 MASKS = {
@@ -87,14 +87,14 @@ NOT_AFFINE = {
 @pytest.mark.parametrize("case", MASKS)
 def test_masks_that_make_a_chain_affine(case):
     function, expected = MASKS[case]
-    chain = find_chain(last(forward(lambda x: function(x.sin()), SHAPE)), {"sin"})
+    chain = find_recompute_subgraph(last(forward(lambda x: function(x.sin()), SHAPE)), {"sin"})
     assert chain is not None and chain.masks is not None
     assert [node.name for node in chain.masks] == expected
 
 
 @pytest.mark.parametrize("case", NOT_AFFINE)
 def test_other_chains_replay_only_exact_sources(case):
-    chain = find_chain(last(forward(lambda x: NOT_AFFINE[case](x.sin()), SHAPE)), {"sin"})
+    chain = find_recompute_subgraph(last(forward(lambda x: NOT_AFFINE[case](x.sin()), SHAPE)), {"sin"})
     assert chain is not None and chain.masks is None
 
 
@@ -103,7 +103,7 @@ def test_a_chain_computes_its_residual():
     traced = trace(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     pair = traced.pair()
     relu = pair.residuals()["relu"][0]
-    chain = find_chain(relu, set(pair.saved()) - {"relu"})
+    chain = find_recompute_subgraph(relu, set(pair.saved()) - {"relu"})
     assert chain is not None and chain.sources == ("convolution",)
 
     values: dict[fx.Node, torch.Tensor] = {}

@@ -11,11 +11,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.slicing import run, step_of
+from helpers.microbatches import run, step_of
 from torch import nn
 
 from xconv_fx.planner.loss import Ends
-from xconv_fx.planner.slicing import Batch, Slicing
+from xconv_fx.planner.microbatches import Batch, Microbatches
 
 SAMPLES = 4
 
@@ -91,10 +91,10 @@ def test_moments_are_those_of_a_loop_that_counts(seed):
     ends = Ends(draw.randint(1, 30), draw.randint(1, 30), draw.randint(0, 30), draw.randint(0, 60))
     gradients, input_gradients = draw.randint(0, 40), draw.choice([0, part * count])
     batch = Batch(12, (True, False), part * count, input_gradients, gradients)
-    slicing = Slicing(batch, count, held)
+    microbatches = Microbatches(batch, count, held)
 
     found: dict[str, int] = {}
-    for moment in slicing.episodes(ends):
+    for moment in microbatches.episodes(ends):
         found[moment.phase] = max(found.get(moment.phase, -rest), moment.extra + moment.others * rest)
 
     inputs, wanted = part * (count - 1), dict.fromkeys(found, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.slicing import check, step_of
+from helpers.microbatches import check, step_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

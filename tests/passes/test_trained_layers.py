@@ -7,12 +7,12 @@ import torch
 from helpers.tracing import trace
 from torch import nn
 
-from xconv_fx.ops.codec import Held
+from xconv_fx.ops.codec import SavedAs
 from xconv_fx.options import Options
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.passes.trained_layers import TrainedLayers
 from xconv_fx.planner.dependencies import link
-from xconv_fx.planner.problem import pose
+from xconv_fx.planner.problem import build_problem
 from xconv_fx.planner.sensitivities import Sensitivities
 from xconv_fx.planner.solve import describe
 
@@ -56,7 +56,7 @@ def test_a_normalisations_codes_are_noise_of_its_scale_and_of_the_layer_before()
     residuals = find_residuals(pair)
     noises = Sensitivities(residuals, None, pair)
     residual = residuals["convolution"]
-    held = Held("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
+    held = SavedAs("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
     added = noises.coded(residual, held)
     relative = dict(noises.relative(added))
     assert relative["1"] == pytest.approx(added.noise), "the scale's own gradient is a sum over what is in codes"
@@ -97,7 +97,7 @@ def test_noise_that_reaches_no_layers_weights_counts(part, asked):
     residuals = find_residuals(pair)
     noises = Sensitivities(residuals, None, pair)
     residual = next(r for r in residuals.values() if r.uses == {"other"})
-    held = Held("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
+    held = SavedAs("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
     added = noises.coded(residual, held)
     assert added.noise > 0 and added.total == pytest.approx(added.noise)
     assert dict(noises.relative(added)) == {"other gradients": pytest.approx(added.noise)}
@@ -105,13 +105,13 @@ def test_noise_that_reaches_no_layers_weights_counts(part, asked):
 
 def test_plans_tell_each_layers_noise_without_statistics():
     pair = trace(normed(nn.BatchNorm2d(8)), X).pair()
-    posed = link(pose(pair, find_residuals(pair), Options.parse({"codecs": "quantize:2,bitmask"})))
-    coded = tuple(len(row) - 1 for row in posed.candidates)
-    plan = describe(posed, coded, None, 0, 0.0)
+    planning = link(build_problem(pair, find_residuals(pair), Options.parse({"codecs": "quantize:2,bitmask"})))
+    coded = tuple(len(row) - 1 for row in planning.candidates)
+    plan = describe(planning, coded, None, 0, 0.0)
     assert dict(plan.layers).keys() == {"0", "1", "3"} and not plan.measured
     assert plan.noisiest == max(plan.layers, key=lambda row: row[1]) and plan.noisiest[0] == "1"
-    assert describe(posed, tuple(0 for _ in coded), None, 0, 0.0).noisiest == ("", 0.0)
+    assert describe(planning, tuple(0 for _ in coded), None, 0, 0.0).noisiest == ("", 0.0)
     for layer, noise in plan.layers:
-        taken = [row[place].option for row, place in zip(posed.candidates, coded, strict=True)]
+        taken = [row[place].option for row, place in zip(planning.candidates, coded, strict=True)]
         limited = sum(dict(option.layers).get(layer, 0.0) for option in taken)
         assert limited == pytest.approx(noise), "what the solver limits is what the plan tells"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xconv_fx.planner.loss import Ends
+from xconv_fx.planner.microbatches import Batch, Microbatches, PeakScenario
 from xconv_fx.planner.peak_scenarios import AT_ONCE, ONCE, Calls, scenarios
-from xconv_fx.planner.slicing import Batch, PeakScenario, Slicing
 
 ENDS = Ends(results=10, tangents=11, between=30, kept=7)
 THREE = Calls(3, inputs=100, gradients=1000)
@@ -35,15 +35,15 @@ def test_a_chain_of_calls_has_one_loss() -> None:
 
 
 def test_slices_of_one_call_are_those_of_a_sliced_step() -> None:
-    slicing = Slicing(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, 2)
-    assert scenarios(slicing, ONCE, ENDS) == slicing.episodes(ENDS)
+    microbatches = Microbatches(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, 2)
+    assert scenarios(microbatches, ONCE, ENDS) == microbatches.episodes(ENDS)
 
 
 @pytest.mark.parametrize("held", [0, 2, 4])
 def test_slices_of_several_calls(held: int) -> None:
     """Every moment of one sliced call, beside the slices and weights that the other calls hold, and their results."""
-    slicing = Slicing(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, held, copies=3)
-    one, found = slicing.episodes(ENDS), list(scenarios(slicing, THREE, ENDS))
+    microbatches = Microbatches(Batch(4, (True,), inputs=400, input_gradients=0, gradients=50), 4, held, copies=3)
+    one, found = microbatches.episodes(ENDS), list(scenarios(microbatches, THREE, ENDS))
     for moment in one:
         of_others = 2 * (100 + 3 + 4 * 10)
         if moment.phase == "loss":

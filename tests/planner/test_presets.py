@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import xconv_fx
 from xconv_fx.passes.graph import is_primal, is_view, nbytes, output_node
-from xconv_fx.planner.slicing import Batch
+from xconv_fx.planner.microbatches import Batch
 
 LARGEST_Z = 4.5
 
@@ -80,9 +80,9 @@ def taken(job):
 
 def uniform(traced, bits):
     """The job with codes of one width wherever the preset has codes."""
-    job = traced.posed(codecs="actnn:L3")
+    job = traced.planning(codecs="actnn:L3")
     places = []
-    for row in job.posed.candidates:
+    for row in job.planning.candidates:
         wanted = [
             n
             for n, c in enumerate(row)
@@ -104,7 +104,7 @@ def test_levels_of_actnn(trained):
     traced, _ = trained
     first, second = (traced.job(codecs=f"actnn:{level}") for level in ("L1", "L2"))
     for job in (first, second):
-        assert job.posed is not None and not job.options.plain
+        assert job.planning is not None and not job.options.plain
         for choice in job.plan.choices:
             read = set(choice.uses)
             expected = "bitmask" if read == {"mask"} else "quantize"

@@ -15,7 +15,7 @@ from xconv_fx.passes.liveness import timeline
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.loss import LOSS_COPIES
-from xconv_fx.planner.problem import beside, corrected, pose, resident_bytes
+from xconv_fx.planner.problem import beside, build_problem, corrected, resident_bytes
 from xconv_fx.planner.surroundings import Surroundings
 
 
@@ -39,60 +39,61 @@ def pairs():
 def posed_of(pair, outside=0, corrections=None, **options):
     return link(
         corrected(
-            beside(pose(pair, find_residuals(pair), Options.parse(options)), Surroundings(outside)), corrections or {}
+            beside(build_problem(pair, find_residuals(pair), Options.parse(options)), Surroundings(outside)),
+            corrections or {},
         )
     )
 
 
-def names(posed, residual):
+def names(planning, residual):
     """The options of one residual, with the widths of codes."""
-    row = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))[residual]
+    row = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))[residual]
     return [candidate.option.name + str(candidate.choice.bits or "") for candidate in row]
 
 
-def turn(posed):
+def turn(planning):
     """The step of the loss, between forward and backward."""
-    (step,) = posed.steps("loss")
+    (step,) = planning.steps("loss")
     return step
 
 
-def keep(posed):
-    return (0,) * len(posed.residuals)
+def keep(planning):
+    return (0,) * len(planning.residuals)
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_keeping_everything_is_the_graphs_own_profile(pairs, net):
     pair = pairs[net]
-    posed = posed_of(pair)
+    planning = posed_of(pair)
     constant = resident_bytes(pair.forward.graph.nodes) + layout_copies(pair.forward)
     forward = [constant + alive for alive in timeline(pair.forward.graph).profile()]
     if net != "pool":  # Its comparison is no step of the problem: fused into whatever holds it.
-        assert profile(posed.problem, keep(posed))[: turn(posed)].tolist() == forward
+        assert profile(planning.problem, keep(planning))[: turn(planning)].tolist() == forward
     tangents = sum(nbytes(n) for n in pair.backward.graph.find_nodes(op="placeholder") if is_tangent(n))
     saved = sum(nbytes(node) for node, _ in pair.residuals().values())
     result = 2 * 8 * 8 * 8 * 4 if net == "pool" else 2 * 8 * 16 * 16 * 4
     loss = constant + saved + result + LOSS_COPIES * tangents
-    assert profile(posed.problem, keep(posed))[turn(posed)] == loss
+    assert profile(planning.problem, keep(planning))[turn(planning)] == loss
 
 
 def test_a_kept_residual_dies_after_its_last_reader(pairs):
-    posed = posed_of(pairs["relu"])
-    (item,) = posed.problem.items
+    planning = posed_of(pairs["relu"])
+    (item,) = planning.problem.items
     ((first, last, size),) = item.options[0].loads
     assert size == 2 * 8 * 16 * 16 * 4
-    labels = posed.problem.labels
+    labels = planning.problem.labels
     # In the forward it is one of the graph's own buffers until its last reader there, which is the last step.
-    assert first == turn(posed) == labels.index("the loss")
+    assert first == turn(planning) == labels.index("the loss")
     assert labels[last] == "where" or labels[last].startswith("convolution")
     assert last < len(labels)
 
 
 def test_phases(pairs):
-    posed = posed_of(pairs["relu"])
-    phases, alive = posed.phase_peaks(keep(posed)), profile(posed.problem, keep(posed))
+    planning = posed_of(pairs["relu"])
+    phases, alive = planning.phase_peaks(keep(planning)), profile(planning.problem, keep(planning))
     assert list(phases) == ["forward", "loss", "backward"]
-    assert max(phases.values()) == peak(posed.problem, keep(posed))[0]
-    assert phases["loss"] == alive[turn(posed)]
+    assert max(phases.values()) == peak(planning.problem, keep(planning))[0]
+    assert phases["loss"] == alive[turn(planning)]
 
 
 def test_corrections_and_outside_bytes_are_added(pairs):
@@ -133,10 +134,10 @@ def test_legal_ways_to_hold(pairs, net, residual, options, expected):
 
 
 def test_replaying_needs_its_sources(pairs):
-    posed = posed_of(pairs["norm"], codecs=["recompute", "quantize:1", "quantize:4", "bitmask"])
-    source = [r.name for r in posed.residuals].index("convolution")
-    offered = names(posed, "convolution")
-    row = dict(zip(names(posed, "relu"), posed.candidates[1 - source], strict=True))
+    planning = posed_of(pairs["norm"], codecs=["recompute", "quantize:1", "quantize:4", "bitmask"])
+    source = [r.name for r in planning.residuals].index("convolution")
+    offered = names(planning, "convolution")
+    row = dict(zip(names(planning, "relu"), planning.candidates[1 - source], strict=True))
     ((item, allowed),) = row["recompute"].option.needs
     assert (item, {offered[i] for i in allowed}) == (source, {"keep", "rerun"})
     ((item, allowed),) = row["replay"].option.needs
@@ -146,10 +147,10 @@ def test_replaying_needs_its_sources(pairs):
 
 def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
     layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)]
-    posed = posed_of(trace(nn.Sequential(*layers), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
-    order = [r.name for r in posed.residuals]
-    rows = {name: {c.option.name: c.option for c in row} for name, row in zip(order, posed.candidates, strict=True)}
-    offered = {name: [c.option.name for c in row] for name, row in zip(order, posed.candidates, strict=True)}
+    planning = posed_of(trace(nn.Sequential(*layers), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
+    order = [r.name for r in planning.residuals]
+    rows = {name: {c.option.name: c.option for c in row} for name, row in zip(order, planning.candidates, strict=True)}
+    offered = {name: [c.option.name for c in row] for name, row in zip(order, planning.candidates, strict=True)}
     assert rows["convolution"]["rerun"].needs == (), "the network's input is there anyway"
     needs = {
         order[item]: {offered[order[item]][i] for i in allowed}
@@ -159,16 +160,20 @@ def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
     assert rows["convolution_1"]["rerun"].time > rows["relu_1"]["recompute"].time > 0
     # From where it is first read, by itself or by what is replayed from it, its result is held in full.
     first, last, size = rows["convolution_1"]["rerun"].loads[1]
-    labels = posed.problem.labels
+    labels = planning.problem.labels
     assert first < last and size == 2 * 8 * 16 * 16 * 4
     assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
 
 
 def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
     """Both die with batch norm's backward here; what is replayed holds only its statistics."""
-    posed = posed_of(pairs["norm"], codecs="exact")
+    planning = posed_of(pairs["norm"], codecs="exact")
     row = dict(
-        zip(names(posed, "relu"), posed.candidates[[r.name for r in posed.residuals].index("relu")], strict=True)
+        zip(
+            names(planning, "relu"),
+            planning.candidates[[r.name for r in planning.residuals].index("relu")],
+            strict=True,
+        )
     )
     kept, replayed = row["keep"], row["recompute"]
     assert replayed.choice.bytes_after < 1000 < kept.choice.bytes_after == kept.choice.bytes_before
@@ -176,9 +181,9 @@ def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
 
 
 def test_bits_for_the_mask_let_go_of_the_tensor_before_the_input_gradient(pairs):
-    posed = posed_of(pairs["relu"], codecs="exact")
-    keep, apart = posed.candidates[0]
-    labels = posed.problem.labels
+    planning = posed_of(pairs["relu"], codecs="exact")
+    keep, apart = planning.candidates[0]
+    labels = planning.problem.labels
     kept, held = (
         {labels[end] for _, end, size in c.option.loads if size == c.choice.bytes_before} for c in (keep, apart)
     )
@@ -198,8 +203,8 @@ def test_codes_hold_less_and_add_noise(pairs):
 
 
 def test_a_decoded_tensor_exists_where_an_extern_kernel_reads_it(pairs):
-    posed = posed_of(pairs["relu"], codecs=["quantize:4", "bitmask"])
-    coded = next(candidate for candidate in posed.candidates[0] if candidate.option.name == "quantize")
+    planning = posed_of(pairs["relu"], codecs=["quantize:4", "bitmask"])
+    coded = next(candidate for candidate in planning.candidates[0] if candidate.option.name == "quantize")
     decoded = [load for load in coded.option.loads if load[2] == coded.choice.bytes_before]
     assert [(first, last) for first, last, _ in decoded] == [(first, first) for first, _, _ in decoded]
-    assert {posed.problem.labels[first] for first, _, _ in decoded} == {"convolution_backward_default"}
+    assert {planning.problem.labels[first] for first, _, _ in decoded} == {"convolution_backward_default"}

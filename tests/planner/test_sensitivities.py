@@ -12,14 +12,14 @@ from torch import nn
 import xconv_fx
 from xconv_fx.errors import OptionError
 from xconv_fx.noise.expected import expected_noise, measured_noise
-from xconv_fx.ops.codec import Held
+from xconv_fx.ops.codec import SavedAs
 from xconv_fx.ops.fixed import normal_error
 from xconv_fx.options import Options
 from xconv_fx.options.statistics import LayerStatistics, Layout, Statistics
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner import solve
 from xconv_fx.planner.dependencies import link
-from xconv_fx.planner.problem import pose
+from xconv_fx.planner.problem import build_problem
 
 
 def build() -> nn.Sequential:
@@ -42,11 +42,11 @@ def stats():
 
 
 def posed_of(pair, stats, **options):
-    return link(pose(pair, find_residuals(pair), Options.parse({"stats": stats, **options})))
+    return link(build_problem(pair, find_residuals(pair), Options.parse({"stats": stats, **options})))
 
 
-def candidates(posed, residual, codec="quantize"):
-    row = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))[residual]
+def candidates(planning, residual, codec="quantize"):
+    row = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))[residual]
     return {c.choice.bits: c for c in row if c.choice.codec == codec}
 
 
@@ -72,9 +72,9 @@ def test_a_normalisations_input_adds_what_reaches_the_layers_before(pair, stats)
 
 
 def test_plans_report_each_layer_relative_to_its_own_sgd_noise(pair, stats):
-    posed = posed_of(pair, stats, codecs="quantize,bitmask")
-    codes = [[i for i, c in enumerate(row) if c.choice.codec == "quantize"] for row in posed.candidates]
-    plan = solve.describe(posed, tuple(row[0] if row else 0 for row in codes), None, 0, 0.0)
+    planning = posed_of(pair, stats, codecs="quantize,bitmask")
+    codes = [[i for i, c in enumerate(row) if c.choice.codec == "quantize"] for row in planning.candidates]
+    plan = solve.describe(planning, tuple(row[0] if row else 0 for row in codes), None, 0, 0.0)
     assert plan.measured and dict(plan.layers).keys() <= {"0", "3", "5"} and len(plan.layers) > 1
     # Every layer's noise in units of its own SGD noise adds up to the plan's, in units of all.
     total = sum(noise * stats.layers[name].sgd for name, noise in plan.layers) / stats.sgd
@@ -84,9 +84,9 @@ def test_plans_report_each_layer_relative_to_its_own_sgd_noise(pair, stats):
 
 def test_layers_without_statistics_keep_the_prior_and_are_named(pair, stats):
     some = Statistics({name: layer for name, layer in stats.layers.items() if name != "5"})
-    posed, prior = posed_of(pair, some), posed_of(pair, None)
-    assert candidates(posed, "relu_1")[4].option.noise == candidates(prior, "relu_1")[4].option.noise
-    plan = solve.describe(posed, tuple(0 for _ in posed.residuals), None, 0, 0.0)
+    planning, prior = posed_of(pair, some), posed_of(pair, None)
+    assert candidates(planning, "relu_1")[4].option.noise == candidates(prior, "relu_1")[4].option.noise
+    plan = solve.describe(planning, tuple(0 for _ in planning.residuals), None, 0, 0.0)
     assert "without statistics, their noise by a prior: 5" in plan.notes
     assert not solve.describe(prior, tuple(0 for _ in prior.residuals), None, 0, 0.0).measured
 
@@ -99,7 +99,7 @@ def test_statistics_of_other_layers_are_refused(pair, stats):
         posed_of(pair, others)
 
 
-BLANK = Held("probe", (2, 8, 16, 16), torch.float32, (0, 2, 3, 1), probes=128)
+BLANK = SavedAs("probe", (2, 8, 16, 16), torch.float32, (0, 2, 3, 1), probes=128)
 
 
 def test_factors_between_measured_numbers_of_terms_are_interpolated(stats):
@@ -122,11 +122,11 @@ def test_what_was_not_measured_of_a_layer_is_a_prior():
 def test_a_replay_is_as_noisy_as_the_codes_that_it_is_made_from(pair, stats):
     """Of each width that its source may have; by the prior as noisy as the source, else as measured."""
     for known in (None, stats):
-        posed = posed_of(pair, known, codecs="quantize,recompute,bitmask")
-        rows = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))
-        source = [r.name for r in posed.residuals].index("convolution")
+        planning = posed_of(pair, known, codecs="quantize,recompute,bitmask")
+        rows = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))
+        source = [r.name for r in planning.residuals].index("convolution")
         replays = {c.bits: c for c in rows["relu"] if c.option.name == "replay"}
-        codes = candidates(posed, "convolution")
+        codes = candidates(planning, "convolution")
         assert set(replays) == {2, 4, 8}
         for bits, replay in replays.items():
             ((item, allowed),) = replay.option.needs
@@ -143,10 +143,10 @@ def test_fixed_point_adds_what_was_measured(pair, stats):
     """What it changes on the data, not the prior for normal values, in the layer before and in that which replays."""
     priors = {}
     for known in (None, stats):
-        posed = posed_of(pair, known, codecs="fixed:2,fixed:4,fixed:8,bitmask")
-        rows = dict(zip((r.name for r in posed.residuals), posed.candidates, strict=True))
+        planning = posed_of(pair, known, codecs="fixed:2,fixed:4,fixed:8,bitmask")
+        rows = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))
         replays = {c.bits: c for c in rows["relu"] if c.option.name == "signed"}
-        held = candidates(posed, "convolution", "fixed")
+        held = candidates(planning, "convolution", "fixed")
         assert set(replays) == set(held) == {2, 4, 8}
         for bits in held:
             assert held[bits].choice.noise == normal_error(bits)

@@ -107,10 +107,10 @@ def test_probes_for_an_unknown_layer_are_an_error(traced):
 
 
 def test_corrections_make_the_plan_smaller(traced):
-    posed = traced.posed(mem_budget="90%")
+    planning = traced.planning(mem_budget="90%")
     before = planned(traced, mem_budget="90%")
     corrections = {"forward": 2000, "loss": 2000, "backward": 2000}
-    job = pipeline.plan(posed.analysed, posed.posed, posed.options, corrections=corrections)
+    job = pipeline.plan(planning.analysed, planning.planning, planning.options, corrections=corrections)
     assert job.plan.budget is not None
     # The budget is of the corrected baseline, and the corrections are in the prediction.
     assert job.plan.baseline_peak == before.baseline_peak + 2000

@@ -12,8 +12,8 @@ from torch import Tensor
 from xconv_fx.measure import physical_peak
 from xconv_fx.passes.batch_separability import NOTHING, SAMPLES
 from xconv_fx.planner.loss import Ends
-from xconv_fx.planner.slicing import Batch, PeakScenario, Slicing
-from xconv_fx.runtime.microbatch_step import Result, Sliced
+from xconv_fx.planner.microbatches import Batch, Microbatches, PeakScenario
+from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result
 
 BATCH, COUNT = 8, 4
 
@@ -29,8 +29,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
 
 
-def slicing(held: int, count: int = COUNT, draws: str = NOTHING, relaid: tuple[int, ...] = ()) -> Slicing:
-    return Slicing(Batch(BATCH, (True, False, False), 0, 0, 0), count, held, draws, relaid)
+def microbatches(held: int, count: int = COUNT, draws: str = NOTHING, relaid: tuple[int, ...] = ()) -> Microbatches:
+    return Microbatches(Batch(BATCH, (True, False, False), 0, 0, 0), count, held, draws, relaid)
 
 
 @pytest.mark.parametrize("held", range(COUNT + 1))
@@ -38,7 +38,7 @@ def slicing(held: int, count: int = COUNT, draws: str = NOTHING, relaid: tuple[i
 def test_gradients_are_those_of_the_whole_batch(held, relaid):
     expected = inputs()
     found = inputs()
-    whole, sliced = function(*expected), Sliced(function, slicing(held, relaid=relaid))(*found)
+    whole, sliced = function(*expected), MicrobatchedStep(function, microbatches(held, relaid=relaid))(*found)
     torch.testing.assert_close(sliced, whole)
     assert not sliced[1].requires_grad
     weight = torch.linspace(-1, 1, whole[0].numel(), dtype=torch.float64).reshape(whole[0].shape)
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_whole_batch(held, relaid):
 def test_channels_last_results_stay_so():
     x, weight, bias = inputs()
     last = x.detach().contiguous(memory_format=torch.channels_last)
-    result, _ = Sliced(function, slicing(2))(last, weight, bias)
+    result, _ = MicrobatchedStep(function, microbatches(2))(last, weight, bias)
     assert result.stride() == function(last, weight, bias)[0].stride()
 
 
@@ -62,16 +62,18 @@ def test_results_lie_as_they_were_traced_for_the_batch(order):
     last = weight.detach().contiguous(memory_format=torch.channels_last)
     whole = function(x, weight, bias)[0].contiguous(memory_format=order)
     traced = [Result(True, whole.stride()), Result(False, (36, 6, 1))]
-    result, chosen = Sliced(function, slicing(2), traced)(x, last, bias)
+    result, chosen = MicrobatchedStep(function, microbatches(2), traced)(x, last, bias)
     assert result.stride() == whole.stride() and chosen.stride() == (36, 6, 1)
     torch.testing.assert_close(result, whole)
-    gaps = Sliced(function, slicing(2), [Result(True, (1000, 36, 6, 1)), Result(False)])(x, weight, bias)[0]
+    gaps = MicrobatchedStep(function, microbatches(2), [Result(True, (1000, 36, 6, 1)), Result(False)])(
+        x, weight, bias
+    )[0]
     torch.testing.assert_close(gaps, whole)
 
 
 def test_a_second_backward_runs_every_forward_again():
     found, expected = inputs(), inputs()
-    result = Sliced(function, slicing(2))(*found)[0].sum()
+    result = MicrobatchedStep(function, microbatches(2))(*found)[0].sum()
     result.backward(retain_graph=True)
     result.backward()
     (2 * function(*expected)[0].sum()).backward()
@@ -82,7 +84,7 @@ def test_a_second_backward_runs_every_forward_again():
 
 def test_writing_to_an_input_in_between_is_an_error():
     x, weight, bias = inputs()
-    result = Sliced(function, slicing(0))(x, weight, bias)[0].sum()
+    result = MicrobatchedStep(function, microbatches(0))(x, weight, bias)[0].sum()
     with torch.no_grad():
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -91,7 +93,7 @@ def test_writing_to_an_input_in_between_is_an_error():
 
 def test_differentiating_twice_is_an_error():
     x, weight, bias = inputs()
-    result = Sliced(function, slicing(1))(x, weight, bias)[0].sum()
+    result = MicrobatchedStep(function, microbatches(1))(x, weight, bias)[0].sum()
     (gradient,) = torch.autograd.grad(result, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.sum().backward()
@@ -104,13 +106,13 @@ def test_a_second_forward_draws_the_same_numbers(held):
 
     x, weight, bias = inputs()
     torch.manual_seed(3)
-    (result,) = Sliced(dropped, slicing(held, draws=SAMPLES))(x, weight, bias)
+    (result,) = MicrobatchedStep(dropped, microbatches(held, draws=SAMPLES))(x, weight, bias)
     after = torch.rand(1)
     result.sum().backward()
     # result = mask(x) * w, so that d/dw of its sum is the sum over w: of the very numbers of the forward.
     torch.testing.assert_close(weight.grad[0, 0, 0, 0], result.detach().sum() / weight.detach()[0, 0, 0, 0])
     torch.manual_seed(3)
-    Sliced(dropped, slicing(4, draws=SAMPLES))(x, weight, bias)
+    MicrobatchedStep(dropped, microbatches(4, draws=SAMPLES))(x, weight, bias)
     assert torch.rand(1) == after, "the generator goes on as if nothing had been run again"
 
 
@@ -123,7 +125,9 @@ def test_slices_that_are_not_held_take_no_memory():
     def step(held: int) -> int:
         x, weight, bias = inputs(torch.float32)
         large = x.detach().repeat(1, 1, 16, 16)
-        return physical_peak(lambda: Sliced(deep, slicing(held))(large, weight, bias)[0].sum().backward()).transient
+        return physical_peak(
+            lambda: MicrobatchedStep(deep, microbatches(held))(large, weight, bias)[0].sum().backward()
+        ).transient
 
     peaks = [step(held) for held in range(COUNT + 1)]
     assert peaks == sorted(peaks)
@@ -140,7 +144,7 @@ def test_a_slices_results_are_gone_when_the_next_one_runs(held):
         made.extend(map(weakref.ref, results))
         return results
 
-    Sliced(watched, slicing(held))(*inputs())[0].sum().backward()
+    MicrobatchedStep(watched, microbatches(held))(*inputs())[0].sum().backward()
     assert len(made) == 2 * (COUNT if held else 2 * COUNT)
 
 
@@ -152,14 +156,14 @@ def test_batch_counts():
 def test_episodes_count_what_else_is_alive():
     batch = Batch(4, (True, False), inputs=400, input_gradients=0, gradients=50)
     ends = Ends(results=10, tangents=10, between=30, kept=10)
-    none = Slicing(batch, 4, 0).episodes(ends)
+    none = Microbatches(batch, 4, 0).episodes(ends)
     assert none == (
         PeakScenario("forward", 300 + 40, 0),
         PeakScenario("loss", 300 + 3 * (10 + 30), -1),
         PeakScenario("backward", 300 + 90 + 50, 0),
         PeakScenario("forward", 300 + 120 + 50, 0, again=True),
     )
-    every = Slicing(batch, 4, 4, copies=7).episodes(ends)
+    every = Microbatches(batch, 4, 4, copies=7).episodes(ends)
     assert every == (
         PeakScenario("forward", 307 + 40, 3),
         PeakScenario("loss", 307 + 3 * (10 + 30), 3),

@@ -22,16 +22,16 @@ from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError, neare
 from xconv_fx.stack_room import with_stack_room
 from xconv_fx.units import sufficient_size
 
-from . import bench, calibrate, calibrate_model, check, completion, doctor, fit, plan, sweep
+from . import bench, calibrate, check, completion, doctor, fit, plan, profile_machine, sweep
 from .arguments import EXIT_CODES, FAILED, INFEASIBLE
 
-COMMANDS = (plan, sweep, fit, check, bench, calibrate, calibrate_model, doctor, completion)
+COMMANDS = (plan, sweep, fit, check, bench, calibrate, profile_machine, doctor, completion)
 
 
 @with_stack_room
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _renamed(list(sys.argv[1:] if argv is None else argv))
     try:
         parsed = parser().parse_args(arguments)
         return parsed.run(parsed)
@@ -40,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _print_error(error)
         return INFEASIBLE if isinstance(error, BudgetInfeasibleError) else FAILED
+
+
+def _renamed(arguments: list[str]) -> list[str]:
+    """The arguments by the present names of commands, with a note on standard error where they have a former one.
+
+    The machine was once measured by `xconv calibrate`, which named no model, and the model by `xconv calibrate-model`.
+    """
+    command, rest = arguments[:1], arguments[1:]
+    flags = [part.partition("=")[0] for part in rest if part.startswith("-")]
+    if command == ["calibrate-model"]:
+        new = "calibrate"
+    elif command == ["calibrate"] and (not rest or {"--device", "--threads", "--json"}.intersection(flags)):
+        new = "profile-machine"
+    else:
+        return arguments
+    Console(stderr=True, soft_wrap=True).print(f"note:  xconv {command[0]} is now xconv {new}", highlight=False)
+    return [new, *rest]
 
 
 def _print_error(error: XConvError) -> None:

@@ -72,7 +72,7 @@ def add_planner(command: argparse.ArgumentParser) -> None:
     add("--max-noise", metavar="X", help=f"limit of the {noise}, or none (default: 1, and 1 for any layer's)")
     add("--max-layer-noise", metavar="X", help="the same for the gradient of the noisiest layer, or none")
     add("--max-slowdown", metavar="X", help="limit of the predicted extra time of a step, 0.1 for a tenth")
-    add("--stats", metavar="FILE", help="what xconv calibrate-model measured, to predict noise by (default: priors)")
+    add("--stats", metavar="FILE", help="what xconv calibrate measured, to predict noise by (default: priors)")
     add("--reserve", metavar="SIZE", help="part of the budget left for memory outside the step")
     add("--calls", metavar="N", help="forwards of the model that a step runs before their backward (default: 1)")
 

@@ -15,8 +15,8 @@ from xconv_fx.cost_model.solver import Infeasible, OverLimits, Solution, solve
 from xconv_fx.errors import OptionError
 from xconv_fx.options import Options
 from xconv_fx.planner.microbatch import slice_step
-from xconv_fx.planner.problem import Posed
-from xconv_fx.planner.slicing import Slicing
+from xconv_fx.planner.microbatches import Microbatches
+from xconv_fx.planner.problem import PlanningProblem
 from xconv_fx.planner.solve import NOISE_PRICE, limits, tradeoff
 from xconv_fx.reproducible import effort
 
@@ -29,34 +29,38 @@ CALL = 1e-5
 
 
 @dataclass(frozen=True)
-class Route:
+class Variant:
     """What a graph is compiled as, before it is planned.
 
-    `slicing` says in what slices of the batch it runs (None: all at once), `saved` what share of the residuals torch's
-    partitioner may save; the rest is recomputed from that, convolutions included. `relayout` lays volumes out
+    `microbatches` says in what slices of the batch it runs (None: all at once), `saved` what share of the residuals
+    torch's partitioner may save; the rest is recomputed from that, convolutions included. `relayout` lays volumes out
     channels-last (passes/channels_last_3d.py).
     """
 
-    slicing: Slicing | None = None
+    microbatches: Microbatches | None = None
     saved: float = 1.0
     relayout: bool = True
 
 
 # The batch at once, nothing recomputed that PyTorch would not recompute by itself.
-AT_ONCE = Route()
+FULL_BATCH = Variant()
 
 
-def compared_route(route: Route) -> Route:
-    """The route whose problem was posed for `route`: the same whatever number of slices is held."""
-    return route if route.slicing is None else replace(route, slicing=replace(route.slicing, held=0))
+def compared_variant(variant: Variant) -> Variant:
+    """The variant whose problem was posed for `variant`: the same whatever number of slices is held."""
+    return (
+        variant
+        if variant.microbatches is None
+        else replace(variant, microbatches=replace(variant.microbatches, held=0))
+    )
 
 
 @dataclass(frozen=True)
-class Way:
-    """A route and its predicted plan: `noise`, that of its noisiest `layer`, and `slowdown` as a fraction of the plain
-    step."""
+class Candidate:
+    """A variant and its predicted plan: its `noise`, that of its noisiest `layer`, and its `slowdown`, as a fraction of
+    the plain step."""
 
-    route: Route
+    variant: Variant
     noise: float
     slowdown: float
     layer: float = 0.0
@@ -74,7 +78,7 @@ class Way:
         return {"max_noise": self.noise, "max_layer_noise": self.layer, "max_slowdown": self.slowdown}[name]
 
 
-def select(ways: Sequence[Way], options: Options) -> list[Way]:
+def select(ways: Sequence[Candidate], options: Options) -> list[Candidate]:
     """The ways that the limits which the user gave allow, best first.
 
     Raises `OptionError` when there are ways, but none within a limit.
@@ -102,87 +106,95 @@ def at_least(value: float) -> str:
     return f"{math.ceil(value / step - 1e-9) * step:.2g}"
 
 
-def allowed_seconds(posed: Posed, whole: Posed, slicing: Slicing | None, limit: float | None) -> float | None:
+def allowed_seconds(
+    planning: PlanningProblem, whole: PlanningProblem, microbatches: Microbatches | None, limit: float | None
+) -> float | None:
     """What choices for a slice may add, in seconds, for a `slowdown` within the limit; None where there is none."""
     if limit is None:
         return None
     total = (1 + limit) * sum(whole.seconds.values())
-    if slicing is None:
-        return total - sum(posed.seconds.values())
-    total -= (slicing.count - slicing.held) * posed.seconds["forward"]
-    return total / slicing.count - CALL * len(posed.phases) - sum(posed.seconds.values())
+    if microbatches is None:
+        return total - sum(planning.seconds.values())
+    total -= (microbatches.count - microbatches.held) * planning.seconds["forward"]
+    return total / microbatches.count - CALL * len(planning.phases) - sum(planning.seconds.values())
 
 
-def best_ways(posed: Posed, options: Options, whole: Posed, route: Route) -> list[Way]:
+def best_candidates(
+    planning: PlanningProblem, options: Options, whole: PlanningProblem, variant: Variant
+) -> list[Candidate]:
     """The ways to run the problem within the budget that are worth a comparison, best first.
 
-    `posed` is the problem of the route, for any number of slices held; `whole` is that of `AT_ONCE`, to whose time
-    slowdowns refer.
+    `planning` is the problem of the variant, for any number of slices held; `whole` is that of `FULL_BATCH`, to whose
+    time slowdowns refer.
     """
-    slicing = route.slicing
-    if slicing is None:
-        found = _solution(posed, options, allowed_seconds(posed, whole, None, options.max_slowdown))
+    microbatches = variant.microbatches
+    if microbatches is None:
+        found = _solution(planning, options, allowed_seconds(planning, whole, None, options.max_slowdown))
         if found is None:
             return []
-        layer = noisiest(posed.problem, found.choice)
-        return [Way(route, found.noise, slowdown(posed, whole, None, found.time), layer)]
-    held = _Held(posed, slicing, options, whole)
+        layer = noisiest(planning.problem, found.choice)
+        return [Candidate(variant, found.noise, slowdown(planning, whole, None, found.time), layer)]
+    held = _Held(planning, microbatches, options, whole)
     ways = []
     for number in held.candidates():
         solution = held.solution(number, exact=False)
         if solution is not None:
-            some = replace(slicing, held=number)
-            slower = slowdown(posed, whole, some, solution.time)
-            layer = noisiest(posed.problem, solution.choice)
-            ways.append(Way(replace(route, slicing=some), solution.noise, slower, layer))
+            some = replace(microbatches, held=number)
+            slower = slowdown(planning, whole, some, solution.time)
+            layer = noisiest(planning.problem, solution.choice)
+            ways.append(Candidate(replace(variant, microbatches=some), solution.noise, slower, layer))
     return sorted(ways, key=lambda way: way.cost(options.prefer))
 
 
-def slowdown(posed: Posed, whole: Posed, slicing: Slicing | None, codecs: float) -> float:
+def slowdown(
+    planning: PlanningProblem, whole: PlanningProblem, microbatches: Microbatches | None, codecs: float
+) -> float:
     """How much longer than the plain step of `whole` a step takes, as a fraction of that.
 
     `codecs` is what the choices for a slice add, in seconds.
     """
     plain = sum(whole.seconds.values())
-    once = sum(posed.seconds.values()) + codecs
-    if slicing is None:
+    once = sum(planning.seconds.values()) + codecs
+    if microbatches is None:
         return once / plain - 1
-    again = (slicing.count - slicing.held) * posed.seconds["forward"]
-    return (slicing.count * (once + CALL * len(posed.phases)) + again) / plain - 1
+    again = (microbatches.count - microbatches.held) * planning.seconds["forward"]
+    return (microbatches.count * (once + CALL * len(planning.phases)) + again) / plain - 1
 
 
 class _Held:
     """Plans of a sliced step by the number of slices that are held, each solved for once."""
 
-    def __init__(self, posed: Posed, slicing: Slicing, options: Options, whole: Posed) -> None:
-        self.posed, self.slicing, self.options, self.whole = posed, slicing, options, whole
+    def __init__(
+        self, planning: PlanningProblem, microbatches: Microbatches, options: Options, whole: PlanningProblem
+    ) -> None:
+        self.planning, self.microbatches, self.options, self.whole = planning, microbatches, options, whole
         self.solved: dict[tuple[int, bool], Solution | None] = {}
 
     def solution(self, held: int, exact: bool) -> Solution | None:
         if (held, exact) not in self.solved:
-            slicing = replace(self.slicing, held=held)
+            microbatches = replace(self.microbatches, held=held)
             options = replace(self.options, prefer="exact") if exact else self.options
-            seconds = allowed_seconds(self.posed, self.whole, slicing, options.max_slowdown)
-            self.solved[held, exact] = _solution(slice_step(self.posed, slicing), options, seconds)
+            seconds = allowed_seconds(self.planning, self.whole, microbatches, options.max_slowdown)
+            self.solved[held, exact] = _solution(slice_step(self.planning, microbatches), options, seconds)
         return self.solved[held, exact]
 
     def candidates(self) -> list[int]:
         """All slices held, as many as fit without noise, a number between the two, and none."""
-        low, high = -1, self.slicing.count
+        low, high = -1, self.microbatches.count
         while low < high:
             middle = (low + high + 1) // 2
             solution = self.solution(middle, exact=True)
             low, high = (middle, high) if solution is not None and solution.noise == 0 else (low, middle - 1)
-        return sorted({self.slicing.count, (self.slicing.count + max(low, 0)) // 2, max(low, 0), 0})
+        return sorted({self.microbatches.count, (self.microbatches.count + max(low, 0)) // 2, max(low, 0), 0})
 
 
-def _solution(posed: Posed, options: Options, seconds: float | None) -> Solution | None:
+def _solution(planning: PlanningProblem, options: Options, seconds: float | None) -> Solution | None:
     assert options.mem_budget is not None
     if seconds is not None and seconds < 0:
         return None
     usable = options.usable(options.mem_budget.resolve(0))
     kept = limits(options, seconds)
     try:
-        return solve(posed.problem, usable, **effort(GLANCE), tradeoff=tradeoff(posed, options), limits=kept)
+        return solve(planning.problem, usable, **effort(GLANCE), tradeoff=tradeoff(planning, options), limits=kept)
     except (Infeasible, OverLimits):
         return None

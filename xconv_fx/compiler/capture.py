@@ -24,14 +24,14 @@ from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.replicate_padding import concatenated_replicate_padding
 from xconv_fx.passes.slice_graph import Drawn, slice_graph
 from xconv_fx.passes.unpooling import scatter_unpooling
+from xconv_fx.planner.microbatches import Batch
 from xconv_fx.planner.peak_scenarios import Calls
-from xconv_fx.planner.problem import Posed, beside
-from xconv_fx.planner.slicing import Batch
+from xconv_fx.planner.problem import PlanningProblem, beside
 from xconv_fx.planner.surroundings import Surroundings
 from xconv_fx.runtime.microbatch_step import slice_inputs
 from xconv_fx.runtime.session import TOGETHER, Graph, Session
 
-from .candidates import Route, compared_route
+from .candidates import Variant, compared_variant
 from .fingerprint import source_hash
 from .pipeline import Analysed, Joint, analyse
 
@@ -66,7 +66,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Traced:
+class CaptureRequest:
     """The graph that Dynamo traced, and what it is compiled with.
 
     `known` is what is known of it, and `surroundings` what it is planned beside, where its session is not asked.
@@ -105,34 +105,34 @@ class Traced:
         """What is alive in the step besides it. Raises `BudgetInfeasibleError` where the step cannot be planned."""
         return self.surroundings or self.session.surroundings(self.graph)
 
-    def within(self, budget: int) -> Traced:
+    def within(self, budget: int) -> CaptureRequest:
         """The same under a budget in bytes."""
         return replace(self, options=replace(self.options, mem_budget=Budget(bytes=budget)))
 
-    def plain(self) -> Traced:
+    def plain(self) -> CaptureRequest:
         """The same as Inductor compiles it by itself."""
         return replace(
             self,
             options=replace(self.options, mem_budget=None, probes=Probes(), codecs=CodecSet(), slices=None, plan=None),
         )
 
-    def analysed(self, route: Route) -> Analysed | None:
+    def analysed(self, variant: Variant) -> Analysed | None:
         """What is found of a variant, of one slice where it has slices; None for a graph without a backward."""
-        return self.found.analysed(self, route)
+        return self.found.analysed(self, variant)
 
-    def problem(self, route: Route) -> Posed | None:
+    def problem(self, variant: Variant) -> PlanningProblem | None:
         """The planning problem of a variant, of one slice where it has slices; None for a graph without a backward."""
-        return self.found.problem(self, route)
+        return self.found.problem(self, variant)
 
 
 class Found:
     """What was traced of one Dynamo graph, and what was found in that. Each is looked for when it is first needed."""
 
     def __init__(self) -> None:
-        self._prepared: dict[tuple[bool, Route], Prepared] = {}
+        self._prepared: dict[tuple[bool, Variant], Prepared] = {}
         self._captures: dict[tuple[object, ...], Capture] = {}
-        self._analysed: dict[tuple[bool, Route], Analysed | Exception | None] = {}
-        self._problems: dict[tuple[bool, Route], list[tuple[tuple[object, ...], Posed]]] = {}
+        self._analysed: dict[tuple[bool, Variant], Analysed | Exception | None] = {}
+        self._problems: dict[tuple[bool, Variant], list[tuple[tuple[object, ...], PlanningProblem]]] = {}
         self._compiled: tuple[Callable[..., Any], hooks.Deferred] | None = None
 
     @property
@@ -140,12 +140,12 @@ class Found:
         """How often AOTAutograd traced."""
         return sum(capture.traces for capture in self._captures.values())
 
-    def analysed(self, traced: Traced, route: Route) -> Analysed | None:
-        """As `Traced.analysed`."""
-        key = traced.options.plain, compared_route(route)
+    def analysed(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
+        """As `CaptureRequest.analysed`."""
+        key = request.options.plain, compared_variant(variant)
         if key not in self._analysed:
             try:
-                self._analysed[key] = self._analyse(traced, key[1])
+                self._analysed[key] = self._analyse(request, key[1])
             except Exception as error:
                 self._analysed[key] = error
         found = self._analysed[key]
@@ -153,36 +153,36 @@ class Found:
             raise found
         return found
 
-    def problem(self, traced: Traced, route: Route) -> Posed | None:
-        """As `Traced.problem`."""
-        analysed = self.analysed(traced, route)
+    def problem(self, request: CaptureRequest, variant: Variant) -> PlanningProblem | None:
+        """As `CaptureRequest.problem`."""
+        analysed = self.analysed(request, variant)
         if analysed is None:
             return None
-        known = self._problems.setdefault((traced.options.plain, compared_route(route)), [])
-        given = traced.options.of_problem(), traced.graph.goes_on, traced.calls
+        known = self._problems.setdefault((request.options.plain, compared_variant(variant)), [])
+        given = request.options.of_problem(), request.graph.goes_on, request.calls
         problem = next((problem for before, problem in known if before == given), None)
         if problem is None:
-            problem = analysed.problem(*given, sliced=route.slicing is not None)
+            problem = analysed.problem(*given, sliced=variant.microbatches is not None)
             known.append((given, problem))
-        return beside(problem, traced.around)
+        return beside(problem, request.around)
 
-    def _analyse(self, traced: Traced, route: Route) -> Analysed | None:
+    def _analyse(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
         found: list[Analysed] = []
 
         def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
             samples = 0 if prepared.batch is None else prepared.batch.size
-            if route.slicing is not None:
-                samples = route.slicing.samples
+            if variant.microbatches is not None:
+                samples = variant.microbatches.samples
             joint = Joint(
-                gm, joint_inputs, arguments, prepared.batch, samples, route.saved, traced.session.device,
-                traced.options.plain,
+                gm, joint_inputs, arguments, prepared.batch, samples, variant.saved, request.session.device,
+                request.options.plain,
             )  # fmt: skip
             found.append(analyse(joint))
             raise _Enough
 
-        prepared = self.prepared(traced, route)
+        prepared = self.prepared(request, variant)
         try:
-            self._compiled = self.compile(traced, route, Compiling(partition))
+            self._compiled = self.compile(request, variant, Compiling(partition))
         except Exception as error:
             if not found:
                 raise find_ours(error) or error from None
@@ -193,21 +193,23 @@ class Found:
         assert self._compiled is not None, "it was not looked for a backward, or has one"
         return self._compiled
 
-    def prepared(self, traced: Traced, route: Route) -> Prepared:
+    def prepared(self, request: CaptureRequest, variant: Variant) -> Prepared:
         """Dynamo's graph for a variant, rewritten where AOTAutograd would lose what is worth knowing."""
-        key = traced.options.plain, replace(compared_route(route), saved=1.0)
+        key = request.options.plain, replace(compared_variant(variant), saved=1.0)
         if key not in self._prepared:
-            self._prepared[key] = _prepare(traced, *key)
+            self._prepared[key] = _prepare(request, *key)
         return self._prepared[key]
 
-    def compile(self, traced: Traced, route: Route, compiling: Compiling) -> tuple[Callable[..., Any], hooks.Deferred]:
+    def compile(
+        self, request: CaptureRequest, variant: Variant, compiling: Compiling
+    ) -> tuple[Callable[..., Any], hooks.Deferred]:
         """Inductor's compilation of a variant, and its kernels, which are to be compiled."""
-        prepared, plain = self.prepared(traced, route), traced.options.plain
+        prepared, plain = self.prepared(request, variant), request.options.plain
         capture = self._captures.setdefault(prepared.kind, Capture())
         # What the code depends on besides the graph and Inductor's settings, both of which are in its keys.
         key = f"{source_hash()} {plain}"
         partitioner = hooks.Partitioner(compiling.partition, key)
-        config = {**traced.options.inductor_config(), "custom_partitioner_fn": partitioner}
+        config = {**request.options.inductor_config(), "custom_partitioner_fn": partitioner}
         if not plain:
             config.update(in_order(key))
         kernels = hooks.Deferred()
@@ -228,19 +230,19 @@ class _Enough(Exception):
     """Ends a compilation that has given what it was run for."""
 
 
-def _prepare(traced: Traced, plain: bool, route: Route) -> Prepared:
-    slicing = route.slicing
-    gm, inputs, batch, drawn = copied(traced.gm), traced.example_inputs, traced.batch, Drawn()
-    if slicing is not None:
-        whole, inputs = inputs, slice_inputs(inputs, slicing)
-        drawn = slice_graph(gm, whole, inputs, slicing.batch.size, slicing.samples)
-        batch, inputs = slicing.batch.beside(drawn.batched), [*inputs, *drawn.parts]
+def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared:
+    microbatches = variant.microbatches
+    gm, inputs, batch, drawn = copied(request.gm), request.example_inputs, request.batch, Drawn()
+    if microbatches is not None:
+        whole, inputs = inputs, slice_inputs(inputs, microbatches)
+        drawn = slice_graph(gm, whole, inputs, microbatches.batch.size, microbatches.samples)
+        batch, inputs = microbatches.batch.beside(drawn.batched), [*inputs, *drawn.parts]
     concatenated_replicate_padding(gm)
     before = str(gm.graph)
     if not plain:
         reshape_free_instance_norm(gm)
         scatter_unpooling(gm)
-        if route.relayout:
-            volumes_channels_last(gm, traced.options.draws_as_aten)
+        if variant.relayout:
+            volumes_channels_last(gm, request.options.draws_as_aten)
     same = str(gm.graph) == before
-    return Prepared(gm, inputs, batch, drawn, (slicing, same) if same else (slicing, same, route.relayout))
+    return Prepared(gm, inputs, batch, drawn, (microbatches, same) if same else (microbatches, same, variant.relayout))

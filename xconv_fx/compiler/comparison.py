@@ -15,12 +15,21 @@ from xconv_fx.options import Options, Probes
 from xconv_fx.passes.channels_last_3d import volume_convolutions
 from xconv_fx.passes.slice_graph import own_gradient
 from xconv_fx.plan.log import log
-from xconv_fx.planner.problem import Posed, corrected
-from xconv_fx.planner.slicing import Batch, Slicing
+from xconv_fx.planner.microbatches import Batch, Microbatches
+from xconv_fx.planner.problem import PlanningProblem, corrected
 from xconv_fx.planner.solve import lowest as lowest_plan
 
-from .candidates import AT_ONCE, NEGLIGIBLE, Route, Way, allowed_seconds, best_ways, compared_route, select
-from .capture import Traced
+from .candidates import (
+    FULL_BATCH,
+    NEGLIGIBLE,
+    Candidate,
+    Variant,
+    allowed_seconds,
+    best_candidates,
+    compared_variant,
+    select,
+)
+from .capture import CaptureRequest
 from .feedback import NOTHING_FOUND, Feedback
 from .pipeline import Analysed
 from .refusals import Lowest
@@ -34,21 +43,21 @@ LARGEST_CUT = 2000
 class Comparison:
     """The variants of one graph, within the budget and the limits of its options.
 
-    `posed` are the planning problems of those that were compared; of a variant in slices it is that of one slice, and
-    the variant that of which no slices are held.
+    `planning` are the planning problems of those that were compared; of a variant in slices it is that of one slice,
+    and the variant that of which no slices are held.
     """
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
-        self.posed: dict[Route, Posed] = {}
+    def __init__(self, request: CaptureRequest) -> None:
+        self.request = request
+        self.planning: dict[Variant, PlanningProblem] = {}
         self._notes: dict[str, None] = {}
-        self._solved: dict[tuple[Route, int | None, tuple[tuple[str, int], ...]], list[Way]] = {}
-        self._sliced: dict[int, Slicing | None] = {}
+        self._solved: dict[tuple[Variant, int | None, tuple[tuple[str, int], ...]], list[Candidate]] = {}
+        self._sliced: dict[int, Microbatches | None] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said of the plan, why there are no slices included."""
-        return (*self.traced.notes, *(note for note in self._notes if note not in self.traced.notes))
+        return (*self.request.notes, *(note for note in self._notes if note not in self.request.notes))
 
     @property
     def found_notes(self) -> tuple[str, ...]:
@@ -56,60 +65,64 @@ class Comparison:
         return tuple(self._notes)
 
     @functools.cached_property
-    def whole(self) -> Posed | None:
+    def whole(self) -> PlanningProblem | None:
         """The problem of the batch at once, to which slowdowns refer; None for a graph without a backward."""
-        return self.traced.problem(AT_ONCE)
+        return self.request.problem(FULL_BATCH)
 
     @property
     def seconds(self) -> float:
         """What a step takes with everything kept, the batch at once."""
         return 0.0 if self.whole is None else sum(self.whole.seconds.values())
 
-    def ways(self, feedback: Feedback = NOTHING_FOUND) -> list[Way]:
+    def ways(self, feedback: Feedback = NOTHING_FOUND) -> list[Candidate]:
         """The ways whose plans, as predicted with what audits found, fit the budget; best first."""
-        options = self.traced.options
+        options = self.request.options
         if self.whole is None:
-            return [Way(AT_ONCE, 0.0, 0.0)]
-        found: list[Way] = []
+            return [Candidate(FULL_BATCH, 0.0, 0.0)]
+        found: list[Candidate] = []
         at_once = options.slices in (None, 1)
         if at_once:
-            self.posed[AT_ONCE] = self.whole
-            found = self.ways_of(AT_ONCE, feedback)
+            self.planning[FULL_BATCH] = self.whole
+            found = self.ways_of(FULL_BATCH, feedback)
         if not _settled(found):
             found = self._in_slices(found, feedback)
         if at_once and not _settled(found):
-            others = [way for route in self._at_once() for way in self.ways_of(route, feedback)]
+            others = [way for variant in self._at_once() for way in self.ways_of(variant, feedback)]
             log.debug("other ways at once: %s", others)
             found = found + others
         return select(found, options)
 
-    def ways_of(self, route: Route, feedback: Feedback) -> list[Way]:
+    def ways_of(self, variant: Variant, feedback: Feedback) -> list[Candidate]:
         """The ways of a variant that was posed, with what audits found of it."""
-        budget = self.traced.options.mem_budget
-        corrections = feedback.corrections(route)
-        key = route, None if budget is None else budget.bytes, tuple(sorted(corrections.items()))
+        budget = self.request.options.mem_budget
+        corrections = feedback.corrections(variant)
+        key = variant, None if budget is None else budget.bytes, tuple(sorted(corrections.items()))
         if key not in self._solved:
             assert self.whole is not None
-            posed = corrected(self.posed[route], corrections)
-            self._solved[key] = best_ways(posed, self.traced.options, self.whole, route)
+            planning = corrected(self.planning[variant], corrections)
+            self._solved[key] = best_candidates(planning, self.request.options, self.whole, variant)
         return self._solved[key]
 
-    def ways_by(self, options: Options) -> list[Way]:
+    def ways_by(self, options: Options) -> list[Candidate]:
         """The ways of all variants that were posed, by other options, and without what audits found."""
         assert self.whole is not None
-        return [way for route, posed in self.posed.items() for way in best_ways(posed, options, self.whole, route)]
+        return [
+            way
+            for variant, planning in self.planning.items()
+            for way in best_candidates(planning, options, self.whole, variant)
+        ]
 
-    def _in_slices(self, found: list[Way], feedback: Feedback) -> list[Way]:
+    def _in_slices(self, found: list[Candidate], feedback: Feedback) -> list[Candidate]:
         """What was found, and ways to run the batch in more and more slices, until they get no better."""
-        prefer = self.traced.options.prefer
-        if self.traced.options.slices == 1 or self.unsliceable():
+        prefer = self.request.options.prefer
+        if self.request.options.slices == 1 or self.unsliceable():
             return found
-        for slicing in self.slices():
-            if slicing is None:
+        for microbatches in self.slices():
+            if microbatches is None:
                 break
             best = min((way.cost(prefer) for way in found), default=None)
-            found = found + self.ways_of(Route(slicing), feedback)
-            log.debug("ways up to %d slices: %s", slicing.count, found)
+            found = found + self.ways_of(Variant(microbatches), feedback)
+            log.debug("ways up to %d slices: %s", microbatches.count, found)
             if best is not None and best <= min(way.cost(prefer) for way in found):
                 break
         return found
@@ -117,51 +130,51 @@ class Comparison:
     def unsliceable(self) -> bool:
         """Whether the batch cannot be run in slices; notes why. Raises `OptionError` where the user wants some."""
         graphs = "a replayed CUDA graph overwrites what the slice before it holds"
-        cuda_graphs = self.traced.options.inductor_config().get("triton.cudagraphs")
-        mixing = (graphs if cuda_graphs else self._full_batch().mixing) or own_gradient(self.traced.gm)
-        if self.traced.batch is None or mixing:
+        cuda_graphs = self.request.options.inductor_config().get("triton.cudagraphs")
+        mixing = (graphs if cuda_graphs else self._full_batch().mixing) or own_gradient(self.request.gm)
+        if self.request.batch is None or mixing:
             self._cannot_slice(mixing)
             return True
         return False
 
     def _full_batch(self) -> Analysed:
-        found = self.traced.analysed(AT_ONCE)
+        found = self.request.analysed(FULL_BATCH)
         assert found is not None, "a graph without a backward is not compared"
         return found
 
-    def slices(self) -> Iterator[Slicing | None]:
+    def slices(self) -> Iterator[Microbatches | None]:
         """Slicings whose problems are posed when they are asked for; None, and no more, where the graph is not the same
         for a slice."""
-        assert self.traced.batch is not None
-        for wanted in self._slicings(self.traced.batch):
+        assert self.request.batch is not None
+        for wanted in self._slicings(self.request.batch):
             if wanted.count not in self._sliced:
                 self._sliced[wanted.count] = self._traceable(wanted)
             found = self._sliced[wanted.count]
-            if found is not None and (posed := self.traced.problem(Route(found))) is not None:
-                self.posed[Route(found)] = posed
+            if found is not None and (planning := self.request.problem(Variant(found))) is not None:
+                self.planning[Variant(found)] = planning
             yield found
             if found is None:
                 return
 
-    def _at_once(self) -> Iterator[Route]:
+    def _at_once(self) -> Iterator[Variant]:
         """Other ways to run all of the batch, posed: contiguous volumes, and recomputed convolutions by a smaller cut.
 
         The cut takes torch longer than all else in a large graph.
         """
-        options = self.traced.options
-        routes = [Route(relayout=False)] if volume_convolutions(self.traced.gm) else []
+        options = self.request.options
+        variants = [Variant(relayout=False)] if volume_convolutions(self.request.gm) else []
         small = self._full_batch().operations <= LARGEST_CUT
         if small and "recompute" in options.codecs and options.probes == Probes():
-            routes += [Route(saved=saved) for saved in SAVED]
-        for route in routes:
-            posed = self.traced.problem(route)
-            if posed is not None:
-                self.posed[route] = posed
-                yield route
+            variants += [Variant(saved=saved) for saved in SAVED]
+        for variant in variants:
+            planning = self.request.problem(variant)
+            if planning is not None:
+                self.planning[variant] = planning
+                yield variant
 
-    def _slicings(self, batch: Batch) -> list[Slicing]:
+    def _slicings(self, batch: Batch) -> list[Microbatches]:
         """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
-        counts, fixed = batch.counts(), self.traced.options.slices
+        counts, fixed = batch.counts(), self.request.options.slices
         if fixed is not None and fixed not in counts:
             some = f"write one of {', '.join(map(str, counts))}, which divide a batch of {batch.size}, 1, or None"
             raise OptionError("slices", fixed, some)
@@ -171,20 +184,20 @@ class Comparison:
                 chosen.append(count)
         whole = self._full_batch()
         return [
-            Slicing(batch, count, 0, whole.draws, whole.relaid, whole.copies, whole.changed)
+            Microbatches(batch, count, 0, whole.draws, whole.relaid, whole.copies, whole.changed)
             for count in (chosen if fixed is None else [fixed])
         ]
 
-    def _traceable(self, slicing: Slicing) -> Slicing | None:
+    def _traceable(self, microbatches: Microbatches) -> Microbatches | None:
         """The slicing as the graph can be traced for it; None, with a note, when the graph is not the same for a slice.
 
         Weights laid out channels-last make channels-last activations, of which a model's `view` may not be possible:
         then every slice lays them out for itself.
         """
         reason = ""
-        for way in dict.fromkeys((slicing, replace(slicing, relaid=(), copies=0))):
+        for way in dict.fromkeys((microbatches, replace(microbatches, relaid=(), copies=0))):
             try:
-                found = self.traced.analysed(Route(way))
+                found = self.request.analysed(Variant(way))
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
@@ -194,40 +207,40 @@ class Comparison:
                 return way
             reason = "" if found is None else found.mixing
             break
-        self._cannot_slice(f"it cannot be traced for {slicing.samples} samples: {reason}")
+        self._cannot_slice(f"it cannot be traced for {microbatches.samples} samples: {reason}")
         return None
 
     def _cannot_slice(self, reason: str) -> None:
-        if self.traced.options.slices is not None:
-            raise OptionError("slices", self.traced.options.slices, f"the batch cannot be sliced: {reason}")
+        if self.request.options.slices is not None:
+            raise OptionError("slices", self.request.options.slices, f"the batch cannot be sliced: {reason}")
         self._notes[f"the batch is not run in slices: {reason}"] = None
 
-    def allowed(self, route: Route) -> float | None:
+    def allowed(self, variant: Variant) -> float | None:
         """What `Bounds` says of the variant's choices."""
-        limit = self.traced.options.max_slowdown
+        limit = self.request.options.max_slowdown
         if limit is None or self.whole is None:
             return None
-        posed = self.whole if route == AT_ONCE else self.posed[compared_route(route)]
-        return allowed_seconds(posed, self.whole, route.slicing, limit)
+        planning = self.whole if variant == FULL_BATCH else self.planning[compared_variant(variant)]
+        return allowed_seconds(planning, self.whole, variant.microbatches, limit)
 
     def lowest(self, options: Options, feedback: Feedback = NOTHING_FOUND) -> Lowest | None:
         """The plan of least predicted peak within the limits of `options`, over all variants; None where none is within
         `max_slowdown`."""
         assert self.whole is not None
         if options.slices in (None, 1):
-            self.posed[AT_ONCE] = self.whole
+            self.planning[FULL_BATCH] = self.whole
             list(self._at_once())
         if options.slices != 1 and not self.unsliceable():
             list(self.slices())
         plans = []
-        for route, posed in self.posed.items():
-            seconds = self.allowed(route)
+        for variant, planning in self.planning.items():
+            seconds = self.allowed(variant)
             if seconds is None or seconds >= 0:
-                posed = corrected(posed, feedback.corrections(route))
-                plans.append(Lowest(route, posed, lowest_plan(posed, options, route.slicing, seconds)))
+                planning = corrected(planning, feedback.corrections(variant))
+                plans.append(Lowest(variant, planning, lowest_plan(planning, options, variant.microbatches, seconds)))
         return min(plans, key=lambda plan: plan.predicted, default=None)
 
 
-def _settled(ways: list[Way]) -> bool:
+def _settled(ways: list[Candidate]) -> bool:
     """Whether there is an exact way that is so fast that no other is looked for."""
     return any(way.noise == 0 and way.slowdown <= NEGLIGIBLE for way in ways)

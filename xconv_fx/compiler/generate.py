@@ -19,13 +19,13 @@ from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log, publish
 from xconv_fx.planner.peak_scenarios import scenarios
 from xconv_fx.planner.solve import ANY, Bounds
-from xconv_fx.runtime.microbatch_step import Result, Sliced
+from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result
 from xconv_fx.runtime.session import GraphRecord
 
 from . import pipeline
 from .audit import Audit, Peak
-from .candidates import Route
-from .capture import Compiling, Prepared, Traced
+from .candidates import Variant
+from .capture import CaptureRequest, Compiling, Prepared
 from .pipeline import Planned
 
 
@@ -55,8 +55,8 @@ class Generated:
     `step` runs it, once its kernels are compiled (`load`); None when the audit ruled it out.
     """
 
-    traced: Traced
-    route: Route
+    request: CaptureRequest
+    variant: Variant
     planned: Planned | None
     audited: Audited
     step: Callable[..., Any] | None
@@ -77,42 +77,42 @@ class Generated:
     def load(self) -> None:
         """Compile the kernels."""
         if self.kernels is not None:
-            self.kernels.load(self.traced.options.inductor_config())
+            self.kernels.load(self.request.options.inductor_config())
 
 
 def plan(
-    traced: Traced, route: Route, corrections: Mapping[str, int] | None = None, bounds: Bounds = ANY
+    request: CaptureRequest, variant: Variant, corrections: Mapping[str, int] | None = None, bounds: Bounds = ANY
 ) -> Planned | None:
     """The plan for a variant; None for a graph without a backward.
 
     `corrections` are what audits found the prediction of a phase to be short of, in bytes; `bounds` what is known of
     the plan beforehand. Raises `BudgetInfeasibleError`.
     """
-    analysed, posed = traced.analysed(route), traced.problem(route)
-    if analysed is None or posed is None:
+    analysed, planning = request.analysed(variant), request.problem(variant)
+    if analysed is None or planning is None:
         return None
-    return pipeline.plan(analysed, posed, traced.options, route.slicing, corrections, bounds)
+    return pipeline.plan(analysed, planning, request.options, variant.microbatches, corrections, bounds)
 
 
-def generate(traced: Traced, route: Route, planned: Planned | None, *, enforced: bool = True) -> Generated:
+def generate(request: CaptureRequest, variant: Variant, planned: Planned | None, *, enforced: bool = True) -> Generated:
     """Code for the plan of a variant (None: it has no backward). Code over the budget is abandoned while `enforced`."""
     if planned is None:
-        return Generated(traced, route, None, Audited(), *traced.found.forward_only())
-    audit = _Auditing(traced, route, traced.found.prepared(traced, route), planned, enforced)
+        return Generated(request, variant, None, Audited(), *request.found.forward_only())
+    audit = _Auditing(request, variant, request.found.prepared(request, variant), planned, enforced)
     try:
-        compiled, kernels = traced.found.compile(
-            traced, route, Compiling(audit.partition, audit.entering, audit.generated)
+        compiled, kernels = request.found.compile(
+            request, variant, Compiling(audit.partition, audit.entering, audit.generated)
         )
     except Exception as error:
         if audit.abandoned:
-            return Generated(traced, route, planned, audit.found, None)
+            return Generated(request, variant, planned, audit.found, None)
         raise find_ours(error) or error from None
     step = compiled
-    if (slicing := route.slicing) is not None:
+    if (microbatches := variant.microbatches) is not None:
         if planned.analysed.draws == NOTHING:
-            slicing = replace(slicing, draws=NOTHING)
-        step = Sliced(compiled, slicing, Result.of(traced.gm), audit.prepared.drawn)
-    return Generated(traced, route, planned, audit.found, step, kernels)
+            microbatches = replace(microbatches, draws=NOTHING)
+        step = MicrobatchedStep(compiled, microbatches, Result.of(request.gm), audit.prepared.drawn)
+    return Generated(request, variant, planned, audit.found, step, kernels)
 
 
 class _Abandoned(Exception):
@@ -122,8 +122,10 @@ class _Abandoned(Exception):
 class _Auditing:
     """What happens to a plan while AOTAutograd and Inductor make code of it: they call this for each half in turn."""
 
-    def __init__(self, traced: Traced, route: Route, prepared: Prepared, planned: Planned, enforced: bool) -> None:
-        self.traced, self.route, self.prepared, self.planned = traced, route, prepared, planned
+    def __init__(
+        self, request: CaptureRequest, variant: Variant, prepared: Prepared, planned: Planned, enforced: bool
+    ) -> None:
+        self.request, self.variant, self.prepared, self.planned = request, variant, prepared, planned
         self.enforced, self.abandoned = enforced, False
         self.audit = Audit()
         self.peaks: dict[str, int] = {}
@@ -136,7 +138,7 @@ class _Auditing:
 
     def partition(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
         """The halves that are planned, in the place of those that torch's partitioner would make of the joint graph."""
-        pair = pipeline.finish(self.planned, self.traced.session.stream, self.traced.options.plain)
+        pair = pipeline.finish(self.planned, self.request.session.stream, self.request.options.plain)
         self.results = pair.results
         return pair.forward, pair.backward
 
@@ -151,13 +153,13 @@ class _Auditing:
             self.peaks[phase] = max(self.peaks.get(phase, 0), self._whole_step(phase, peak))
             log.debug("audit: %s reaches %d bytes at %s; alive: %s", phase, peak.bytes, peak.at, peak.alive)
         budget = self.planned.plan.budget
-        if self.enforced and budget is not None and max(self.peaks.values()) > self.traced.options.usable(budget):
+        if self.enforced and budget is not None and max(self.peaks.values()) > self.request.options.usable(budget):
             self.abandoned = True
             raise _Abandoned
 
     def _whole_step(self, phase: str, peak: Peak) -> int:
         """The peak of a phase over all slices and calls, from that of one of them."""
-        moments = scenarios(self.route.slicing, self.planned.posed.calls, self.planned.posed.ends)
+        moments = scenarios(self.variant.microbatches, self.planned.planning.calls, self.planned.planning.ends)
         held = self.audit.saved_bytes
         whole = max(peak.bytes + s.extra + s.others * held for s in moments if s.phase == phase)
         return whole + self.prepared.drawn.bytes
@@ -165,7 +167,7 @@ class _Auditing:
     def _replay(
         self, code: str, gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool
     ) -> list[tuple[str, Peak]]:
-        ends, around = self.planned.posed.ends, self.traced.around
+        ends, around = self.planned.planning.ends, self.request.around
         if is_backward:
             placeholders = gm.graph.find_nodes(op="placeholder")
             self.audit.hold(ends.kept + around.returning)
@@ -179,35 +181,37 @@ class _Auditing:
         return [("forward", forward), ("loss", self.audit.loss(ends.between + around.inside + around.spare))]
 
 
-def report(traced: Traced, route: Route, planned: Planned | None, audited: Audited, **known: Any) -> Plan | None:
+def report(
+    request: CaptureRequest, variant: Variant, planned: Planned | None, audited: Audited, **known: Any
+) -> Plan | None:
     """Publish and record a plan, with what is `known` about it besides; None for a graph without a backward."""
     if planned is None:
         log.info("a graph without a backward: plain Inductor")
         return None
     # Without what is left free for other graphs.
-    taken = max((size - traced.around.spare * (phase == "loss") for phase, size in audited.peaks.items()), default=0)
+    taken = max((size - request.around.spare * (phase == "loss") for phase, size in audited.peaks.items()), default=0)
     found = {
-        "saved_share": route.saved,
-        "relayout": route.relayout,
+        "saved_share": variant.saved,
+        "relayout": variant.relayout,
         "audited_peak": taken or None,
         "attempts": 1,
-        **traced.session.facts,
+        **request.session.facts,
         **known,
-        **traced.session.of_step(traced.graph.key),
+        **request.session.of_step(request.graph.key),
     }
     unknown = tuple(f"what {name} allocates inside its calls is not known" for name in audited.uncounted)
-    plan = replace(planned.plan, notes=(*planned.plan.notes, *traced.notes, *unknown), **found)
+    plan = replace(planned.plan, notes=(*planned.plan.notes, *request.notes, *unknown), **found)
     publish(plan)
-    posed = planned.posed
+    planning = planned.planning
     held = _held(planned, plan, audited)
-    traced.session.add(GraphRecord(traced.graph, plan, posed.problem, posed.ends.results, held=held))
+    request.session.add(GraphRecord(request.graph, plan, planning.problem, planning.ends.results, held=held))
     return plan
 
 
 def _held(planned: Planned, plan: Plan, audited: Audited) -> int:
     """Bytes that one call holds from its forward to its backward, its results included: audited if it was."""
-    slicing, posed = planned.slicing, planned.posed
-    if slicing is None:
-        return audited.held or posed.rest + posed.ends.results + plan.saved_after // plan.calls
-    slice_holds = audited.saved or posed.rest + sum(choice.bytes_after for choice in plan.choices)
-    return slicing.held * slice_holds + slicing.count * posed.ends.results + slicing.copies
+    microbatches, planning = planned.microbatches, planned.planning
+    if microbatches is None:
+        return audited.held or planning.rest + planning.ends.results + plan.saved_after // plan.calls
+    slice_holds = audited.saved or planning.rest + sum(choice.bytes_after for choice in plan.choices)
+    return microbatches.held * slice_holds + microbatches.count * planning.ends.results + microbatches.copies

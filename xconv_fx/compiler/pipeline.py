@@ -47,9 +47,9 @@ from xconv_fx.plan.log import log
 from xconv_fx.planner import solve
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.microbatch import slice_step
+from xconv_fx.planner.microbatches import Batch, Microbatches
 from xconv_fx.planner.peak_scenarios import ONCE, Calls
-from xconv_fx.planner.problem import Posed, corrected, pose
-from xconv_fx.planner.slicing import Batch, Slicing
+from xconv_fx.planner.problem import PlanningProblem, build_problem, corrected
 
 S = TypeVar("S")
 
@@ -106,23 +106,23 @@ class Analysed:
         goes_on: bool = False,
         calls: Calls = ONCE,
         sliced: bool = False,
-    ) -> Posed:
+    ) -> PlanningProblem:
         """The planning problem of this graph alone: of one slice, whatever number of slices is kept, or of the step.
 
         `goes_on` says that its results are read by further code of the model, `calls` how often it runs in a step.
         """
-        posed = link(pose(self.pair, self.residuals, options, not self.mixing, goes_on))
-        posed = replace(posed, calls=calls)
-        return posed if sliced else slice_step(posed, None)
+        planning = link(build_problem(self.pair, self.residuals, options, not self.mixing, goes_on))
+        planning = replace(planning, calls=calls)
+        return planning if sliced else slice_step(planning, None)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan for an analysed graph: `posed` is the problem that it solves, `phase_peaks` its predicted peaks."""
+    """A plan for an analysed graph: `planning` is the problem that it solves, `phase_peaks` its predicted peaks."""
 
     analysed: Analysed
-    posed: Posed
-    slicing: Slicing | None
+    planning: PlanningProblem
+    microbatches: Microbatches | None
     plan: Plan
     phase_peaks: Mapping[str, int]
 
@@ -274,9 +274,9 @@ def analyse(joint: Joint) -> Analysed:
 
 def plan(
     analysed: Analysed,
-    posed: Posed,
+    planning: PlanningProblem,
     options: Options,
-    slicing: Slicing | None = None,
+    microbatches: Microbatches | None = None,
     corrections: Mapping[str, int] | None = None,
     bounds: solve.Bounds = solve.ANY,
 ) -> Planned:
@@ -284,22 +284,22 @@ def plan(
 
     Raises `BudgetInfeasibleError`, and `OptionError` where what the options ask for breaks a limit.
     """
-    posed = corrected(posed, corrections or {})
-    found, peaks = solve.plan(posed, options, slicing, bounds)
-    return Planned(analysed, posed, slicing, found, peaks)
+    planning = corrected(planning, corrections or {})
+    found, peaks = solve.plan(planning, options, microbatches, bounds)
+    return Planned(analysed, planning, microbatches, found, peaks)
 
 
 def planned_as(
     analysed: Analysed,
-    posed: Posed,
+    planning: PlanningProblem,
     options: Options,
     choices: Sequence[Choice],
     budget: int | None,
-    slicing: Slicing | None = None,
+    microbatches: Microbatches | None = None,
 ) -> Planned:
     """The plan that makes these choices. Raises `ValueError`, which says where they are not choices of this graph."""
-    found, peaks = solve.plan_of(posed, options, solve.choice_of(posed, choices), budget, slicing)
-    return Planned(analysed, posed, slicing, found, peaks)
+    found, peaks = solve.plan_of(planning, options, solve.choice_of(planning, choices), budget, microbatches)
+    return Planned(analysed, planning, microbatches, found, peaks)
 
 
 def finish(planned: Planned, stream: int | None = None, plain: bool = False) -> Pair:
@@ -313,10 +313,10 @@ def finish(planned: Planned, stream: int | None = None, plain: bool = False) -> 
         lambda pair: rewrite(
             pair,
             moved(planned.analysed.residuals),
-            moved(planned.posed.chains),
+            moved(planned.planning.chains),
             planned.plan.choices,
             stream,
-            moved(planned.posed.norms),
+            moved(planned.planning.norms),
         ),
     )
     run((insert, KERNELS), pair)

@@ -15,11 +15,11 @@ from xconv_fx.cost_model.solver import Infeasible
 from xconv_fx.errors import BudgetInfeasibleError, XConvError
 from xconv_fx.options import PROTECTION, Options
 from xconv_fx.planner.microbatch import slice_step
-from xconv_fx.planner.problem import Posed
+from xconv_fx.planner.problem import PlanningProblem
 from xconv_fx.planner.solve import infeasible
 from xconv_fx.units import sufficient_size
 
-from .candidates import Route, Way, over
+from .candidates import Candidate, Variant, over
 
 # What is asked for to see how far a limit could be kept: the preference that lowers it most.
 _LOWERED_BY = {"max_noise": "exact", "max_layer_noise": "exact", "max_slowdown": "speed"}
@@ -27,10 +27,10 @@ _LOWERED_BY = {"max_noise": "exact", "max_layer_noise": "exact", "max_slowdown":
 
 @dataclass(frozen=True)
 class Lowest:
-    """The plan of least predicted peak among the routes, and the problem of its route."""
+    """The plan of least predicted peak among the variants, and the problem of its variant."""
 
-    route: Route
-    posed: Posed
+    variant: Variant
+    planning: PlanningProblem
     found: Infeasible
 
     @property
@@ -40,16 +40,16 @@ class Lowest:
 
     def consumers(self, options: Options) -> tuple[tuple[str, int], ...]:
         """The largest holders of memory at its peak."""
-        slicing = self.route.slicing
-        posed = self.posed if slicing is None else slice_step(self.posed, slicing)
-        return infeasible(posed, self.found, 0, options).consumers
+        microbatches = self.variant.microbatches
+        planning = self.planning if microbatches is None else slice_step(self.planning, microbatches)
+        return infeasible(planning, self.found, 0, options).consumers
 
 
 def refusal(
     options: Options,
     smallest: int,
     lowest: Lowest | None,
-    ways: Callable[[Options], list[Way]],
+    ways: Callable[[Options], list[Candidate]],
     least: Callable[[Options], Lowest | None],
     notes: tuple[str, ...],
 ) -> XConvError:

@@ -28,8 +28,8 @@ from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
 from xconv_fx.planner.solve import Bounds
 
-from .candidates import AT_ONCE, Route, Way, select, slowdown
-from .capture import Traced
+from .candidates import FULL_BATCH, Candidate, Variant, select, slowdown
+from .capture import CaptureRequest
 from .comparison import Comparison
 from .feedback import NOTHING_FOUND, Feedback
 from .generate import Audited, Generated, generate, plan, report
@@ -51,7 +51,7 @@ CLOSE = 0.05
 class PlannedGraph:
     """What a graph was planned as, on predictions alone: its variant, its plan, and that as it was recorded."""
 
-    route: Route
+    variant: Variant
     planned: Planned
     plan: Plan
 
@@ -60,27 +60,27 @@ class PlannedGraph:
 class _Taken:
     """The way that was taken, its code, and how many plans were generated on the way there."""
 
-    way: Way
+    way: Candidate
     generated: Generated
     tried: int
     foreseen: float | None
 
 
-class Strategy:
+class Search:
     """The search for a way to run one graph within its budget."""
 
-    def __init__(self, traced: Traced) -> None:
-        self.asked = traced
-        self.comparison = Comparison(traced)
+    def __init__(self, request: CaptureRequest) -> None:
+        self.asked = request
+        self.comparison = Comparison(request)
 
     @property
-    def traced(self) -> Traced:
+    def request(self) -> CaptureRequest:
         """What is compiled."""
-        return self.comparison.traced
+        return self.comparison.request
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step. Raises `BudgetInfeasibleError` when no way fits the budget."""
-        options = self.traced.options
+        options = self.request.options
         if options.plan is not None:
             return self._as_given()
         if options.codecs.preset:
@@ -97,7 +97,7 @@ class Strategy:
 
     def _searched(self, wanted: Budget) -> Callable[..., Any]:
         """The step of a plan that is looked for."""
-        options = self.traced.options
+        options = self.request.options
         plain: Generated | None = None
         if wanted.bytes is None or not (known := self._beyond_doubt(wanted.bytes)):
             plain = self._plain()
@@ -105,7 +105,7 @@ class Strategy:
             known = {"baseline_peak": plain.peak, "budget": budget}
             if plain.peak <= options.usable(budget) and self._plain_will_do:
                 return self._finished(plain, **known)
-            self.comparison.traced = self.traced.within(budget)
+            self.comparison.request = self.request.within(budget)
         taken = self._search()
         if isinstance(taken, _Taken):
             return self._finished(
@@ -115,14 +115,14 @@ class Strategy:
 
     def _as_stored(self, wanted: Budget) -> Callable[..., Any] | None:
         """The step of a plan that was found before; None where there is none, or it does not come out as it did."""
-        stored = look_up(self.traced)
+        stored = look_up(self.request)
         if stored is None:
             return None
         budget = self._budget(wanted, stored.baseline_peak)
-        traced = self.traced.within(budget)
-        traced = traced.plain() if stored.plan.inductor else traced
+        request = self.request.within(budget)
+        request = request.plain() if stored.plan.inductor else request
         try:
-            generated = self._of(traced, stored.route(traced), stored.plan, budget)
+            generated = self._of(request, stored.variant(request), stored.plan, budget)
         except ValueError as error:
             log.debug("a stored plan is not one of this graph: %s", error)
             return None
@@ -130,85 +130,87 @@ class Strategy:
             log.debug("a stored plan takes more than its budget: %s", generated.audited.peaks)
             return None
         known = {name: getattr(stored.plan, name) for name in ("attempts", "foreseen", "time", "gap")}
-        self.comparison.traced = replace(traced, notes=(*self.traced.notes, *stored.notes))
+        self.comparison.request = replace(request, notes=(*self.request.notes, *stored.notes))
         return self._finished(generated, baseline_peak=stored.baseline_peak, budget=budget, **known)
 
-    def _of(self, traced: Traced, route: Route, plan: Plan, budget: int | None, *, enforced: bool = True) -> Generated:
+    def _of(
+        self, request: CaptureRequest, variant: Variant, plan: Plan, budget: int | None, *, enforced: bool = True
+    ) -> Generated:
         """Code for a plan that was made before; abandoned when it is over the budget, while that is `enforced`.
 
         Raises `ValueError`, which says why, where the plan is not one of this graph.
         """
-        analysed, posed = traced.analysed(route), traced.problem(route)
-        if analysed is None or posed is None:
+        analysed, planning = request.analysed(variant), request.problem(variant)
+        if analysed is None or planning is None:
             raise ValueError("the graph has no backward")
-        planned = planned_as(analysed, posed, traced.options, plan.choices, budget, route.slicing)
-        return generate(traced, route, planned, enforced=enforced)
+        planned = planned_as(analysed, planning, request.options, plan.choices, budget, variant.microbatches)
+        return generate(request, variant, planned, enforced=enforced)
 
     def _as_given(self) -> Callable[..., Any]:
         """The step of the plan that the options name. Raises `OptionError` where none of them is one of this graph."""
-        given, reasons = self.traced.session.given, []
-        for number in given.left(self.traced.graph.key):
+        given, reasons = self.request.session.given, []
+        for number in given.left(self.request.graph.key):
             plan = given.plans[number]
             try:
                 generated, budget = self._given(plan)
             except ValueError as error:
                 reasons.append(f"plan {number + 1} of {len(given.plans)} is not one of this graph: {error}")
                 continue
-            given.take(number, self.traced.graph.key)
-            if budget is not None and generated.peak > self.traced.options.usable(budget):
-                needed = self.traced.options.needed(generated.peak)
+            given.take(number, self.request.graph.key)
+            if budget is not None and generated.peak > self.request.options.usable(budget):
+                needed = self.request.options.needed(generated.peak)
                 note = "the option plan fixes how everything is held; without it, other plans are looked for"
-                raise BudgetInfeasibleError(budget, needed, notes=(*self.traced.notes, note))
+                raise BudgetInfeasibleError(budget, needed, notes=(*self.request.notes, note))
             known = {name: getattr(plan, name) for name in ("baseline_peak", "time", "gap")}
             return self._finished(generated, budget=budget, **known)
         first = reasons[0] if reasons else f"all of its {len(given.plans)} plans are taken by other graphs"
         hint = "write the file of a plan that was made for this model and these sizes, with the same other options"
-        raise OptionError("plan", str(self.traced.options.plan), f"{first}; {hint}")
+        raise OptionError("plan", str(self.request.options.plan), f"{first}; {hint}")
 
     def _given(self, plan: Plan) -> tuple[Generated, int | None]:
         """Code for a plan, and the budget in bytes that it is to keep. Raises `ValueError` where it is another's."""
-        wanted, traced = self.traced.options.mem_budget, self.traced
+        wanted, request = self.request.options.mem_budget, self.request
         budget = plan.budget if wanted is None else self._budget(wanted, plan.baseline_peak)
         if plan.inductor:
-            traced = traced.plain()
-        route = replace(AT_ONCE, saved=plan.saved_share, relayout=plan.relayout)
+            request = request.plain()
+        variant = replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout)
         if plan.slices > 1:
-            sliced = Comparison(replace(traced, options=replace(traced.options, slices=plan.slices)))
+            sliced = Comparison(replace(request, options=replace(request.options, slices=plan.slices)))
             if sliced.whole is None or sliced.unsliceable():
                 raise ValueError("it runs in slices, and this graph does not")
-            (slicing,) = filter(None, sliced.slices())
-            route = replace(route, slicing=replace(slicing, held=plan.held_slices))
-        return self._of(traced, route, plan, budget, enforced=False), budget
+            (microbatches,) = filter(None, sliced.slices())
+            variant = replace(variant, microbatches=replace(microbatches, held=plan.held_slices))
+        return self._of(request, variant, plan, budget, enforced=False), budget
 
     def _without_budget(self) -> Callable[..., Any]:
         """The step as it is, or in as many slices as the user wants, all of them held."""
-        route = self._wanted_route()
-        planned = plan(self.traced, route)
+        variant = self._wanted_route()
+        planned = plan(self.request, variant)
         self._check_limits(planned)
-        return self._finished(generate(self.traced, route, planned))
+        return self._finished(generate(self.request, variant, planned))
 
-    def _wanted_route(self) -> Route:
+    def _wanted_route(self) -> Variant:
         """The variant of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
-        if self.traced.options.slices in (None, 1):
-            return AT_ONCE
+        if self.request.options.slices in (None, 1):
+            return FULL_BATCH
         if self.comparison.whole is None or self.comparison.unsliceable():
-            return AT_ONCE
-        (slicing,) = filter(None, self.comparison.slices())
-        return Route(replace(slicing, held=slicing.count))
+            return FULL_BATCH
+        (microbatches,) = filter(None, self.comparison.slices())
+        return Variant(replace(microbatches, held=microbatches.count))
 
     @functools.cached_property
-    def _inductors(self) -> Generated:
-        plain = self.traced.plain()
-        return generate(plain, AT_ONCE, plan(plain, AT_ONCE), enforced=False)
+    def _plain_generated(self) -> Generated:
+        plain = self.request.plain()
+        return generate(plain, FULL_BATCH, plan(plain, FULL_BATCH), enforced=False)
 
     def _plain(self) -> Generated:
         """The code that Inductor generates by itself, without kernels."""
-        return self._inductors
+        return self._plain_generated
 
     @property
     def _plain_will_do(self) -> bool:
         """Whether the plain step is what the options ask for, if it fits."""
-        options = self.traced.options
+        options = self.request.options
         return options.probes == Probes() and options.slices in (None, 1)
 
     def _search(self) -> _Taken | tuple[int, float | None]:
@@ -218,13 +220,13 @@ class Strategy:
         """
         feedback, tried, foreseen = NOTHING_FOUND, 0, None
         while tried < ATTEMPTS:
-            way = next((way for way in self.comparison.ways(feedback) if not feedback.repeats(way.route)), None)
+            way = next((way for way in self.comparison.ways(feedback) if not feedback.repeats(way.variant)), None)
             if way is None:
                 break
             tried += 1
-            generated = self._attempt(way.route, feedback)
+            generated = self._attempt(way.variant, feedback)
             if generated is None:
-                feedback = feedback.without(way.route)
+                feedback = feedback.without(way.variant)
                 continue
             foreseen = foreseen or generated.foreseen
             if generated.step is None:
@@ -234,13 +236,15 @@ class Strategy:
             return self._exact_instead(found, feedback) or found
         return tried, foreseen
 
-    def _attempt(self, route: Route, feedback: Feedback) -> Generated | None:
+    def _attempt(self, variant: Variant, feedback: Feedback) -> Generated | None:
         """Code for a way; None where the planner sees no plan of it any more, by what audits found."""
         try:
-            planned = plan(self.traced, route, feedback.corrections(route), Bounds(self.comparison.allowed(route)))
+            planned = plan(
+                self.request, variant, feedback.corrections(variant), Bounds(self.comparison.allowed(variant))
+            )
         except BudgetInfeasibleError:
             return None
-        return generate(self.traced, route, planned)
+        return generate(self.request, variant, planned)
 
     def _exact_instead(self, noisy: _Taken, feedback: Feedback) -> _Taken | None:
         """The plain step, or the exact way of least peak, where that is better than a noisy one and its code fits.
@@ -249,7 +253,7 @@ class Strategy:
         they are generated, unless they are predicted to exceed the budget by far more than the noisy one's audit was
         off.
         """
-        options = self.traced.options
+        options = self.request.options
         if noisy.way.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
         assert options.mem_budget is not None
@@ -258,61 +262,61 @@ class Strategy:
         if self._plain_will_do and self._plain_predicted <= doubtful:
             plain = self._plain()
             if plain.peak <= usable:
-                return replace(noisy, way=Way(AT_ONCE, 0.0, 0.0), generated=plain)
+                return replace(noisy, way=Candidate(FULL_BATCH, 0.0, 0.0), generated=plain)
         exact = replace(options, max_noise=0.0)
         found = self.comparison.lowest(exact, feedback)
         if found is None or found.predicted > doubtful:
             return None
         generated = self._generated(found, exact, feedback)
-        way = self._way_of(found.route, generated.planned)
+        way = self._way_of(found.variant, generated.planned)
         better = way.cost(options.prefer) < noisy.way.cost(options.prefer)
         return _Taken(way, generated, noisy.tried + 1, noisy.foreseen) if better and generated.peak <= usable else None
 
     def _generated(self, found: Lowest, options: Options, feedback: Feedback = NOTHING_FOUND) -> Generated:
         """The code of a plan of least peak, whatever its peak turns out to be."""
         needed = options.needed(found.predicted)
-        traced = replace(self.traced, options=replace(options, mem_budget=Budget(bytes=needed)))
-        bounds = Bounds(self.comparison.allowed(found.route), found.found.choice)
-        planned = plan(traced, found.route, feedback.corrections(found.route), bounds)
-        return generate(traced, found.route, planned, enforced=False)
+        request = replace(self.request, options=replace(options, mem_budget=Budget(bytes=needed)))
+        bounds = Bounds(self.comparison.allowed(found.variant), found.found.choice)
+        planned = plan(request, found.variant, feedback.corrections(found.variant), bounds)
+        return generate(request, found.variant, planned, enforced=False)
 
     def _budget(self, wanted: Budget, plain: int) -> int:
         """The budget in bytes, of a step that takes `plain` without xconv."""
-        return self.traced.session.resolve(wanted, plain, self.traced.graph)
+        return self.request.session.resolve(wanted, plain, self.request.graph)
 
     def _preset(self) -> Callable[..., Any]:
         """The step with everything held as a published system holds it, if that fits the budget."""
-        options, known = self.traced.options, {}
+        options, known = self.request.options, {}
         if options.mem_budget is not None:
             plain = 0
             if options.mem_budget.bytes is None:
                 plain = self._plain().peak
                 known["baseline_peak"] = plain
             known["budget"] = self._budget(options.mem_budget, plain)
-        planned = plan(self.traced, AT_ONCE)
-        generated = generate(self.traced, AT_ONCE, planned, enforced=False)
+        planned = plan(self.request, FULL_BATCH)
+        generated = generate(self.request, FULL_BATCH, planned, enforced=False)
         if planned is not None:
             self._check_preset(planned, generated.peak, known.get("budget"))
         return self._finished(generated, **known)
 
     def _check_preset(self, planned: Planned, reached: int, budget: int | None) -> None:
         """Raise unless the plan of a preset, whose peak is `reached`, is within the budget and the limits."""
-        options, plan = self.traced.options, planned.plan
+        options, plan = self.request.options, planned.plan
         if budget is not None and reached > options.usable(budget):
             largest = [(c.layer or c.residual, c.bytes_after) for c in plan.choices]
             largest.append(("parameters, buffers and inputs", plan.fixed_bytes))
             note = f"codecs={options.codecs.preset!r} fixes how everything is held; 'all' lets it be planned"
-            raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.traced.notes, note))
+            raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.request.notes, note))
         self._check_limits(planned)
 
     def _check_limits(self, planned: Planned | None) -> None:
         """Raise `OptionError` where a plan that the options name breaks a limit of theirs."""
-        if planned is None or not self.traced.options.given_limits():
+        if planned is None or not self.request.options.given_limits():
             return
         layer = max((noise for _, noise in planned.plan.layers), default=0.0)
-        whole = planned.posed if planned.slicing is None else self.comparison.whole
-        slower = slowdown(planned.posed, whole or planned.posed, planned.slicing, planned.plan.time)
-        select([Way(AT_ONCE, planned.plan.noise, slower, layer)], self.traced.options)
+        whole = planned.planning if planned.microbatches is None else self.comparison.whole
+        slower = slowdown(planned.planning, whole or planned.planning, planned.microbatches, planned.plan.time)
+        select([Candidate(FULL_BATCH, planned.plan.noise, slower, layer)], self.request.options)
 
     def _beyond_doubt(self, budget: int) -> dict[str, int]:
         """What is known of the plain step without its code, when it is predicted to exceed the budget by far.
@@ -329,73 +333,73 @@ class Strategy:
     @functools.cached_property
     def _plain_predicted(self) -> int:
         """The predicted peak of the graph as Inductor compiles it, without what passes do to it under a budget."""
-        posed = self.traced.plain().problem(AT_ONCE)
-        assert posed is not None
-        return posed.baseline_peak()
+        planning = self.request.plain().problem(FULL_BATCH)
+        assert planning is not None
+        return planning.baseline_peak()
 
     def plan(self) -> PlannedGraph | None:
         """The plan to start from, on predictions alone; None for a graph without a backward.
 
         A budget in percent is one of the predicted peak. Raises `BudgetInfeasibleError`.
         """
-        options = self.traced.options
+        options = self.request.options
         if options.codecs.preset:
             return self._plan_preset()
         if options.mem_budget is None:
-            route = self._wanted_route()
-            return self._planned(route, plan(self.traced, route))
+            variant = self._wanted_route()
+            return self._planned(variant, plan(self.request, variant))
         if self.comparison.whole is None:
             return None
         baseline = self.comparison.whole.baseline_peak()
-        self.comparison.traced = self.traced.within(self._budget(options.mem_budget, baseline))
-        route, planned = self._first_planned() or self._lowest_planned()
+        self.comparison.request = self.request.within(self._budget(options.mem_budget, baseline))
+        variant, planned = self._first_planned() or self._lowest_planned()
         return self._planned(
-            route, planned, baseline_peak=baseline, **self._time(self._way_of(route, planned))
+            variant, planned, baseline_peak=baseline, **self._time(self._way_of(variant, planned))
         )  # fmt: skip
 
-    def _planned(self, route: Route, planned: Planned | None, **known: Any) -> PlannedGraph | None:
-        recorded = report(self._noted, route, planned, Audited(), **known)
-        return None if planned is None or recorded is None else PlannedGraph(route, planned, recorded)
+    def _planned(self, variant: Variant, planned: Planned | None, **known: Any) -> PlannedGraph | None:
+        recorded = report(self._noted, variant, planned, Audited(), **known)
+        return None if planned is None or recorded is None else PlannedGraph(variant, planned, recorded)
 
-    def _first_planned(self) -> tuple[Route, Planned] | None:
+    def _first_planned(self) -> tuple[Variant, Planned] | None:
         """The plan of the best way; None where the solver, stopped by its clock, found none."""
         for way in self.comparison.ways()[:1]:
             with contextlib.suppress(BudgetInfeasibleError):
-                planned = plan(self.traced, way.route, bounds=Bounds(self.comparison.allowed(way.route)))
+                planned = plan(self.request, way.variant, bounds=Bounds(self.comparison.allowed(way.variant)))
                 assert planned is not None, "a graph without a backward has no budget"
-                return way.route, planned
+                return way.variant, planned
         return None
 
-    def _lowest_planned(self) -> tuple[Route, Planned]:
+    def _lowest_planned(self) -> tuple[Variant, Planned]:
         """The plan that starts from the one of least peak. Raises why there is none."""
-        options = self.traced.options
+        options = self.request.options
         assert options.mem_budget is not None
         found = self.comparison.lowest(options)
         if found is None or found.predicted > options.usable(options.mem_budget.resolve(0)):
             raise self._refusal(found)
-        bounds = Bounds(self.comparison.allowed(found.route), found.found.choice)
-        planned = plan(self.traced, found.route, bounds=bounds)
+        bounds = Bounds(self.comparison.allowed(found.variant), found.found.choice)
+        planned = plan(self.request, found.variant, bounds=bounds)
         assert planned is not None, "a graph without a backward has no budget"
-        return found.route, planned
+        return found.variant, planned
 
     def _plan_preset(self) -> PlannedGraph | None:
         """The predicted plan of a published system. Raises `BudgetInfeasibleError` where that exceeds the budget."""
-        planned = plan(self.traced, AT_ONCE)
+        planned = plan(self.request, FULL_BATCH)
         if planned is None:
             return None
-        budget = self.traced.options.mem_budget
+        budget = self.request.options.mem_budget
         known = {} if budget is None else {"budget": self._budget(budget, planned.plan.baseline_peak)}
         self._check_preset(planned, planned.plan.predicted_peak, known.get("budget"))
-        return self._planned(AT_ONCE, planned, **known)
+        return self._planned(FULL_BATCH, planned, **known)
 
     @property
-    def _noted(self) -> Traced:
+    def _noted(self) -> CaptureRequest:
         """What is compiled, with what was noted on the way."""
-        return replace(self.traced, notes=self.comparison.notes)
+        return replace(self.request, notes=self.comparison.notes)
 
-    def _time(self, way: Way) -> dict[str, float]:
+    def _time(self, way: Candidate) -> dict[str, float]:
         """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
-        return {"time": way.slowdown * self.comparison.seconds} if way.route != AT_ONCE else {}
+        return {"time": way.slowdown * self.comparison.seconds} if way.variant != FULL_BATCH else {}
 
     def _least(
         self, plain: Generated | None, tried: int, foreseen: float | None, **known: Any
@@ -405,7 +409,7 @@ class Strategy:
         Nothing here depends on the budget, nor on what audits found under it. Raises `BudgetInfeasibleError` with the
         audited peak as the smallest budget when that is over the budget, or `OptionError` for a limit that is.
         """
-        options = self.traced.options
+        options = self.request.options
         assert options.mem_budget is not None
         usable = options.usable(options.mem_budget.resolve(0))
         found = self.comparison.lowest(options)
@@ -418,7 +422,7 @@ class Strategy:
         best = min(steps, key=lambda step: step.peak, default=None)
         if best is not None and best.peak <= usable:
             attempts = {"attempts": tried + len(steps), "foreseen": foreseen or best.foreseen}
-            return self._finished(best, **attempts, **known, **self._time(self._way_of(best.route, best.planned)))
+            return self._finished(best, **attempts, **known, **self._time(self._way_of(best.variant, best.planned)))
         if self._plain_will_do:
             plain = plain or self._plain()
             if plain.peak <= usable:
@@ -430,33 +434,33 @@ class Strategy:
     def _might_be_lower(self, exact: Lowest, found: Lowest | None, generated: Generated) -> bool:
         """Whether the exact plan of least predicted peak is another one than the plan found, and may have a lower peak
         than that was audited to have."""
-        another = found is None or (exact.route, exact.found.choice) != (found.route, found.found.choice)
+        another = found is None or (exact.variant, exact.found.choice) != (found.variant, found.found.choice)
         return another and exact.predicted <= generated.peak * (1 + CLOSE) + _overestimated(generated)
 
     def _refusal(self, found: Lowest | None, smallest: int | None = None) -> XConvError:
         """Why there is no plan; by predictions the smallest budget is that of the plan `found`."""
-        options = self.traced.options
+        options = self.request.options
         if smallest is None:
             smallest = 0 if found is None else options.needed(found.predicted)
         comparison = self.comparison
         return refusal(options, smallest, found, comparison.ways_by, comparison.lowest, comparison.notes)
 
-    def _way_of(self, route: Route, planned: Planned | None) -> Way:
+    def _way_of(self, variant: Variant, planned: Planned | None) -> Candidate:
         """The way that was planned."""
         assert planned is not None and self.comparison.whole is not None
-        slower = slowdown(planned.posed, self.comparison.whole, route.slicing, planned.plan.time)
-        return Way(route, planned.plan.noise, slower)
+        slower = slowdown(planned.planning, self.comparison.whole, variant.microbatches, planned.plan.time)
+        return Candidate(variant, planned.plan.noise, slower)
 
     def _finished(self, generated: Generated, **known: Any) -> Callable[..., Any]:
         """The step of code that is run whatever its peak."""
         assert generated.step is not None, "code that was abandoned is not run"
         generated.load()
-        known = {"foreseen": generated.foreseen, "inductor": generated.traced.options.plain, **known}
-        traced = replace(generated.traced, notes=self.comparison.notes)
-        recorded = report(traced, generated.route, generated.planned, generated.audited, **known)
+        known = {"foreseen": generated.foreseen, "inductor": generated.request.options.plain, **known}
+        request = replace(generated.request, notes=self.comparison.notes)
+        recorded = report(request, generated.variant, generated.planned, generated.audited, **known)
         if recorded is not None and "baseline_peak" in known and self.asked.options.plan is None:
             found = self.comparison.found_notes
-            keep(self.asked, StoredPlan.of(recorded, known["baseline_peak"], found, generated.route.slicing))
+            keep(self.asked, StoredPlan.of(recorded, known["baseline_peak"], found, generated.variant.microbatches))
         return generated.step
 
 

@@ -30,10 +30,10 @@ from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.hooks import dispatch
 from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
-from xconv_fx.planner.slicing import Slicing
+from xconv_fx.planner.microbatches import Microbatches
 
-from .candidates import AT_ONCE, Route
-from .capture import Traced
+from .candidates import FULL_BATCH, Variant
+from .capture import CaptureRequest
 from .fingerprint import source_hash
 
 FORMAT = 1
@@ -44,7 +44,7 @@ class StoredPlan:
     """What a search came to: the plan as it was recorded, and what else there is to know to compile it.
 
     `baseline_peak` are the bytes that the step takes without xconv, `notes` what was noted while it was looked for. Of
-    a step in slices, `draws`, `relaid`, `copies` and `changed` are those of `Slicing`.
+    a step in slices, `draws`, `relaid`, `copies` and `changed` are those of `Microbatches`.
     """
 
     plan: Plan
@@ -56,24 +56,32 @@ class StoredPlan:
     changed: tuple[int, ...] = ()
 
     @staticmethod
-    def of(plan: Plan, baseline_peak: int, notes: tuple[str, ...], slicing: Slicing | None) -> StoredPlan:
+    def of(plan: Plan, baseline_peak: int, notes: tuple[str, ...], microbatches: Microbatches | None) -> StoredPlan:
         """The plan of a step in these slices."""
-        if slicing is None:
+        if microbatches is None:
             return StoredPlan(plan, baseline_peak, notes)
-        return StoredPlan(plan, baseline_peak, notes, slicing.draws, slicing.relaid, slicing.copies, slicing.changed)
+        return StoredPlan(
+            plan,
+            baseline_peak,
+            notes,
+            microbatches.draws,
+            microbatches.relaid,
+            microbatches.copies,
+            microbatches.changed,
+        )
 
-    def route(self, traced: Traced) -> Route:
+    def variant(self, request: CaptureRequest) -> Variant:
         """The variant that it is a plan for, of a graph that it was stored for."""
         if self.plan.slices == 1:
-            return replace(AT_ONCE, saved=self.plan.saved_share, relayout=self.plan.relayout)
-        assert traced.batch is not None, "the key says that the inputs are the same"
-        slicing = Slicing(
-            traced.batch, self.plan.slices, self.plan.held_slices, self.draws, self.relaid, self.copies, self.changed
+            return replace(FULL_BATCH, saved=self.plan.saved_share, relayout=self.plan.relayout)
+        assert request.batch is not None, "the key says that the inputs are the same"
+        microbatches = Microbatches(
+            request.batch, self.plan.slices, self.plan.held_slices, self.draws, self.relaid, self.copies, self.changed
         )
-        return Route(slicing, self.plan.saved_share, self.plan.relayout)
+        return Variant(microbatches, self.plan.saved_share, self.plan.relayout)
 
 
-def look_up(traced: Traced) -> StoredPlan | None:
+def look_up(request: CaptureRequest) -> StoredPlan | None:
     """What is kept for this graph and these options; None for nothing, or for what cannot be read.
 
     Raises the `BudgetInfeasibleError` that the search ended with, if it did.
@@ -82,7 +90,7 @@ def look_up(traced: Traced) -> StoredPlan | None:
         return None
     refused = None
     try:
-        row: dict[str, Any] = json.loads(_path(traced).read_text())
+        row: dict[str, Any] = json.loads(_path(request).read_text())
         if row.pop("format") != FORMAT:
             return None
         if "refused" in row:
@@ -100,7 +108,7 @@ def look_up(traced: Traced) -> StoredPlan | None:
         return None
 
 
-def keep(traced: Traced, found: StoredPlan | BudgetInfeasibleError) -> None:
+def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> None:
     """Keep what a search for this graph and these options came to. A folder that cannot be written to is none."""
     if not _enabled():
         return
@@ -113,7 +121,7 @@ def keep(traced: Traced, found: StoredPlan | BudgetInfeasibleError) -> None:
         row["plan"] = json.loads(replace(found.plan, measured_peak=None).to_json())
     text = json.dumps({**row, "format": FORMAT}, sort_keys=True)
     with contextlib.suppress(OSError):
-        path = _path(traced)
+        path = _path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed when complete: another process may read it meanwhile.
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -125,25 +133,25 @@ def _enabled() -> bool:
     return os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
 
 
-def _path(traced: Traced) -> Path:
-    return rates.folder() / "plans" / f"{key_of(traced)}.json"
+def _path(request: CaptureRequest) -> Path:
+    return rates.folder() / "plans" / f"{key_of(request)}.json"
 
 
-def key_of(traced: Traced) -> str:
+def key_of(request: CaptureRequest) -> str:
     """What stands for all that a search for this graph rests on."""
-    graph = traced.graph
+    graph = request.graph
     parts = (
         source_hash(),
         hooks.compiler_settings(),
-        _graph(traced.gm),
-        [_described(value) for value in traced.example_inputs],
-        hooks.data_inputs(traced.gm),
-        traced.options.fingerprint(),
-        traced.around,
+        _graph(request.gm),
+        [_described(value) for value in request.example_inputs],
+        hooks.data_inputs(request.gm),
+        request.options.fingerprint(),
+        request.around,
         (graph.goes_on, graph.parameters, graph.primals, graph.inputs, graph.given),
-        traced.session.device,
-        sorted(traced.session.facts.items()),
-        rates.specs(traced.example_inputs),
+        request.session.device,
+        sorted(request.session.facts.items()),
+        rates.specs(request.example_inputs),
         rates.Machine.of("cpu"),
         dispatch.settings(),
     )

@@ -1,4 +1,4 @@
-"""The roofline's numbers of this machine: measured by `xconv calibrate`, kept in a file, looked up when planning.
+"""The roofline's numbers of this machine: measured by `xconv profile-machine`, kept in a file, looked up when planning.
 
 A file belongs to a device type, a processor, a number of threads and a version of torch; any other combination is
 planned with the generic numbers of `cost_model/device.py`. So is one whose file cannot be read or makes no sense, after
@@ -134,7 +134,7 @@ def _read(path: Path, machine: Machine, version: tuple[int, int] | None) -> Devi
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         log.warning(
-            "planning with generic rates, because %s is no calibration (%s). Try: xconv calibrate", path, reason
+            "planning with generic rates, because %s is no calibration (%s). Try: xconv profile-machine", path, reason
         )
         return None
 

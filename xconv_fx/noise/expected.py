@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from xconv_fx.ops.codec import Held, codec_of
+from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.ops.quantize import bits_of
 from xconv_fx.options.statistics import Fold, LayerStatistics, Pairs
 
@@ -32,7 +32,7 @@ HEAVY_TAILS = 1.4
 DEVIATION = 0.7
 
 
-def expected_noise(held: Held, *, rectified: bool) -> float:
+def expected_noise(held: SavedAs, *, rectified: bool) -> float:
     """E|decoded - x|^2 / E|x|^2; `rectified` says whether x is taken for the result of a ReLU or the like."""
     predict = codec_of(held.codec).noise
     if held.codec != "probe":
@@ -42,7 +42,7 @@ def expected_noise(held: Held, *, rectified: bool) -> float:
     return share * (folding + HEAVY_TAILS * (predict(held) - folding))
 
 
-def measured_noise(held: Held, layer: LayerStatistics) -> float:
+def measured_noise(held: SavedAs, layer: LayerStatistics) -> float:
     """The variance that the codec adds to the gradient of a layer that was measured, over the layer's energy E."""
     layout = layer.layout(held.order)
     if held.codec != "probe":
@@ -62,7 +62,7 @@ def measured_noise(held: Held, layer: LayerStatistics) -> float:
     return noise
 
 
-def _dense(held: Held, layer: LayerStatistics, folding: float, rounding: float) -> float:
+def _dense(held: SavedAs, layer: LayerStatistics, folding: float, rounding: float) -> float:
     """One projection serves all samples: pairs of them count by how many other samples there are for each."""
     spread = layer.deviation if held.means else layer.plain
     if spread is None:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xconv_fx.ops import Held, codec_of, layout
+from xconv_fx.ops import SavedAs, codec_of, layout
 from xconv_fx.ops.conv import left_over
 from xconv_fx.ops.fold import FEWEST, fold_noise
 from xconv_fx.ops.quantize import group_noise
@@ -172,8 +172,8 @@ def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel
         )
 
 
-def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> Held:
-    return Held(name, tuple(x.shape), x.dtype, tuple(order), **parameters)
+def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> SavedAs:
+    return SavedAs(name, tuple(x.shape), x.dtype, tuple(order), **parameters)
 
 
 def _seed(x: Tensor) -> Tensor:
@@ -186,18 +186,18 @@ def _seeds(x: Tensor, most: int) -> list[Tensor]:
     return [_seed(x) for _ in range(min(most, -(-ENOUGH // x.numel())))]
 
 
-def _rounding(x: Tensor, weights: Tensor, held: Held, seeds: Sequence[Tensor]) -> float:
+def _rounding(x: Tensor, weights: Tensor, held: SavedAs, seeds: Sequence[Tensor]) -> float:
     """Mean over draws of the weighted squared error of codes."""
     return sum(float((_error(x, held, seed).square() * weights).sum()) for seed in seeds) / len(seeds)
 
 
-def _error(x: Tensor, held: Held, seed: Tensor) -> Tensor:
+def _error(x: Tensor, held: SavedAs, seed: Tensor) -> Tensor:
     """What is off in x after a round trip through its codec."""
     row = codec_of(held.codec)
     return row.decode(row.encode(x, seed, held), seed, held) - x
 
 
-def _rounding_of_sums(x: Tensor, weights: Tensor, held: Held) -> dict[int, float]:
+def _rounding_of_sums(x: Tensor, weights: Tensor, held: SavedAs) -> dict[int, float]:
     """What rounding sums adds, by bits; `weights` are the D of each sum's terms, added up."""
     seeds = _seeds(weights, DRAWS_OF_SUMS)
     noise = dict.fromkeys(SUM_BITS, 0.0)

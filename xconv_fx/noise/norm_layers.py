@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.ops import Held, codec_of, fixed
+from xconv_fx.ops import SavedAs, codec_of, fixed
 
 from .moments import BATCH_NORM, INSTANCE_NORM
 
@@ -101,7 +101,7 @@ class Normalisation:
             shift = torch.zeros_like(slope) if bias is None else self._by_channel(bias)
             positive = self.result > 0
         table = fixed.scales(middle, deviation, shift, slope, bits)
-        held = Held("fixed", tuple(x.shape), x.dtype, tuple(range(x.dim())), bits=bits)
+        held = SavedAs("fixed", tuple(x.shape), x.dtype, tuple(range(x.dim())), bits=bits)
         return codec_of("fixed").decode(fixed.encode(x, table, held, positive), table, held) - x
 
     def _parameter(self, name: str) -> Tensor | None:

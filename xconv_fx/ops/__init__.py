@@ -7,7 +7,7 @@ graph calls the eager reference.
 
 from . import conv3d, materialize, pool, seed  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
-from .codec import Codec, Held, codec_of, names, register
+from .codec import Codec, SavedAs, codec_of, names, register
 from .fixed import FIXED
 from .fold import PROBE
 from .layout import fitting_probes, order_of
@@ -19,7 +19,7 @@ __all__ = [
     "PROBE",
     "QUANTIZE",
     "Codec",
-    "Held",
+    "SavedAs",
     "codec_of",
     "fitting_probes",
     "names",

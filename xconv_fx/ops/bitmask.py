@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .codec import USES, Codec, Held, register
+from .codec import USES, Codec, SavedAs, register
 
 
 @torch.library.custom_op(
@@ -56,20 +56,20 @@ def _plan(mask: Tensor, order: Sequence[int]) -> layout.Packing:
     return layout.packing(tuple(mask.shape), order, 1)
 
 
-def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
+def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
     return (torch.ops.xconv.pack_mask.default(x, list(held.order)),)
 
 
-def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
+def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     (words,) = payload
     return torch.ops.xconv.unpack_mask.default(words, list(held.size), list(held.order))
 
 
-def _payload_bytes(held: Held) -> int:
+def _payload_bytes(held: SavedAs) -> int:
     return layout.packing(held.size, held.order, 1).word_bytes
 
 
-def _traffic(held: Held) -> int:
+def _traffic(held: SavedAs) -> int:
     return 2 * (math.prod(held.size) + _payload_bytes(held))
 
 

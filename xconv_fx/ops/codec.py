@@ -19,7 +19,7 @@ USES = ("mask", "weight_grad", "norm", "other")
 
 
 @dataclass(frozen=True)
-class Held:
+class SavedAs:
     """How one residual is held: all that encoding and decoding need to know before the program runs.
 
     `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
@@ -54,11 +54,11 @@ class Codec:
     name: str
     lossless: bool
     legal_uses: frozenset[str]
-    encode: Callable[[Tensor, Tensor, Held], tuple[Tensor, ...]]
-    decode: Callable[[tuple[Tensor, ...], Tensor, Held], Tensor]
-    payload_bytes: Callable[[Held], int]
-    noise: Callable[[Held], float]
-    traffic: Callable[[Held], int]
+    encode: Callable[[Tensor, Tensor, SavedAs], tuple[Tensor, ...]]
+    decode: Callable[[tuple[Tensor, ...], Tensor, SavedAs], Tensor]
+    payload_bytes: Callable[[SavedAs], int]
+    noise: Callable[[SavedAs], float]
+    traffic: Callable[[SavedAs], int]
 
 
 _CODECS: dict[str, Codec] = {}

@@ -32,7 +32,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from . import layout
-from .codec import Codec, Held, register
+from .codec import Codec, SavedAs, register
 
 # Deviations that the bins span, by the bits of a code.
 SPAN = {8: 8.0, 4: 6.0, 2: 4.0}
@@ -172,7 +172,7 @@ def _checked(bits: int) -> int:
     return bits
 
 
-def bits_of(held: Held) -> int:
+def bits_of(held: SavedAs) -> int:
     """`held.bits`. Raises `ValueError` when it is none that the codec has."""
     return _checked(held.bits or 0)
 
@@ -190,26 +190,26 @@ def normal_error(bits: int) -> float:
     return float((second - 2 * middle * first + middle**2 * mass).sum())
 
 
-def encode(x: Tensor, table: Tensor, held: Held, positive: Tensor | None = None) -> tuple[Tensor, ...]:
+def encode(x: Tensor, table: Tensor, held: SavedAs, positive: Tensor | None = None) -> tuple[Tensor, ...]:
     """The payload; see `fix`."""
     return (torch.ops.xconv.fix.default(x, positive, table, bits_of(held), list(held.order)),)
 
 
-def _decode(payload: tuple[Tensor, ...], table: Tensor, held: Held) -> Tensor:
+def _decode(payload: tuple[Tensor, ...], table: Tensor, held: SavedAs) -> Tensor:
     (words,) = payload
     return torch.ops.xconv.unfix.default(words, table, list(held.size), list(held.order), bits_of(held), held.dtype)
 
 
-def sign(words: Tensor, table: Tensor, held: Held) -> Tensor:
+def sign(words: Tensor, table: Tensor, held: SavedAs) -> Tensor:
     """Whether the normalisation's result is above zero; see `fixed_sign`."""
     return torch.ops.xconv.fixed_sign.default(words, table, list(held.size), list(held.order), bits_of(held))
 
 
-def _payload_bytes(held: Held) -> int:
+def _payload_bytes(held: SavedAs) -> int:
     return layout.packing(held.size, held.order, bits_of(held)).word_bytes
 
 
-def _traffic(held: Held) -> int:
+def _traffic(held: SavedAs) -> int:
     # Encoding reads x and the result whose sign is kept, decoding writes x.
     return 3 * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import dense, layout
-from .codec import Codec, Held, register
+from .codec import Codec, SavedAs, register
 from .counter_rng import random_bits, random_signs
 from .quantize import bits_of, code_bytes, group_noise
 
@@ -133,7 +133,7 @@ def fitted(size: Sequence[int], probes: int, kind: str, means: bool | None = Non
     return min(probes, length), wanted and len(size) > 2
 
 
-def _probes_of(held: Held) -> int:
+def _probes_of(held: SavedAs) -> int:
     if held.probes is None:
         raise ValueError(f"probes=None: codec {held.codec!r} needs the number of sums a sample")
     if held.kind not in KINDS:
@@ -141,22 +141,22 @@ def _probes_of(held: Held) -> int:
     return held.probes
 
 
-def _sums(held: Held) -> int:
+def _sums(held: SavedAs) -> int:
     """Sums a sample."""
     return dense.sums_held(held.kind, _probes_of(held), held.size)
 
 
-def _stores_codes(held: Held) -> bool:
+def _stores_codes(held: SavedAs) -> bool:
     return held.bits not in (None, PLAIN_BITS)
 
 
-def _pixel_dims(held: Held) -> list[int]:
+def _pixel_dims(held: SavedAs) -> list[int]:
     if len(held.size) < 3:
         raise ValueError(f"means=True: needs samples, channels and pixels, not size {held.size}")
     return list(range(2, len(held.size)))
 
 
-def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
+def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
     probes, wide = _probes_of(held), layout.accumulator(held.dtype)
     means: tuple[Tensor, ...] = ()
     if held.means:
@@ -171,7 +171,7 @@ def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
     return (*torch.ops.xconv.quantize.default(sums, seed, bits_of(held), [0, 1]), *means)
 
 
-def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
+def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     wide = layout.accumulator(held.dtype)
     stored = payload[:-1] if held.means else payload
     sums = stored[0]
@@ -188,7 +188,7 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
     return x
 
 
-def _payload_bytes(held: Held) -> int:
+def _payload_bytes(held: SavedAs) -> int:
     wide = layout.accumulator(held.dtype)
     means = math.prod(held.size[:2]) * wide.itemsize if held.means else 0
     sums = (held.size[0], _sums(held))
@@ -203,7 +203,7 @@ def fold_noise(plan: layout.Folding) -> float:
     return (full * plan.terms * (plan.terms - 1) + rest * (plan.terms - 1) * (plan.terms - 2)) / plan.length
 
 
-def _noise(held: Held) -> float:
+def _noise(held: SavedAs) -> float:
     probes = _probes_of(held)
     length = math.prod(held.size[1:])
     if held.kind == "fold":
@@ -216,7 +216,7 @@ def _noise(held: Held) -> float:
     return noise
 
 
-def _traffic(held: Held) -> int:
+def _traffic(held: SavedAs) -> int:
     # x is read once more when its means come first.
     passes = 3 if held.means else 2
     return passes * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from .bitmask import BITMASK
-from .codec import Held
+from .codec import SavedAs
 from .layout import order_of
 
 aten = torch.ops.aten
 ops = torch.ops.xconv
 
 
-def _held(x: Tensor) -> Held:
-    return Held("bitmask", tuple(x.shape), torch.bool, order_of(x.shape, x.stride()))
+def _held(x: Tensor) -> SavedAs:
+    return SavedAs("bitmask", tuple(x.shape), torch.bool, order_of(x.shape, x.stride()))
 
 
 def _relu(x: Tensor) -> Tensor:

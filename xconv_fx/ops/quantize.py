@@ -28,7 +28,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from . import layout
-from .codec import Held
+from .codec import SavedAs
 from .counter_rng import random_halves
 
 STREAM = 1
@@ -243,7 +243,7 @@ def code_bytes(size: Sequence[int], order: Sequence[int], bits: int, dtype: torc
     return plan.word_bytes + 2 * math.prod(layout.group_counts(plan.physical)) * dtype.itemsize
 
 
-def bits_of(held: Held) -> int:
+def bits_of(held: SavedAs) -> int:
     """`held.bits`. Raises `ValueError` when it is missing."""
     if held.bits is None:
         raise ValueError(f"bits=None: codec {held.codec!r} needs one of {', '.join(map(str, layout.CODE_BITS))}")

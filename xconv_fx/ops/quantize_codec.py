@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from . import samples
-from .codec import Codec, Held, register
+from .codec import Codec, SavedAs, register
 from .quantize import bits_of, code_bytes, group_noise
 
 
-def _encode(x: Tensor, seed: Tensor, held: Held) -> tuple[Tensor, ...]:
+def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
     if held.by_sample:
         return samples.encode(x, seed, bits_of(held), list(held.order), held.by_sample == "mixed")
     return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
 
 
-def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
+def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     codes, ranges, *widths = payload
     order = list(held.order)
     if held.by_sample:
@@ -26,13 +26,13 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: Held) -> Tensor:
     return torch.ops.xconv.dequantize.default(codes, ranges, list(held.size), order, bits_of(held), held.dtype)
 
 
-def _payload_bytes(held: Held) -> int:
+def _payload_bytes(held: SavedAs) -> int:
     if held.by_sample:
         return samples.payload_bytes(held.size, held.order, bits_of(held), held.dtype)
     return code_bytes(held.size, held.order, bits_of(held), held.dtype)
 
 
-def _traffic(held: Held) -> int:
+def _traffic(held: SavedAs) -> int:
     # Two passes over x, one for the ranges and one for the codes, and one to write it back.
     return 3 * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
 

@@ -39,7 +39,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from xconv_fx import hooks
 
-from .codec import Held
+from .codec import SavedAs
 
 Encode = Callable[[Tensor], Sequence[Tensor]]
 
@@ -49,7 +49,7 @@ class _Sketch:
     """A sketch that further layers may take: of what, by which seed, and the weights of the layers that have it."""
 
     version: int
-    held: Held
+    held: SavedAs
     surroundings: tuple[Any, ...]
     seed: Tensor
     payload: tuple[TensorWeakRef, ...] = ()
@@ -76,7 +76,7 @@ def begin_backward() -> None:
     _backwards += 1
 
 
-def shared(source: Tensor, weight: Tensor, seed: Tensor, held: Held, encode: Encode) -> tuple[list[Tensor], Tensor]:
+def shared(source: Tensor, weight: Tensor, seed: Tensor, held: SavedAs, encode: Encode) -> tuple[list[Tensor], Tensor]:
     """Payload and seed for a layer with this `weight` that reads `source`, of which it would hold `held`.
 
     They are those of an earlier layer, or `encode(seed)` and `seed`.

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codec import Held, codec_of
+from .codec import SavedAs, codec_of
 from .conv import input_gradient, weight_gradient
 from .dense import KINDS as DENSE_KINDS
 from .fold import PLAIN_BITS, fitted
@@ -67,11 +67,11 @@ def _recipe(x: Tensor, probes: int, kind: str, bits: int, means: bool | None) ->
     return probes, kind, bits, means
 
 
-def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> Held:
+def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> SavedAs:
     size, order = tuple(x.shape), sample_order(x)
     if probes == 0:
-        return Held("quantize", size, x.dtype, order, bits=bits)
-    return Held("probe", size, x.dtype, order, bits=bits, probes=probes, kind=kind, means=means)
+        return SavedAs("quantize", size, x.dtype, order, bits=bits)
+    return SavedAs("probe", size, x.dtype, order, bits=bits, probes=probes, kind=kind, means=means)
 
 
 def _encode(
@@ -99,7 +99,7 @@ def _encode(
     return list(encode(seed)), seed, None
 
 
-def _decode(payload: Sequence[Tensor], seed: Tensor, held: Held, like: Tensor) -> Tensor:
+def _decode(payload: Sequence[Tensor], seed: Tensor, held: SavedAs, like: Tensor) -> Tensor:
     """The estimate of a layer's input. Raises `RuntimeError` when an inner op was called without a payload."""
     if math.prod(held.size) == 0:
         return like.new_zeros(held.size)
@@ -246,7 +246,7 @@ def _convolution_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 def _convolution_estimate(
     grad_out: Tensor, payload: Sequence[Tensor], seed: Tensor, weight: Tensor | None, ctx: Any
 ) -> Tensor:
-    held: Held = ctx.held
+    held: SavedAs = ctx.held
     if held.kind in DENSE_KINDS and len(payload) == 1:
         # Plain sums of dense probes: with fewer probes than samples there is a form that decodes nothing.
         sketch = (payload[0], seed, held.kind, held.size)

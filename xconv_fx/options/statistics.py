@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 LAYOUTS = ("contiguous", "channels_last")
-HINT = "write the file of `xconv calibrate-model --output FILE`, or what xconv_fx.calibrate returned"
+HINT = "write the file of `xconv calibrate --output FILE`, or what xconv_fx.calibrate returned"
 
 Pairs = tuple[tuple[int, float], ...]
 ByLayer = tuple[tuple[str, Pairs], ...]
@@ -186,7 +186,7 @@ def parse(value: Any) -> Statistics | None:
 
 
 def _mismatch(layer: str, reason: str) -> OptionError:
-    remedy = "measure this model, with xconv calibrate-model or xconv_fx.calibrate"
+    remedy = "measure this model, with xconv calibrate or xconv_fx.calibrate"
     return OptionError("stats", layer, f"another model's: {reason}; {remedy}")
 
 

@@ -13,36 +13,36 @@ from dataclasses import replace
 
 from xconv_fx.cost_model.memory import Problem
 
+from .microbatches import Microbatches, PeakScenario
 from .peak_scenarios import ONCE, scenarios
-from .problem import Candidate, Posed, items_of
-from .slicing import PeakScenario, Slicing
+from .problem import PlanningProblem, StorageCandidate, items_of
 
 Load = tuple[int, int, int]
 
 
-def slice_step(posed: Posed, slicing: Slicing | None) -> Posed:
-    """The problem of the whole step, whose slices (None: whose only one) `posed` describes."""
-    if slicing is None and posed.calls == ONCE:
-        return posed
+def slice_step(planning: PlanningProblem, microbatches: Microbatches | None) -> PlanningProblem:
+    """The problem of the whole step, whose slices (None: whose only one) `planning` describes."""
+    if microbatches is None and planning.calls == ONCE:
+        return planning
     base: list[int] = []
     labels: list[str] = []
     phases: list[str] = []
     moved: list[tuple[PeakScenario, range, int]] = []
-    for scenario in scenarios(slicing, posed.calls, posed.ends):
-        found = posed.steps(scenario.phase)
+    for scenario in scenarios(microbatches, planning.calls, planning.ends):
+        found = planning.steps(scenario.phase)
         if not found:
             continue
         steps = range(found[0], found[-1] + 1)
         moved.append((scenario, steps, len(base) - steps.start))
-        base += [posed.problem.base[step] + scenario.extra + scenario.others * posed.rest for step in steps]
-        labels += [posed.problem.labels[step] for step in steps]
+        base += [planning.problem.base[step] + scenario.extra + scenario.others * planning.rest for step in steps]
+        labels += [planning.problem.labels[step] for step in steps]
         phases += [scenario.phase] * len(steps)
-    rows = tuple(tuple(_moved(candidate, moved) for candidate in row) for row in posed.candidates)
-    problem = Problem(tuple(base), items_of(posed.residuals, rows), tuple(labels))
-    return replace(posed, problem=problem, candidates=rows, phases=tuple(phases))
+    rows = tuple(tuple(_moved(candidate, moved) for candidate in row) for row in planning.candidates)
+    problem = Problem(tuple(base), items_of(planning.residuals, rows), tuple(labels))
+    return replace(planning, problem=problem, candidates=rows, phases=tuple(phases))
 
 
-def _moved(candidate: Candidate, moved: list[tuple[PeakScenario, range, int]]) -> Candidate:
+def _moved(candidate: StorageCandidate, moved: list[tuple[PeakScenario, range, int]]) -> StorageCandidate:
     """The loads in every scenario: the run's own, where they fall into the phase, and what others hold."""
     loads: list[Load] = []
     for scenario, steps, shift in moved:

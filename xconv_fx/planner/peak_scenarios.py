@@ -1,10 +1,10 @@
 """The moments of a whole step at which memory may peak, from the forward, loss and backward of one graph.
 
-A graph may run in slices of the batch (`Slicing.episodes`), and it may run several times in a step before a backward
-comes (the option `calls`). Then its last forward runs beside what the calls before hold: their residuals, inputs and
-results. So does the loss, and the first backward; what a loss keeps of a result is counted for every call, the rest of
-what it takes for one. A later backward runs beside the gradients that those before it have left, with one call's
-residuals less.
+A graph may run in slices of the batch (`Microbatches.episodes`), and it may run several times in a step before a
+backward comes (the option `calls`). Then its last forward runs beside what the calls before hold: their residuals,
+inputs and results. So does the loss, and the first backward; what a loss keeps of a result is counted for every call,
+the rest of what it takes for one. A later backward runs beside the gradients that those before it have left, with one
+call's residuals less.
 
 Calls whose input was computed in the step are a chain: the input is what an earlier call returned, and the loss reads
 the last result alone.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .loss import Ends
-from .slicing import PeakScenario, Slicing
+from .microbatches import Microbatches, PeakScenario
 
 AT_ONCE = tuple(PeakScenario(phase, 0, 0) for phase in ("forward", "loss", "backward"))
 
@@ -38,17 +38,17 @@ class Calls:
 ONCE = Calls()
 
 
-def scenarios(slicing: Slicing | None, calls: Calls, ends: Ends) -> tuple[PeakScenario, ...]:
-    """The moments of a step; `ends` are those of the graph, which is of one slice where there is a `slicing`."""
-    one = AT_ONCE if slicing is None else slicing.episodes(ends)
+def scenarios(microbatches: Microbatches | None, calls: Calls, ends: Ends) -> tuple[PeakScenario, ...]:
+    """The moments of a step; `ends` are those of the graph, which is of one slice where there is a `microbatches`."""
+    one = AT_ONCE if microbatches is None else microbatches.episodes(ends)
     if calls.count == 1:
         return one
-    if slicing is None:
+    if microbatches is None:
         return tuple(found for scenario in one for found in _beside(scenario, calls, ends, 1))
     # Every call lays out weights of its own, and keeps states of its own.
-    calls = replace(calls, inputs=calls.inputs + slicing.besides)
-    whole = ends.times(slicing.count)
-    return tuple(found for scenario in one for found in _beside(scenario, calls, whole, slicing.held))
+    calls = replace(calls, inputs=calls.inputs + microbatches.besides)
+    whole = ends.times(microbatches.count)
+    return tuple(found for scenario in one for found in _beside(scenario, calls, whole, microbatches.held))
 
 
 def _beside(scenario: PeakScenario, calls: Calls, ends: Ends, held: int) -> Iterator[PeakScenario]:

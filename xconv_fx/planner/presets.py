@@ -27,49 +27,49 @@ from xconv_fx.passes.graph import numel
 from xconv_fx.passes.residuals import Residual
 from xconv_fx.reproducible import effort
 
-from .problem import Candidate, Posed
+from .problem import PlanningProblem, StorageCandidate
 
 AVERAGE_BITS = 2
 SECONDS = 2.0
 
 
-def apply_preset(posed: Posed, preset: str) -> tuple[int, ...]:
+def apply_preset(planning: PlanningProblem, preset: str) -> tuple[int, ...]:
     """The place of the candidate that the preset takes, for every residual."""
     if preset == "actnn:L3":
-        return _share(posed)
+        return _share(planning)
     wanted = {"actnn:L1": _code_inputs, "actnn:L2": _code_all}.get(preset, _probe)
     return tuple(
         max(place for place, candidate in enumerate(row) if place == 0 or wanted(residual, candidate))
-        for residual, row in zip(posed.residuals, posed.candidates, strict=True)
+        for residual, row in zip(planning.residuals, planning.candidates, strict=True)
     )
 
 
-def _code_all(residual: Residual, candidate: Candidate) -> bool:
+def _code_all(residual: Residual, candidate: StorageCandidate) -> bool:
     return candidate.choice.codec in ("bitmask", "quantize")
 
 
-def _code_inputs(residual: Residual, candidate: Candidate) -> bool:
+def _code_inputs(residual: Residual, candidate: StorageCandidate) -> bool:
     coded = candidate.choice.codec == "quantize" and residual.uses <= {"weight_grad", "mask"}
     return coded or candidate.choice.codec == "bitmask"
 
 
-def _probe(residual: Residual, candidate: Candidate) -> bool:
+def _probe(residual: Residual, candidate: StorageCandidate) -> bool:
     return candidate.choice.codec == "bitmask" or (candidate.choice.codec == "probe" and residual.convolved)
 
 
-def _share(posed: Posed) -> tuple[int, ...]:
+def _share(planning: PlanningProblem) -> tuple[int, ...]:
     """Widths of least noise whose average is `AVERAGE_BITS`."""
-    bits = [_bits_of_row(residual, row) for residual, row in zip(posed.residuals, posed.candidates, strict=True)]
+    bits = [_bits_of_row(residual, row) for residual, row in zip(planning.residuals, planning.candidates, strict=True)]
     coded = [
         residual
-        for residual, row in zip(posed.residuals, posed.candidates, strict=True)
+        for residual, row in zip(planning.residuals, planning.candidates, strict=True)
         if any(candidate.choice.codec == "quantize" for candidate in row)
     ]
     total = AVERAGE_BITS * sum(numel(residual.forward) for residual in coded)
-    return share_bits(posed.problem.items, bits, total, **effort(SECONDS))
+    return share_bits(planning.problem.items, bits, total, **effort(SECONDS))
 
 
-def _bits_of_row(residual: Residual, row: Sequence[Candidate]) -> list[int | None]:
+def _bits_of_row(residual: Residual, row: Sequence[StorageCandidate]) -> list[int | None]:
     """What each candidate counts for: its codes, without ranges and masks; None where the preset does not take it."""
     codecs = [candidate.choice.codec for candidate in row]
     if "quantize" not in codecs:
@@ -83,10 +83,10 @@ def _bits_of_row(residual: Residual, row: Sequence[Candidate]) -> list[int | Non
     ]
 
 
-def average_bits(posed: Posed, choice: Sequence[int]) -> Fraction | None:
+def average_bits(planning: PlanningProblem, choice: Sequence[int]) -> Fraction | None:
     """Bits an element of what is held in codes or made again from them; None when nothing is."""
     total = elements = 0
-    for residual, row, place in zip(posed.residuals, posed.candidates, choice, strict=True):
+    for residual, row, place in zip(planning.residuals, planning.candidates, choice, strict=True):
         if row[place].option.name in ("quantize", "replay"):
             total += (row[place].choice.bits or 0) * numel(residual.forward)
             elements += numel(residual.forward)

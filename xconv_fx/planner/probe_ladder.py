@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import ceil, prod
 
 from xconv_fx.noise.expected import expected_noise
-from xconv_fx.ops.codec import Held, codec_of
+from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.ops.fold import FEWEST
 from xconv_fx.ops.layout import fitting_probes
 
@@ -26,20 +26,20 @@ SUM_BITS = (2, 4)
 _ROUNDS = 8
 
 
-def prior(held: Held) -> float:
+def prior(held: SavedAs) -> float:
     """The noise that is expected of a layer's input of which nothing is known."""
     return expected_noise(held, rectified=True)
 
 
-def offered(blank: Held, kinds: Sequence[str], noise: Callable[[Held], float] = prior) -> list[Held]:
-    """Probes of the given `kinds` for the tensor of `blank`, a `Held` without parameters; the largest payload first.
+def probe_candidates(blank: SavedAs, kinds: Sequence[str], noise: Callable[[SavedAs], float] = prior) -> list[SavedAs]:
+    """Probes of the given `kinds` for the tensor of `blank`, a `SavedAs` without parameters; the largest payload first.
 
     `noise` says what is expected of a way to hold it.
     """
     length = prod(blank.size[1:])
     if blank.order[0] != 0 or len(blank.size) < 2:
         return []
-    found: dict[Held, None] = {}
+    found: dict[SavedAs, None] = {}
     for rung in RUNGS:
         if "fold" in kinds:
             choices = [_folds(replace(blank, bits=bits, means=means), 4 * prod(blank.size) // rung)
@@ -51,7 +51,7 @@ def offered(blank: Held, kinds: Sequence[str], noise: Callable[[Held], float] = 
     return list(found)
 
 
-def _folds(held: Held, room: int) -> Held | None:
+def _folds(held: SavedAs, room: int) -> SavedAs | None:
     """The folds of the most sums in at most `room` bytes; None when these are too few."""
     if held.means and len(held.size) < 3:
         return None

@@ -21,7 +21,7 @@ from xconv_fx.cost_model.memory import Item, Option, Problem, profile
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.device import rates
 from xconv_fx.ops import samples
-from xconv_fx.ops.codec import Held, codec_of
+from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.ops.fold import fitted
 from xconv_fx.options import Options
 from xconv_fx.options.codecs import XCONV_PROBES
@@ -40,7 +40,7 @@ from xconv_fx.passes.graph import (
 from xconv_fx.passes.late_layout import layout_copies
 from xconv_fx.passes.liveness import Timeline, timeline
 from xconv_fx.passes.partition import Pair
-from xconv_fx.passes.rematerialize import Chain, find_chain
+from xconv_fx.passes.rematerialize import RecomputeSubgraph, find_recompute_subgraph
 from xconv_fx.passes.residuals import Residual, small
 from xconv_fx.passes.step_time import step_seconds
 from xconv_fx.plan import Choice
@@ -48,14 +48,14 @@ from xconv_fx.plan import Choice
 from . import probe_ladder
 from .loss import Ends
 from .peak_scenarios import ONCE, Calls
-from .sensitivities import EXACT, Added, Sensitivities
+from .sensitivities import EXACT, NoiseContribution, Sensitivities
 from .surroundings import ALONE, Surroundings
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StorageCandidate:
     """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
 
     A value that is replayed from codes needs them to have so many `bits`; a "replay" does with more
@@ -64,11 +64,11 @@ class Candidate:
 
     choice: Choice
     option: Option
-    added: Added = EXACT
+    added: NoiseContribution = EXACT
     bits: int = 0
 
 
-def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]]) -> tuple[Item, ...]:
+def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidate, ...]]) -> tuple[Item, ...]:
     """The solver's items: the residuals with the options of their candidates."""
     return tuple(
         Item(residual.name, tuple(candidate.option for candidate in row))
@@ -77,7 +77,7 @@ def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
-class Posed:
+class PlanningProblem:
     """The problem for the solver, and what its items and options stand for.
 
     `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. `ends` is what the
@@ -89,8 +89,8 @@ class Posed:
 
     problem: Problem
     residuals: tuple[Residual, ...]
-    candidates: tuple[tuple[Candidate, ...], ...]
-    chains: dict[str, Chain]
+    candidates: tuple[tuple[StorageCandidate, ...], ...]
+    chains: dict[str, RecomputeSubgraph]
     norms: dict[str, Norm]
     fixed_bytes: int
     device: str
@@ -122,15 +122,15 @@ class Posed:
         return max(self.phase_peaks((0,) * len(self.residuals)).values())
 
 
-def pose(
+def build_problem(
     pair: Pair, residuals: Mapping[str, Residual], options: Options, apart: bool = False, goes_on: bool = False
-) -> Posed:
+) -> PlanningProblem:
     """The planning problem of the pair, beside nothing.
 
     `apart` says that samples are known to be computed apart, `goes_on` that the results go on into further code of the
     model.
     """
-    return _Poser(pair, residuals, options, apart, goes_on).pose()
+    return _ProblemBuilder(pair, residuals, options, apart, goes_on).build()
 
 
 def resident_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -138,29 +138,33 @@ def resident_bytes(nodes: Iterable[fx.Node]) -> int:
     return sum(nbytes(node) for node in nodes if is_primal(node))
 
 
-def corrected(posed: Posed, corrections: Mapping[str, int]) -> Posed:
+def corrected(planning: PlanningProblem, corrections: Mapping[str, int]) -> PlanningProblem:
     """The problem with its phases found short of so many bytes."""
     if not corrections:
-        return posed
-    base = (size + corrections.get(phase, 0) for size, phase in zip(posed.problem.base, posed.phases, strict=True))
-    return replace(posed, problem=replace(posed.problem, base=tuple(base)))
+        return planning
+    base = (
+        size + corrections.get(phase, 0) for size, phase in zip(planning.problem.base, planning.phases, strict=True)
+    )
+    return replace(planning, problem=replace(planning.problem, base=tuple(base)))
 
 
-def beside(posed: Posed, around: Surroundings) -> Posed:
+def beside(planning: PlanningProblem, around: Surroundings) -> PlanningProblem:
     """The problem of a graph that was posed alone, with this alive besides the graph's own tensors."""
     if around == ALONE:
-        return posed
+        return planning
     more = {
         "forward": around.throughout,
         "loss": around.throughout + around.inside + around.spare,
         "backward": around.throughout + around.returning,
     }
     return replace(
-        corrected(posed, more), fixed_bytes=posed.fixed_bytes + around.throughout, spare=posed.spare + around.spare
+        corrected(planning, more),
+        fixed_bytes=planning.fixed_bytes + around.throughout,
+        spare=planning.spare + around.spare,
     )
 
 
-class _Poser:
+class _ProblemBuilder:
     def __init__(
         self, pair: Pair, residuals: Mapping[str, Residual], options: Options, apart: bool, goes_on: bool
     ) -> None:
@@ -191,13 +195,13 @@ class _Poser:
         values = (tensor_of(node) for node in self.pair.forward.graph.nodes)
         return next((str(value.device) for value in values if value is not None), "cpu")
 
-    def _chain(self, residual: Residual, saved: set[str]) -> Chain | None:
-        chain = find_chain(residual.forward, saved - {residual.name})
+    def _chain(self, residual: Residual, saved: set[str]) -> RecomputeSubgraph | None:
+        chain = find_recompute_subgraph(residual.forward, saved - {residual.name})
         if chain is None or any(name not in self.large for name in chain.sources):
             return None
         return chain
 
-    def pose(self) -> Posed:
+    def build(self) -> PlanningProblem:
         rows = tuple(tuple(self._candidates(residual)) for residual in self.large.values())
         base = self._base()
         labels = (*(n.name for n in self.forward.steps), "the loss", *(n.name for n in self.backward.steps))
@@ -205,7 +209,7 @@ class _Poser:
         fixed = resident_bytes(self.pair.forward.graph.nodes)
         residuals = tuple(self.large.values())
         problem = Problem(tuple(base), items_of(residuals, rows), labels)
-        return Posed(
+        return PlanningProblem(
             problem, residuals, rows, self.chains, self.norms, fixed, self._device(), phases,
             ends=self.ends, rest=self.rest + self.copies,
             seconds={"forward": step_seconds(self.forward, self.machine),
@@ -223,7 +227,7 @@ class _Poser:
 
     # One method a codec family: each yields the candidates that are legal for the residual.
 
-    def _candidates(self, residual: Residual) -> list[Candidate]:
+    def _candidates(self, residual: Residual) -> list[StorageCandidate]:
         keep = self._candidate(residual, "keep", residual.bytes, decoded=False, traffic=0)
         row = [keep]
         fixed = self._asked(residual)
@@ -248,9 +252,11 @@ class _Poser:
         if "quantize" in allowed:
             row += [self._coded(residual, self._codes(residual, bits)) for bits in allowed.bits]
         if "probe" in allowed and residual.uses <= {"weight_grad", "mask"}:
-            blank = Held("probe", **self._held(residual))
-            offered = probe_ladder.offered(blank, allowed.kinds, lambda held: self.noises.coded(residual, held).total)
-            row += [self._coded(residual, held) for held in offered]
+            blank = SavedAs("probe", **self._held(residual))
+            probe_candidates = probe_ladder.probe_candidates(
+                blank, allowed.kinds, lambda held: self.noises.coded(residual, held).total
+            )
+            row += [self._coded(residual, held) for held in probe_candidates]
         return row
 
     def _asked(self, residual: Residual) -> int | None:
@@ -265,21 +271,21 @@ class _Poser:
     def _held(self, residual: Residual) -> dict[str, Any]:
         return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
 
-    def _fixed_held(self, residual: Residual, bits: int) -> Held:
-        return Held("fixed", **self._held(residual), bits=bits)
+    def _fixed_held(self, residual: Residual, bits: int) -> SavedAs:
+        return SavedAs("fixed", **self._held(residual), bits=bits)
 
-    def _codes(self, residual: Residual, bits: int) -> Held:
+    def _codes(self, residual: Residual, bits: int) -> SavedAs:
         held = self._held(residual)
         if not self.options.shares_samples or not samples.shareable(residual.shape, residual.order, bits):
-            return Held("quantize", **held, bits=bits)
-        return Held("quantize", **held, bits=bits, by_sample="apart" if self.apart else "mixed")
+            return SavedAs("quantize", **held, bits=bits)
+        return SavedAs("quantize", **held, bits=bits, by_sample="apart" if self.apart else "mixed")
 
-    def _bitmask(self, residual: Residual) -> Candidate:
+    def _bitmask(self, residual: Residual) -> StorageCandidate:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
         size = count * _packed_bytes(residual.forward)
         return self._candidate(residual, "bitmask", size, decoded=False, traffic=residual.bytes + 2 * size)
 
-    def _masks_apart(self, residual: Residual) -> list[Candidate]:
+    def _masks_apart(self, residual: Residual) -> list[StorageCandidate]:
         """The tensor until the weight gradients are computed, and bits for the masks that are read later.
 
         They are read with the input gradient, which is where backwards peak.
@@ -296,7 +302,7 @@ class _Poser:
         choice = replace(held.choice, bytes_after=residual.bytes + masks)
         return [replace(held, choice=choice, option=option)]
 
-    def _coded(self, residual: Residual, held: Held) -> Candidate:
+    def _coded(self, residual: Residual, held: SavedAs) -> StorageCandidate:
         codec = codec_of(held.codec)
         masks = len(residual.masks) * _packed_bytes(residual.forward)
         candidate = self._candidate(
@@ -313,14 +319,14 @@ class _Poser:
         )  # fmt: skip
         return replace(candidate, choice=choice)
 
-    def _probe(self, residual: Residual, probes: int) -> Candidate:
+    def _probe(self, residual: Residual, probes: int) -> StorageCandidate:
         """As many probes as the user asks for, of the first kind that is allowed."""
         kinds = self.options.codecs.kinds
         kind = "fold" if "fold" in kinds or not kinds else kinds[0]
         probes, means = fitted(residual.shape, probes, kind)
-        return self._coded(residual, Held("probe", **self._held(residual), probes=probes, kind=kind, means=means))
+        return self._coded(residual, SavedAs("probe", **self._held(residual), probes=probes, kind=kind, means=means))
 
-    def _fixed(self, residual: Residual, norm: Norm) -> list[Candidate]:
+    def _fixed(self, residual: Residual, norm: Norm) -> list[StorageCandidate]:
         """Codes that carry the sign of the normalisation's result, for which no bits are held."""
         masks = [mask for mask in residual.masks if norm.tells(mask) is None]
         if masks and "bitmask" not in self.options.codecs:
@@ -341,7 +347,7 @@ class _Poser:
             row.append(replace(candidate, choice=replace(candidate.choice, bits=bits)))
         return row
 
-    def _recomputed(self, residual: Residual, chain: Chain) -> list[Candidate]:
+    def _recomputed(self, residual: Residual, chain: RecomputeSubgraph) -> list[StorageCandidate]:
         allowed, sources = self.options.codecs, [self.large[name] for name in chain.sources]
         if chain.reruns:
             return [self._rerun(residual, chain, sources)] if "recompute" in allowed else []
@@ -365,8 +371,14 @@ class _Poser:
         return row
 
     def _replay(
-        self, residual: Residual, chain: Chain, name: str, bits: int = 0, added: Added = EXACT, masks: int = 0
-    ) -> Candidate:
+        self,
+        residual: Residual,
+        chain: RecomputeSubgraph,
+        name: str,
+        bits: int = 0,
+        added: NoiseContribution = EXACT,
+        masks: int = 0,
+    ) -> StorageCandidate:
         """The residual made again from others; `name` and `bits` say from which, `masks` how many it needs."""
         size = chain.extra_bytes + masks * _packed_bytes(residual.forward)
         candidate = self._candidate(residual, "recompute", size, decoded=True, traffic=chain.traffic, added=added)
@@ -378,7 +390,7 @@ class _Poser:
         option = replace(candidate.option, name=name, loads=candidate.option.loads + extended)
         return replace(candidate, option=option, bits=bits)
 
-    def _rerun(self, residual: Residual, chain: Chain, sources: list[Residual]) -> Candidate:
+    def _rerun(self, residual: Residual, chain: RecomputeSubgraph, sources: list[Residual]) -> StorageCandidate:
         """Run the convolution again before its result is first read; from then on it is held like any value."""
         candidate = self._candidate(residual, "recompute", chain.extra_bytes, decoded=False, traffic=0)
         followers = (r for name, r in self.large.items() if residual.name in self._cheap_sources(name))
@@ -396,8 +408,15 @@ class _Poser:
         return () if chain is None or chain.reruns else chain.sources
 
     def _candidate(
-        self, residual: Residual, codec: str, size: int, *, decoded: bool, traffic: int, added: Added = EXACT
-    ) -> Candidate:
+        self,
+        residual: Residual,
+        codec: str,
+        size: int,
+        *,
+        decoded: bool,
+        traffic: int,
+        added: NoiseContribution = EXACT,
+    ) -> StorageCandidate:
         kept = codec == "keep"
         loads = [(self._produced(residual, kept), self._last(residual), size)]
         if decoded:
@@ -410,7 +429,7 @@ class _Poser:
             readers=residual.readers,
         )  # fmt: skip
         layers = self.noises.relative(added)
-        return Candidate(choice, Option(codec, tuple(loads), added.total, time, layers=layers), added)
+        return StorageCandidate(choice, Option(codec, tuple(loads), added.total, time, layers=layers), added)
 
     def _produced(self, residual: Residual, kept: bool) -> int:
         """First step at which the payload exists; for a kept tensor, the first that the base does not count."""

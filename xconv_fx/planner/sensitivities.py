@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from xconv_fx.cost_model.noise import SCALE, Use
 from xconv_fx.errors import OptionError
 from xconv_fx.noise.expected import expected_noise, measured_noise
-from xconv_fx.ops.codec import Held
+from xconv_fx.ops.codec import SavedAs
 from xconv_fx.ops.fixed import normal_error
 from xconv_fx.ops.quantize import bits_of
 from xconv_fx.options.codecs import FIXED_BITS
@@ -30,7 +30,7 @@ from xconv_fx.passes.trained_layers import TrainedLayers
 
 
 @dataclass(frozen=True)
-class Added:
+class NoiseContribution:
     """What holding one residual adds. `noise` is relative to its energy, `total` its part of the plan's noise, and
     `layers` that of each layer's gradient, by name, whether the layer reads the residual or runs before."""
 
@@ -39,7 +39,7 @@ class Added:
     layers: tuple[tuple[str, float], ...] = ()
 
 
-EXACT = Added()
+EXACT = NoiseContribution()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Reading:
     squares: tuple[tuple[str, float], ...] = ()
     fixed: Mapping[int, Use] = field(default_factory=dict)
 
-    def use_of(self, held: Held, noise: float) -> Use:
+    def use_of(self, held: SavedAs, noise: float) -> Use:
         """The use of a residual that is held so, with this noise."""
         if held.codec == "fixed":
             return self.fixed.get(held.bits or 0, self.use)
@@ -64,7 +64,7 @@ class _Reading:
         reaches = tuple((layer, share + noise * squares.get(layer, 0.0)) for layer, share in self.use.reaches)
         return Use(self.use.kind, reaches)
 
-    def noise(self, held: Held, rectified: bool) -> float:
+    def noise(self, held: SavedAs, rectified: bool) -> float:
         """Relative noise energy of a residual that is held so, as this use sees it."""
         if self.known is None or held.codec == "fixed":
             return expected_noise(held, rectified=rectified)
@@ -185,17 +185,17 @@ class Sensitivities:
         if self.stats is None or not any(layers) or self._known(layers):
             return
         some, others = (", ".join([*names][:4]) for names in (filter(None, layers), self.stats.layers))
-        hint = "measure the module that is compiled, with xconv calibrate-model or xconv_fx.calibrate"
+        hint = "measure the module that is compiled, with xconv calibrate or xconv_fx.calibrate"
         raise OptionError("stats", others, f"none of these layers is in the graph, which has {some}; {hint}")
 
-    def coded(self, residual: Residual, held: Held) -> Added:
+    def coded(self, residual: Residual, held: SavedAs) -> NoiseContribution:
         """What holding the residual so adds."""
         rectified = held.codec != "fixed" and residual.uses <= {"weight_grad", "mask"}
         readings = self.readings[residual.name]
         noises = [(reading, reading.noise(held, rectified)) for reading in readings]
         return _sum([(reading.use_of(held, noise), noise) for reading, noise in noises])
 
-    def replayed(self, residual: Residual, sources: Sequence[tuple[Residual, Held]]) -> Added:
+    def replayed(self, residual: Residual, sources: Sequence[tuple[Residual, SavedAs]]) -> NoiseContribution:
         """What replaying the residual from sources that are held so adds.
 
         By the prior it is as noisy as the noisiest of them.
@@ -215,27 +215,27 @@ class Sensitivities:
         weights = [r for row in self.readings.values() for r in row if r.use.kind == "weight" and r.known is None]
         return tuple(dict.fromkeys(reading.layer or "a layer without a name" for reading in weights))
 
-    def relative(self, added: Added) -> tuple[tuple[str, float], ...]:
+    def relative(self, added: NoiseContribution) -> tuple[tuple[str, float], ...]:
         """What a residual adds to each layer, relative to the layer's own part of the yardstick."""
         noise: dict[str, float] = {}
         for layer, amount in added.layers:
             noise[layer] = noise.get(layer, 0.0) + amount
         return tuple((name, found / self.shares[name]) for name, found in noise.items() if self.shares.get(name))
 
-    def by_layer(self, added: Iterable[Added]) -> tuple[tuple[str, float], ...]:
+    def by_layer(self, added: Iterable[NoiseContribution]) -> tuple[tuple[str, float], ...]:
         """The same of all that every residual adds."""
-        return self.relative(Added(layers=tuple(row for found in added for row in found.layers)))
+        return self.relative(NoiseContribution(layers=tuple(row for found in added for row in found.layers)))
 
 
-def _replayed(reader: LayerStatistics | None, source: Residual, held: Held) -> float | None:
+def _replayed(reader: LayerStatistics | None, source: Residual, held: SavedAs) -> float | None:
     """The noise of a reader's input that is replayed from a source that is held so; None if it was not measured."""
     replays = () if reader is None else reader.fixed if held.codec == "fixed" else reader.replays
     known = {norm: dict(noises) for norm, noises in replays if noises}
     return next((known[norm][bits_of(held)] for norm in source.norms if norm in known), None)
 
 
-def _sum(noises: list[tuple[Use, float]]) -> Added:
-    return Added(
+def _sum(noises: list[tuple[Use, float]]) -> NoiseContribution:
+    return NoiseContribution(
         noise=max((noise for _, noise in noises), default=0.0),
         total=sum(noise * use.sensitivity for use, noise in noises),
         layers=tuple((layer, noise * share) for use, noise in noises for layer, share in use.reaches),

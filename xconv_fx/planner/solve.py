@@ -18,9 +18,9 @@ from xconv_fx.plan import Choice, Plan
 from xconv_fx.reproducible import effort
 
 from .microbatch import slice_step
+from .microbatches import Microbatches
 from .presets import apply_preset, average_bits
-from .problem import Candidate, Posed
-from .slicing import Slicing
+from .problem import PlanningProblem, StorageCandidate
 
 SECONDS = 2.0
 # Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.
@@ -45,50 +45,50 @@ ANY = Bounds()
 
 
 def plan(
-    posed: Posed, options: Options, slicing: Slicing | None = None, bounds: Bounds = ANY
+    planning: PlanningProblem, options: Options, microbatches: Microbatches | None = None, bounds: Bounds = ANY
 ) -> tuple[Plan, dict[str, int]]:
     """The plan that `prefer` asks for, whose predicted peak is within the budget; and its peak in each phase.
 
-    `slicing` says of how many slices `posed` is one. Without a budget every residual is kept. Raises
+    `microbatches` says of how many slices `planning` is one. Without a budget every residual is kept. Raises
     `BudgetInfeasibleError`, and `OptionError` where what the options ask for breaks a limit whatever the budget.
     """
-    options.probes.check({layer for residual in posed.residuals for layer in residual.readers})
-    if slicing is not None:
-        found, peaks = plan(slice_step(posed, slicing), options, None, bounds)
-        return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
-    unprobed = _unprobed(posed, options)
-    keep = tuple(0 for _ in posed.residuals)
-    baseline, _ = peak(posed.problem, keep)
+    options.probes.check({layer for residual in planning.residuals for layer in residual.readers})
+    if microbatches is not None:
+        found, peaks = plan(slice_step(planning, microbatches), options, None, bounds)
+        return replace(found, slices=microbatches.count, held_slices=microbatches.held), peaks
+    unprobed = _unprobed(planning, options)
+    keep = tuple(0 for _ in planning.residuals)
+    baseline, _ = peak(planning.problem, keep)
     if options.codecs.preset:
-        return _preset(posed, options, baseline, unprobed)
+        return _preset(planning, options, baseline, unprobed)
     if options.mem_budget is None:
-        return describe(posed, keep, None, baseline, 0.0, unprobed), posed.phase_peaks(keep)
+        return describe(planning, keep, None, baseline, 0.0, unprobed), planning.phase_peaks(keep)
     budget = options.mem_budget.resolve(with_unseen(baseline))
     try:
         solution = solve(
-            posed.problem,
+            planning.problem,
             options.usable(budget),
             **effort(SECONDS),
-            tradeoff=tradeoff(posed, options),
+            tradeoff=tradeoff(planning, options),
             limits=limits(options, bounds.seconds),
             start=bounds.start,
         )
     except Infeasible as error:
-        raise infeasible(posed, error, budget, options) from None
+        raise infeasible(planning, error, budget, options) from None
     except OverLimits:
         raise _too_noisy(options) from None
-    found = describe(posed, solution.choice, budget, baseline, solution.gap, unprobed)
-    return found, posed.phase_peaks(solution.choice)
+    found = describe(planning, solution.choice, budget, baseline, solution.gap, unprobed)
+    return found, planning.phase_peaks(solution.choice)
 
 
-def choice_of(posed: Posed, choices: Sequence[Choice]) -> tuple[int, ...]:
+def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int, ...]:
     """The candidates that these choices are, one for each residual of the problem, in its order.
 
     Raises `ValueError`, which says where they are not those of this problem.
     """
     wanted = {choice.residual: choice for choice in choices}
     found: list[int] = []
-    for residual, row in zip(posed.residuals, posed.candidates, strict=True):
+    for residual, row in zip(planning.residuals, planning.candidates, strict=True):
         choice = wanted.pop(residual.name, None)
         if choice is None:
             raise ValueError(
@@ -113,31 +113,39 @@ def _held_as(choice: Choice) -> tuple[object, ...]:
 
 
 def plan_of(
-    posed: Posed, options: Options, choice: tuple[int, ...], budget: int | None, slicing: Slicing | None = None
+    planning: PlanningProblem,
+    options: Options,
+    choice: tuple[int, ...],
+    budget: int | None,
+    microbatches: Microbatches | None = None,
 ) -> tuple[Plan, dict[str, int]]:
     """The plan of these candidates, whatever its peak; and its peak in each phase."""
-    if slicing is not None:
-        found, peaks = plan_of(slice_step(posed, slicing), options, choice, budget)
-        return replace(found, slices=slicing.count, held_slices=slicing.held), peaks
-    baseline, _ = peak(posed.problem, tuple(0 for _ in posed.residuals))
-    return describe(posed, choice, budget, baseline, 0.0, _unprobed(posed, options)), posed.phase_peaks(choice)
+    if microbatches is not None:
+        found, peaks = plan_of(slice_step(planning, microbatches), options, choice, budget)
+        return replace(found, slices=microbatches.count, held_slices=microbatches.held), peaks
+    baseline, _ = peak(planning.problem, tuple(0 for _ in planning.residuals))
+    return describe(planning, choice, budget, baseline, 0.0, _unprobed(planning, options)), planning.phase_peaks(choice)
 
 
-def _preset(posed: Posed, options: Options, baseline: int, notes: tuple[str, ...]) -> tuple[Plan, dict[str, int]]:
+def _preset(
+    planning: PlanningProblem, options: Options, baseline: int, notes: tuple[str, ...]
+) -> tuple[Plan, dict[str, int]]:
     """The plan of a published system. Whether it fits a budget is found out from it, not by it."""
     preset = options.codecs.preset
-    choice = apply_preset(posed, preset)
-    average = average_bits(posed, choice)
+    choice = apply_preset(planning, preset)
+    average = average_bits(planning, choice)
     notes = (f"codecs as in {preset}" + (f": {float(average):.3g} bits on average" if average else ""), *notes)
-    return describe(posed, choice, None, baseline, 0.0, notes), posed.phase_peaks(choice)
+    return describe(planning, choice, None, baseline, 0.0, notes), planning.phase_peaks(choice)
 
 
-def lowest(posed: Posed, options: Options, slicing: Slicing | None, seconds: float | None) -> Infeasible:
+def lowest(
+    planning: PlanningProblem, options: Options, microbatches: Microbatches | None, seconds: float | None
+) -> Infeasible:
     """What a budget of nothing is told: the plan of least predicted peak within the limits.
 
     `seconds` are those of `Bounds`. The same in every run. Raises `OptionError` where no plan is within the limits.
     """
-    problem = posed.problem if slicing is None else slice_step(posed, slicing).problem
+    problem = planning.problem if microbatches is None else slice_step(planning, microbatches).problem
     kept = limits(options, seconds)
     found = minimum_peak(problem, time_limit=LOWEST_SECONDS, nodes=LOWEST_NODES, limits=kept)
     if not Table(problem, kept).keeps(found.choice):
@@ -156,9 +164,9 @@ def _too_noisy(options: Options) -> OptionError:
     return OptionError(name, limit, "what `probes` and `codecs` ask for breaks it whatever the budget")
 
 
-def tradeoff(posed: Posed, options: Options) -> float:
+def tradeoff(planning: PlanningProblem, options: Options) -> float:
     """The noise that a second is worth to the user, by `prefer`: none, NOISE_PRICE a step's time, or any."""
-    return tradeoff_of(sum(posed.seconds.values()), options)
+    return tradeoff_of(sum(planning.seconds.values()), options)
 
 
 def tradeoff_of(seconds: float, options: Options) -> float:
@@ -169,69 +177,76 @@ def tradeoff_of(seconds: float, options: Options) -> float:
 
 
 def describe(
-    posed: Posed, choice: tuple[int, ...], budget: int | None, baseline: int, gap: float, notes: tuple[str, ...] = ()
+    planning: PlanningProblem,
+    choice: tuple[int, ...],
+    budget: int | None,
+    baseline: int,
+    gap: float,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan that the solver's choice stands for."""
-    chosen = [row[index] for row, index in zip(posed.candidates, choice, strict=True)]
-    bytes_at_peak, step = peak(posed.taken(), choice)
+    chosen = [row[index] for row, index in zip(planning.candidates, choice, strict=True)]
+    bytes_at_peak, step = peak(planning.taken(), choice)
     return Plan(
-        device=posed.device,
+        device=planning.device,
         budget=budget,
         baseline_peak=baseline,
         predicted_peak=bytes_at_peak,
-        peak_at=posed.problem.labels[step],
-        fixed_bytes=posed.fixed_bytes,
-        calls=posed.calls.count,
+        peak_at=planning.problem.labels[step],
+        fixed_bytes=planning.fixed_bytes,
+        calls=planning.calls.count,
         choices=tuple(candidate.choice for candidate in chosen),
         noise=sum(candidate.option.noise for candidate in chosen),
         time=sum(candidate.option.time for candidate in chosen),
         gap=gap,
-        calibrated=rates.spec(posed.device).calibrated,
+        calibrated=rates.spec(planning.device).calibrated,
         notes=(
-            *uncompressible({residual.name: residual for residual in posed.residuals}),
+            *uncompressible({residual.name: residual for residual in planning.residuals}),
             *notes,
             *_by_sample(chosen),
-            *_assumed(posed),
+            *_assumed(planning),
         ),
-        measured=posed.noises.stats is not None,
-        layers=posed.noises.by_layer(candidate.added for candidate in chosen),
+        measured=planning.noises.stats is not None,
+        layers=planning.noises.by_layer(candidate.added for candidate in chosen),
     )
 
 
-def _unprobed(posed: Posed, options: Options) -> tuple[str, ...]:
+def _unprobed(planning: PlanningProblem, options: Options) -> tuple[str, ...]:
     """A note for each layer that must use probes by the options, but whose input cannot be held as such."""
     return tuple(
         f"{residual.reader}: its input {residual.name} is not held as probes: the backward reads it elsewhere as well"
-        for residual, row in zip(posed.residuals, posed.candidates, strict=True)
+        for residual, row in zip(planning.residuals, planning.candidates, strict=True)
         if residual.reader
         and options.probes.count_among(residual.readers) is not None
         and all(candidate.choice.codec != "probe" for candidate in row)
     )
 
 
-def _by_sample(chosen: Sequence[Candidate]) -> tuple[str, ...]:
+def _by_sample(chosen: Sequence[StorageCandidate]) -> tuple[str, ...]:
     """A note of what has codes of another width for each sample."""
     shared = sum(bool(candidate.choice.by_sample) for candidate in chosen)
     return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
 
 
-def _assumed(posed: Posed) -> tuple[str, ...]:
+def _assumed(planning: PlanningProblem) -> tuple[str, ...]:
     """A note that names layers whose noise is a prior, although there are statistics."""
-    layers = posed.noises.unmeasured()
+    layers = planning.noises.unmeasured()
     if not layers:
         return ()
     more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
     return (f"without statistics, their noise by a prior: {', '.join(layers[:NAMED])}{more}",)
 
 
-def infeasible(posed: Posed, error: Infeasible, budget: int, options: Options) -> BudgetInfeasibleError:
+def infeasible(planning: PlanningProblem, error: Infeasible, budget: int, options: Options) -> BudgetInfeasibleError:
     """The user's error: the smallest budget that works, and the largest consumers at its peak."""
     alive = []
-    for residual, row, index in zip(posed.residuals, posed.candidates, error.choice, strict=True):
+    for residual, row, index in zip(planning.residuals, planning.candidates, error.choice, strict=True):
         held = sum(size for first, last, size in row[index].option.loads if first <= error.step <= last)
         alive.append((residual.layer or residual.name, held))
-    rest = int(profile(posed.problem, error.choice)[error.step]) - sum(size for _, size in alive) - posed.fixed_bytes
-    alive.append(("parameters, buffers and inputs", posed.fixed_bytes))
-    alive.append((f"gradients and transients at {posed.problem.labels[error.step]}", rest))
+    rest = (
+        int(profile(planning.problem, error.choice)[error.step]) - sum(size for _, size in alive) - planning.fixed_bytes
+    )
+    alive.append(("parameters, buffers and inputs", planning.fixed_bytes))
+    alive.append((f"gradients and transients at {planning.problem.labels[error.step]}", rest))
     consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
     return BudgetInfeasibleError(budget=budget, smallest=options.needed(error.smallest), consumers=consumers)

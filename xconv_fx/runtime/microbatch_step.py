@@ -31,7 +31,7 @@ from xconv_fx.errors import DoubleBackwardError
 from xconv_fx.passes.batch_separability import BATCH, NOTHING, SAMPLES
 from xconv_fx.passes.graph import arguments, output_node
 from xconv_fx.passes.slice_graph import Drawn
-from xconv_fx.planner.slicing import Slicing
+from xconv_fx.planner.microbatches import Microbatches
 
 from .unplanned import planned
 
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
     pass
 
 
-def slice_inputs(example_inputs: Sequence[Any], slicing: Slicing) -> list[Any]:
+def slice_inputs(example_inputs: Sequence[Any], microbatches: Microbatches) -> list[Any]:
     """What a slice's graph is compiled for: fake tensors of the slice's sizes."""
     mode = hooks.fake_mode_of(example_inputs)
     sliced: list[Any] = []
     with mode if mode is not None else contextlib.nullcontext():
-        for index, (value, is_batched) in enumerate(zip(example_inputs, slicing.batch.batched, strict=True)):
-            if is_batched or index in slicing.relaid:
+        for index, (value, is_batched) in enumerate(zip(example_inputs, microbatches.batch.batched, strict=True)):
+            if is_batched or index in microbatches.relaid:
                 shape = [int(n) for n in value.shape]
                 strides = [int(n) for n in value.stride()]
                 if is_batched:
-                    shape[0] = slicing.samples
+                    shape[0] = microbatches.samples
                 part = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-                if index in slicing.relaid:
+                if index in microbatches.relaid:
                     part = part.contiguous(memory_format=torch.channels_last)
                 value = part.requires_grad_(value.requires_grad)
             sliced.append(value)
@@ -75,13 +75,13 @@ class Result:
         )
 
 
-class Sliced:
+class MicrobatchedStep:
     """Runs a function that was compiled for one slice on a whole batch, differentiably."""
 
     def __init__(
         self,
         function: Callable[..., Any],
-        slicing: Slicing,
+        microbatches: Microbatches,
         results: Sequence[Result] | None = None,
         drawn: Drawn | None = None,
     ) -> None:
@@ -90,29 +90,29 @@ class Sliced:
         `drawn` is what the function takes besides its inputs.
         """
         self.function, self.results, self.drawn = function, results, drawn or Drawn()
-        self.slicing = replace(slicing, batch=slicing.batch.beside(self.drawn.batched))
+        self.microbatches = replace(microbatches, batch=microbatches.batch.beside(self.drawn.batched))
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         more = () if self.drawn.draw is None else self.drawn.draw()
-        return _SlicedStep.apply(self, *inputs, *more)
+        return _MicrobatchedFunction.apply(self, *inputs, *more)
 
     def arguments(self, leaves: Sequence[Any], index: int) -> list[Any]:
         """What the function takes for slice `index`: batched leaves narrowed to it, copies of what it changes."""
-        start, length = index * self.slicing.samples, self.slicing.samples
+        start, length = index * self.microbatches.samples, self.microbatches.samples
         chosen = [
             leaf.detach().narrow(0, start, length).requires_grad_(leaf.requires_grad) if is_batched else leaf
-            for leaf, is_batched in zip(leaves, self.slicing.batch.batched, strict=True)
+            for leaf, is_batched in zip(leaves, self.microbatches.batch.batched, strict=True)
         ]
-        for place in self.slicing.changed:
+        for place in self.microbatches.changed:
             chosen[place] = chosen[place].clone()
         return chosen
 
     def leaves(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs cut off from the caller's autograd graph; weights relaid, and what is changed as it was."""
         cut = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-        for index in self.slicing.relaid:
+        for index in self.microbatches.relaid:
             cut[index] = cut[index].contiguous(memory_format=torch.channels_last)
-        for index in self.slicing.changed:
+        for index in self.microbatches.changed:
             cut[index] = cut[index].clone()
         return [
             value.requires_grad_(given.requires_grad) if isinstance(given, Tensor) else value
@@ -121,11 +121,11 @@ class Sliced:
 
     def change(self, inputs: Sequence[Any], arguments: Sequence[Any], index: int) -> None:
         """Change the caller's tensors as slice `index` changed its own: samples once each, the shared at the end."""
-        start, length = index * self.slicing.samples, self.slicing.samples
-        for place in self.slicing.changed:
-            if self.slicing.batch.batched[place]:
+        start, length = index * self.microbatches.samples, self.microbatches.samples
+        for place in self.microbatches.changed:
+            if self.microbatches.batch.batched[place]:
                 inputs[place].narrow(0, start, length).copy_(arguments[place])
-            elif index == self.slicing.count - 1:
+            elif index == self.microbatches.count - 1:
                 inputs[place].copy_(arguments[place])
 
     def detached(self, results: Sequence[Any]) -> list[Tensor]:
@@ -139,35 +139,35 @@ class Sliced:
 
     def whole(self, parts: Sequence[Any]) -> list[Any]:
         """Memory for the results of all slices, of which these are one's; what is no tensor as it is."""
-        return [_whole(part, self.slicing.count, traced.strides) for part, traced in self._traced(parts)]
+        return [_whole(part, self.microbatches.count, traced.strides) for part, traced in self._traced(parts)]
 
     def _traced(self, values: Sequence[Any]) -> Iterator[tuple[Any, Result]]:
         """Results of the function, each with what was traced for it."""
         return zip(values, self.results or [Result(True)] * len(values), strict=True)
 
 
-class _SlicedStep(torch.autograd.Function):
+class _MicrobatchedFunction(torch.autograd.Function):
     """The whole batch's step, to autograd one operation."""
 
     @staticmethod
-    def forward(ctx: Any, step: Sliced, *inputs: Any) -> tuple[Any, ...]:
-        slicing = step.slicing
+    def forward(ctx: Any, step: MicrobatchedStep, *inputs: Any) -> tuple[Any, ...]:
+        microbatches = step.microbatches
         ctx.set_materialize_grads(False)
-        ctx.step, ctx.held, ctx.draws = step, {}, _Draws(slicing, inputs)
+        ctx.step, ctx.held, ctx.draws = step, {}, _Draws(microbatches, inputs)
         # Autograd's own check that nobody writes to what the backward reads; of what is changed it reads copies.
-        kept = [value for place, value in enumerate(inputs) if place not in slicing.changed]
+        kept = [value for place, value in enumerate(inputs) if place not in microbatches.changed]
         ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
         ctx.leaves = step.leaves(inputs)
         results: list[Any] = []
-        for index in range(slicing.count):
-            held = index >= slicing.count - slicing.held and any(ctx.needs_input_grad)
+        for index in range(microbatches.count):
+            held = index >= microbatches.count - microbatches.held and any(ctx.needs_input_grad)
             arguments = step.arguments(ctx.leaves, index)
             if not held:
                 arguments = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-            with torch.enable_grad(), slicing.names(index), ctx.draws.first_run(index):
+            with torch.enable_grad(), microbatches.names(index), ctx.draws.first_run(index):
                 part = step.function(*arguments)
             results = results or step.whole(part)
-            _write(results, part, index * slicing.samples)
+            _write(results, part, index * microbatches.samples)
             step.change(inputs, arguments, index)
             if held:
                 ctx.held[index] = arguments, _edges(part)
@@ -180,7 +180,7 @@ class _SlicedStep(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         with torch.no_grad(), planned():
-            found = _SlicedStep.gradients(ctx, gradients)
+            found = _MicrobatchedFunction.gradients(ctx, gradients)
         if torch.is_grad_enabled():  # create_graph=True
             found = tuple(None if value is None else _Constant.apply(value, *inputs) for value in found)
         return (None, *found)
@@ -188,10 +188,10 @@ class _SlicedStep(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs, slice by slice from the last to the first."""
-        step, slicing, leaves = ctx.step, ctx.step.slicing, ctx.leaves
+        step, microbatches, leaves = ctx.step, ctx.step.microbatches, ctx.leaves
         whole: dict[int, Tensor] = {}
-        for index in reversed(range(slicing.count)):
-            start, length = index * slicing.samples, slicing.samples
+        for index in reversed(range(microbatches.count)):
+            start, length = index * microbatches.samples, microbatches.samples
             arguments, edges = ctx.held.pop(index, None) or _forward_again(ctx, step, index)
             pairs = [
                 (edge, gradient.narrow(0, start, length))
@@ -200,7 +200,7 @@ class _SlicedStep(torch.autograd.Function):
             ]
             if pairs:
                 torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
-            for place, is_batched in enumerate(slicing.batch.batched):
+            for place, is_batched in enumerate(microbatches.batch.batched):
                 if is_batched and arguments[place].grad is not None:
                     if place not in whole:
                         whole[place] = torch.zeros_like(leaves[place])
@@ -236,10 +236,10 @@ def _taken(leaf: Any) -> Tensor | None:
     return gradient
 
 
-def _forward_again(ctx: Any, step: Sliced, index: int) -> tuple[list[Any], list[Any]]:
+def _forward_again(ctx: Any, step: MicrobatchedStep, index: int) -> tuple[list[Any], list[Any]]:
     """Slice `index` once more, from the random state that its first forward had; its arguments and gradient edges."""
     arguments = step.arguments(ctx.leaves, index)
-    with ctx.draws.again(index), torch.enable_grad(), step.slicing.names(index):
+    with ctx.draws.again(index), torch.enable_grad(), step.microbatches.names(index):
         part = step.function(*arguments)
     return arguments, _edges(part)
 
@@ -282,11 +282,11 @@ class _Draws:
     share from the state in which the step finds the generator, which goes on as after one run.
     """
 
-    def __init__(self, slicing: Slicing, inputs: Sequence[Any]) -> None:
-        self.kind = slicing.draws
+    def __init__(self, microbatches: Microbatches, inputs: Sequence[Any]) -> None:
+        self.kind = microbatches.draws
         self.cuda = any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)
         if self.kind == SAMPLES:
-            self.seeds: list[int] = torch.randint(2**63 - 1, (slicing.count,)).tolist()
+            self.seeds: list[int] = torch.randint(2**63 - 1, (microbatches.count,)).tolist()
         elif self.kind == BATCH:
             self.states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.cuda else [])]
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import fx
 
 from xconv_fx import hooks
-from xconv_fx.compiler.capture import Traced
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.capture import CaptureRequest
+from xconv_fx.compiler.search import Search
 from xconv_fx.errors import UnsupportedModelError, XConvError
 from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 from xconv_fx.ops import lowering
@@ -54,7 +54,7 @@ def xconv(
     if not hooks.needs_backward(example_inputs):
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
         plain = replace(chosen, mem_budget=None, slices=None, stats=None, plan=None)
-        return unplanned.graph(Strategy(Traced(gm, example_inputs, plain, Session(plain))).compile())
+        return unplanned.graph(Search(CaptureRequest(gm, example_inputs, plain, Session(plain))).compile())
     if not chosen.plain and hooks.branches(gm):
         hint = "torch.where, an `if` behind a graph break, or this model without options"
         raise UnsupportedModelError("torch.cond", "what its branches hold depends on values and is not planned", hint)
@@ -77,7 +77,7 @@ def _compile(
 
     def compiled() -> Callable[..., Any]:
         options = session.calling(session.verifier.options(session.settled(chosen), key), key)
-        return Strategy(Traced(gm, example_inputs, options, session, session.notes)).compile()
+        return Search(CaptureRequest(gm, example_inputs, options, session, session.notes)).compile()
 
     try:
         return compiled()
@@ -101,5 +101,5 @@ def plan_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session, notes: tuple[str, ...] = ()
 ) -> Plan | None:
     """The plan of one graph, with these notes, without generating code; None for a graph without a backward."""
-    found = Strategy(Traced(gm, example_inputs, options, session, notes)).plan()
+    found = Search(CaptureRequest(gm, example_inputs, options, session, notes)).plan()
     return None if found is None else found.plan

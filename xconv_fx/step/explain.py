@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from xconv_fx import hooks
-from xconv_fx.compiler.search import Strategy
+from xconv_fx.compiler.search import Search
 from xconv_fx.device.fake import fake_module, fake_tensor
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import UnsupportedModelError
@@ -86,7 +86,7 @@ def explain(
     chosen = Options.parse(given)
     chosen.check_effect()
     scenario = Scenario.parse(device, gpu, amp, channels_last, optimizer)
-    trace = Trace(model, inputs, scenario, loss, targets)
+    trace = FakeTrainingStep(model, inputs, scenario, loss, targets)
     session = trace.session(chosen)
     if chosen.mem_budget is None or chosen.codecs.preset:
         trace.run(lambda gm, example_inputs: plan_graph(gm, example_inputs, chosen, session, scenario.notes))
@@ -95,7 +95,7 @@ def explain(
     return Explanation(session.plans)
 
 
-def _plan_together(trace: Trace, session: Session, options: Options) -> None:
+def _plan_together(trace: FakeTrainingStep, session: Session, options: Options) -> None:
     """Plan the graphs of a step for the budget that they share."""
     with trace.tracing():
         step = trace.graphs(Finder(session, options, trace.scenario.notes, apart=True))
@@ -104,10 +104,10 @@ def _plan_together(trace: Trace, session: Session, options: Options) -> None:
         for number, graph in enumerate(step.graphs, start=1):
             announce(f"planning graph {number} of {len(step.graphs)}")
             with graph.compiling.again():
-                Strategy(placed(graph, session, options)).plan()
+                Search(placed(graph, session, options)).plan()
 
 
-class Trace:
+class FakeTrainingStep:
     """A training step without memory, of whose graphs plans are made.
 
     `loss` and `targets` are those of `explain`. Raises `ValueError` for a loss that is none.

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from xconv_fx import hooks
-from xconv_fx.compiler.candidates import AT_ONCE, Route
-from xconv_fx.compiler.capture import Traced
+from xconv_fx.compiler.candidates import FULL_BATCH, Variant
+from xconv_fx.compiler.capture import CaptureRequest
 from xconv_fx.compiler.comparison import Comparison
 from xconv_fx.compiler.generate import Generated, generate, plan
 from xconv_fx.errors import BudgetInfeasibleError, XConvError
 from xconv_fx.options import Options
-from xconv_fx.planner.problem import Posed
+from xconv_fx.planner.problem import PlanningProblem
 from xconv_fx.planner.surroundings import Surroundings
 from xconv_fx.runtime.session import Graph
 
@@ -24,27 +24,27 @@ class FoundGraph:
     all graphs are put together. `alone` is what is known of it where it is not planned together with others.
     """
 
-    def __init__(self, traced: Traced, alone: Graph | None = None) -> None:
-        self.traced, self.comparison, self.alone = traced, Comparison(traced), alone
+    def __init__(self, request: CaptureRequest, alone: Graph | None = None) -> None:
+        self.request, self.comparison, self.alone = request, Comparison(request), alone
         self.compiling = hooks.TracedWithin()
 
-    def pose(self, route: Route) -> Posed | None:
-        """The planning problem of a route, of one slice where it has slices; None for a graph without a backward."""
+    def problem(self, variant: Variant) -> PlanningProblem | None:
+        """The planning problem of a variant, of one slice where it has slices; None for a graph without a backward."""
         with self.compiling.again():
-            return self.traced.problem(route)
+            return self.request.problem(variant)
 
-    def slicings(self) -> Iterator[Route]:
-        """The routes in slices, of which none is held, that the graph can take: fewer slices first."""
-        if self.pose(AT_ONCE) is None or self.traced.options.slices == 1:
+    def slicings(self) -> Iterator[Variant]:
+        """The variants in slices, of which none is held, that the graph can take: fewer slices first."""
+        if self.problem(FULL_BATCH) is None or self.request.options.slices == 1:
             return
         with self.compiling.again():
             if not self.comparison.unsliceable():
-                for slicing in self.comparison.slices():
-                    if slicing is not None:
-                        yield Route(slicing)
+                for microbatches in self.comparison.slices():
+                    if microbatches is not None:
+                        yield Variant(microbatches)
 
     def short_of(
-        self, route: Route, around: Surroundings, options: Options, corrections: Mapping[str, int]
+        self, variant: Variant, around: Surroundings, options: Options, corrections: Mapping[str, int]
     ) -> dict[str, int]:
         """What the prediction of each phase is short of, in bytes, by an audit of the code that is generated.
 
@@ -52,14 +52,14 @@ class FoundGraph:
         not alike in all of its runs; its backward is short of that as well. Empty when there is no plan of the graph by
         itself.
         """
-        beside = replace(self.traced, options=options, surroundings=around)
+        beside = replace(self.request, options=options, surroundings=around)
         beyond = 0
         with self.compiling.again():
             try:
-                generated = _generated(beside, route, corrections)
+                generated = _generated(beside, variant, corrections)
             except BudgetInfeasibleError as error:
                 beyond = error.smallest - error.budget
-                generated = _generated(beside.within(error.smallest), route, corrections)
+                generated = _generated(beside.within(error.smallest), variant, corrections)
             except XConvError:
                 return {}
         assert generated.planned is not None, "graphs without a backward are not among those of a step"
@@ -71,5 +71,5 @@ class FoundGraph:
         return {**found, "backward": found["backward"] + beyond}
 
 
-def _generated(traced: Traced, route: Route, corrections: Mapping[str, int]) -> Generated:
-    return generate(traced, route, plan(traced, route, corrections), enforced=False)
+def _generated(request: CaptureRequest, variant: Variant, corrections: Mapping[str, int]) -> Generated:
+    return generate(request, variant, plan(request, variant, corrections), enforced=False)

@@ -8,8 +8,8 @@ budget is left free for what the graphs to come may take besides.
 A graph may run in slices of the batch here as well. Slices are tried of one graph at a time, the one with the highest
 peak first, as long as that helps.
 
-Known gaps: a graph of which another route than slices would be best (a smaller cut, contiguous volumes) is planned
-without it here; it may take that route when it is compiled.
+Known gaps: a graph of which another variant than slices would be best (a smaller cut, contiguous volumes) is planned
+without it here; it may take that variant when it is compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from xconv_fx.compiler.candidates import AT_ONCE, GLANCE, NEGLIGIBLE, Route, Way, compared_route, slowdown
+from xconv_fx.compiler.candidates import FULL_BATCH, GLANCE, NEGLIGIBLE, Candidate, Variant, compared_variant, slowdown
 from xconv_fx.cost_model.memory import Problem, peak
 from xconv_fx.cost_model.nested import Nested, Part, Run, nest
 from xconv_fx.cost_model.solver import Infeasible, solve
@@ -27,7 +27,7 @@ from xconv_fx.options import Options
 from xconv_fx.options.budget import Budget
 from xconv_fx.planner.loss import KEPT, LOSS_COPIES
 from xconv_fx.planner.microbatch import slice_step
-from xconv_fx.planner.problem import Posed, corrected
+from xconv_fx.planner.problem import PlanningProblem, corrected
 from xconv_fx.planner.solve import limits, tradeoff_of
 from xconv_fx.planner.surroundings import Surroundings
 from xconv_fx.reproducible import effort
@@ -46,12 +46,12 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Together:
-    """A plan of all graphs: their routes, the step as a problem, and the choices of all its items.
+    """A plan of all graphs: their variants, the step as a problem, and the choices of all its items.
 
     `cost` is what `prefer` makes of noise and time, `peak` the most bytes alive; both predicted.
     """
 
-    routes: tuple[Route, ...]
+    variants: tuple[Variant, ...]
     nested: Nested
     choice: tuple[int, ...]
     peak: int
@@ -80,11 +80,11 @@ class Shares:
     held: dict[int, int] = field(default_factory=dict)
     audited: bool = True
     measured_losses: bool = False
-    corrections: dict[tuple[int, Route], dict[str, int]] = field(default_factory=dict)
+    corrections: dict[tuple[int, Variant], dict[str, int]] = field(default_factory=dict)
     _judged: dict[int, object] = field(default_factory=dict)
     _around: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
-    _posed: dict[tuple[int, Route], Posed] = field(default_factory=dict)
-    _sliced: dict[int, tuple[Route, ...]] = field(default_factory=dict)
+    _posed: dict[tuple[int, Variant], PlanningProblem] = field(default_factory=dict)
+    _sliced: dict[int, tuple[Variant, ...]] = field(default_factory=dict)
 
     # What the step's runs read and hand over, in numbers.
 
@@ -143,41 +143,43 @@ class Shares:
 
     # The graphs as parts of one problem.
 
-    def _part(self, graph: int, route: Route) -> Part:
+    def _part(self, graph: int, variant: Variant) -> Part:
         """A graph without what is alive in all of the step, and without a gradient of its results before it comes."""
-        whole, posed = self._whole(graph), self._step_of(graph, route)
-        turn = posed.phases.index("loss")
-        base = [size - whole.fixed_bytes for size in posed.problem.base]
+        whole, planning = self._whole(graph), self._step_of(graph, variant)
+        turn = planning.phases.index("loss")
+        base = [size - whole.fixed_bytes for size in planning.problem.base]
         base[turn] -= whole.ends.between
-        return Part(replace(posed.problem, base=tuple(base)), turn)
+        return Part(replace(planning.problem, base=tuple(base)), turn)
 
-    def _step_of(self, graph: int, route: Route) -> Posed:
-        posed = self._pose(graph, compared_route(route))
-        assert posed is not None
-        return slice_step(corrected(posed, self.corrections.get((graph, compared_route(route)), {})), route.slicing)
+    def _step_of(self, graph: int, variant: Variant) -> PlanningProblem:
+        planning = self._problem(graph, compared_variant(variant))
+        assert planning is not None
+        return slice_step(
+            corrected(planning, self.corrections.get((graph, compared_variant(variant)), {})), variant.microbatches
+        )
 
-    def _whole(self, graph: int) -> Posed:
-        posed = self._pose(graph, AT_ONCE)
-        assert posed is not None, "graphs without a backward are not among those of a step"
-        return posed
+    def _whole(self, graph: int) -> PlanningProblem:
+        planning = self._problem(graph, FULL_BATCH)
+        assert planning is not None, "graphs without a backward are not among those of a step"
+        return planning
 
-    def _pose(self, graph: int, route: Route) -> Posed | None:
-        if (graph, route) not in self._posed:
-            found = self.step.graphs[graph].pose(route)
+    def _problem(self, graph: int, variant: Variant) -> PlanningProblem | None:
+        if (graph, variant) not in self._posed:
+            found = self.step.graphs[graph].problem(variant)
             if found is None:
                 return None
-            self._posed[graph, route] = found
-        return self._posed[graph, route]
+            self._posed[graph, variant] = found
+        return self._posed[graph, variant]
 
     def _compiled(self, graph: int) -> Part:
         """A graph of which all is known: what it holds."""
         return Part(Problem((0, self.held[graph], 0), ()), 1)
 
-    def _nested(self, routes: Sequence[Route]) -> Nested:
+    def _nested(self, variants: Sequence[Variant]) -> Nested:
         forward, backward, loss = self._surrounding()
         parts = [
-            self._compiled(graph) if graph in self.held else self._part(graph, route)
-            for graph, route in enumerate(routes)
+            self._compiled(graph) if graph in self.held else self._part(graph, variant)
+            for graph, variant in enumerate(variants)
         ]
         runs = [Run(run.graph, before, after) for run, before, after in zip(self.runs, forward, backward, strict=True)]
         return nest(parts, runs, between=loss)
@@ -187,40 +189,43 @@ class Shares:
     @functools.cached_property
     def plain(self) -> int:
         """The predicted peak of the step with everything kept, the batch at once; in bytes."""
-        nested = self._nested([AT_ONCE] * len(self.step.graphs))
+        nested = self._nested([FULL_BATCH] * len(self.step.graphs))
         return peak(nested.problem, [0] * len(nested.problem.items))[0]
 
     def plan(self, usable: int) -> Together:
         """The best plan within so many bytes; where there is none, the one of least peak."""
         target = usable - round(usable * MARGIN)
-        routes = [AT_ONCE] * len(self.step.graphs)
-        best = self._best(routes, target)
-        for tried, (graph, route) in enumerate(self._others(best)):
+        variants = [FULL_BATCH] * len(self.step.graphs)
+        best = self._best(variants, target)
+        for tried, (graph, variant) in enumerate(self._others(best)):
             if tried == TRIES or (best.peak <= target and best.noise == 0 and best.slowdown <= NEGLIGIBLE):
                 break
-            routes = list(best.routes)
-            routes[graph] = route
-            found = self._best(routes, target)
+            variants = list(best.variants)
+            variants[graph] = variant
+            found = self._best(variants, target)
             if found.within(target) < best.within(target):
                 best = found
         return best
 
-    def _others(self, best: Together) -> Iterator[tuple[int, Route]]:
+    def _others(self, best: Together) -> Iterator[tuple[int, Variant]]:
         """Single graphs in slices: the graph of the highest peak first, all slices held or none."""
         tops = {g: best.nested.own_peak(g, best.choice) for g in range(len(self.step.graphs)) if g not in self.held}
         for graph in sorted(tops, key=lambda graph: -tops[graph]):
-            for route in self._slicings(graph):
-                assert route.slicing is not None
-                yield graph, replace(route, slicing=replace(route.slicing, held=route.slicing.count))
-                yield graph, route
+            for variant in self._slicings(graph):
+                assert variant.microbatches is not None
+                yield (
+                    graph,
+                    replace(variant, microbatches=replace(variant.microbatches, held=variant.microbatches.count)),
+                )
+                yield graph, variant
 
-    def _slicings(self, graph: int) -> tuple[Route, ...]:
+    def _slicings(self, graph: int) -> tuple[Variant, ...]:
         if graph not in self._sliced:
             self._sliced[graph] = tuple(self.step.graphs[graph].slicings())
         return self._sliced[graph]
 
-    def _best(self, routes: Sequence[Route], usable: int) -> Together:
-        nested = self._nested(routes)
+    def _best(self, variants: Sequence[Variant], usable: int) -> Together:
+        nested = self._nested(variants)
         seconds = sum(
             sum(self._whole(graph).seconds.values()) * self.count(graph) for graph in range(len(self.step.graphs))
         )
@@ -229,11 +234,11 @@ class Shares:
             choice = solve(nested.problem, usable, **effort(GLANCE), tradeoff=price, limits=kept).choice
         except Infeasible as error:
             choice = error.choice
-        return self._together(routes, nested, choice)
+        return self._together(variants, nested, choice)
 
-    def _together(self, routes: Sequence[Route], nested: Nested, choice: tuple[int, ...]) -> Together:
+    def _together(self, variants: Sequence[Variant], nested: Nested, choice: tuple[int, ...]) -> Together:
         plain = extra = noise = 0.0
-        for graph, route in enumerate(routes):
+        for graph, variant in enumerate(variants):
             whole = self._whole(graph)
             once = sum(whole.seconds.values()) * self.count(graph)
             plain += once
@@ -241,12 +246,12 @@ class Shares:
                 chosen = zip(nested.parts[graph].problem.items, nested.choice_of(graph, choice), strict=True)
                 options = [item.options[index] for item, index in chosen]
                 noise += sum(option.noise for option in options)
-                posed, seconds = self._step_of(graph, route), sum(option.time for option in options)
-                extra += once * slowdown(posed, whole, route.slicing, seconds)
+                planning, seconds = self._step_of(graph, variant), sum(option.time for option in options)
+                extra += once * slowdown(planning, whole, variant.microbatches, seconds)
         slower = extra / max(plain, 1e-9)
-        cost = Way(AT_ONCE, noise, slower).cost(self.options.prefer)
+        cost = Candidate(FULL_BATCH, noise, slower).cost(self.options.prefer)
         top = peak(nested.problem, choice)[0]
-        return Together(tuple(routes), nested, choice, top, noise, slower, cost)
+        return Together(tuple(variants), nested, choice, top, noise, slower, cost)
 
     # What each of them is told.
 
@@ -332,15 +337,15 @@ class Shares:
 
         A plan of the graph that was audited is not short of more.
         """
-        plan = together.routes[graph], together.nested.choice_of(graph, together.choice)
+        plan = together.variants[graph], together.nested.choice_of(graph, together.choice)
         if self._judged.get(graph) == plan:
             return 0
         self._judged[graph] = plan
         budget = Budget(bytes=self.options.needed(max(usable, together.peak)))
         options = replace(self.options, mem_budget=budget, calls=self.count(graph))
-        route = together.routes[graph]
-        known = self.corrections.setdefault((graph, compared_route(route)), {})
-        found = self.step.graphs[graph].short_of(route, self._beside(graph, together, 0), options, known)
+        variant = together.variants[graph]
+        known = self.corrections.setdefault((graph, compared_variant(variant)), {})
+        found = self.step.graphs[graph].short_of(variant, self._beside(graph, together, 0), options, known)
         more = {phase: found.get(phase, 0) - known.get(phase, 0) for phase in ("forward", "backward")}
         known.update({phase: known.get(phase, 0) + size for phase, size in more.items() if size > 0})
         return max(more.values())

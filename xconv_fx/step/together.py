@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from xconv_fx.compiler.capture import Traced
+from xconv_fx.compiler.capture import CaptureRequest
 from xconv_fx.hooks.capture import copied
 from xconv_fx.options import Options
 from xconv_fx.planner.surroundings import ALONE
@@ -51,8 +51,8 @@ class Finder:
         alone = self.session.graph(gm) if self.apart else None
         # Dynamo takes away from its graph what it knows of the inputs when it has compiled it.
         kept = copied(gm)
-        traced = Traced(kept, list(example_inputs), self.options, self.session, self.notes, known, ALONE)
-        return FoundGraph(traced, alone)
+        request = CaptureRequest(kept, list(example_inputs), self.options, self.session, self.notes, known, ALONE)
+        return FoundGraph(request, alone)
 
 
 def share(session: Session, step: StepGraphs, options: Options, *, audited: bool = True) -> None:
@@ -69,13 +69,13 @@ def share(session: Session, step: StepGraphs, options: Options, *, audited: bool
     session.together(replace(once, options=replace(options, calls=max(options.calls, *calls)), audited=audited))
 
 
-def placed(graph: FoundGraph, session: Session, options: Options) -> Traced:
+def placed(graph: FoundGraph, session: Session, options: Options) -> CaptureRequest:
     """A graph, which was found with `apart`, in a session, to be planned within its compilation."""
-    traced = replace(graph.traced, session=session, surroundings=None)
+    request = replace(graph.request, session=session, surroundings=None)
     if session.shares is None:
         assert graph.alone is not None
         session.expect(graph.alone)
-        return replace(traced, options=options, known=graph.alone)
-    assert traced.known is not None
-    options = session.calling(session.settled(options), traced.known.key)
-    return replace(traced, options=options, notes=(*traced.notes, *session.notes))
+        return replace(request, options=options, known=graph.alone)
+    assert request.known is not None
+    options = session.calling(session.settled(options), request.known.key)
+    return replace(request, options=options, notes=(*request.notes, *session.notes))

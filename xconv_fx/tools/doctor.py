@@ -166,7 +166,7 @@ def _rates() -> Finding:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if spec(kind).calibrated:
         return Finding("rates", OK, f"times are predicted with rates that were measured on this {kind}")
-    return Finding("rates", NOTE, f"times are predicted for a generic {kind}", "xconv calibrate")
+    return Finding("rates", NOTE, f"times are predicted for a generic {kind}", "xconv profile-machine")
 
 
 def _planning() -> Finding:

@@ -1,4 +1,4 @@
-"""Batches to measure a model on, from the user's code or from shapes, for `xconv calibrate-model`."""
+"""Batches to measure a model on, from the user's code or from shapes, for `xconv calibrate`."""
 
 from __future__ import annotations
 

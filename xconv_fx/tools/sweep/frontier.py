@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from xconv_fx.compiler.candidates import AT_ONCE, Way
-from xconv_fx.compiler.search import PlannedGraph, Strategy
+from xconv_fx.compiler.candidates import FULL_BATCH, Candidate
+from xconv_fx.compiler.search import PlannedGraph, Search
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.options import Options
@@ -28,7 +28,7 @@ from xconv_fx.planner.microbatch import slice_step
 from xconv_fx.progress import announce
 from xconv_fx.runtime.session import Session
 from xconv_fx.stack_room import with_stack_room
-from xconv_fx.step.explain import Trace
+from xconv_fx.step.explain import FakeTrainingStep
 from xconv_fx.step.found_graph import FoundGraph
 from xconv_fx.step.together import Finder, placed, share
 from xconv_fx.units import format_size
@@ -137,7 +137,7 @@ def frontier(
         raise OptionError("points", points, "write 2 or more: the lowest budget, and none")
     wanted = None if mem_budget is None else Budget.parse(mem_budget)
     chosen = Options.parse(options)
-    trace = Trace(model, inputs, Scenario.parse(device, gpu, amp, channels_last, optimizer), loss, targets)
+    trace = FakeTrainingStep(model, inputs, Scenario.parse(device, gpu, amp, channels_last, optimizer), loss, targets)
     return _Sweep(trace, chosen, points, wanted).frontier()
 
 
@@ -155,7 +155,7 @@ class _Series:
 class _Sweep:
     """Plans the graphs of a trace for a range of budgets."""
 
-    def __init__(self, trace: Trace, options: Options, points: int, wanted: Budget | None) -> None:
+    def __init__(self, trace: FakeTrainingStep, options: Options, points: int, wanted: Budget | None) -> None:
         self.trace, self.options, self.points, self.wanted = trace, options, points, wanted
         self.plain = _Series(options, trace.session(options))
         self.seconds = 0.0
@@ -183,7 +183,7 @@ class _Sweep:
         plain, shares = 0, self._of(1).session.shares
         for graph in range(len(self.step.graphs)):
             with self._strategy(self.plain, graph) as strategy:
-                whole = strategy.traced.problem(AT_ONCE)
+                whole = strategy.request.problem(FULL_BATCH)
             assert whole is not None, "graphs without a backward are not among those of a step"
             plain = max(plain, whole.baseline_peak()) if shares is None else shares.plain
             self.seconds += sum(whole.seconds.values()) * sum(run.graph == graph for run in self.step.runs)
@@ -219,7 +219,7 @@ class _Sweep:
         return Point(budget, tuple(series.plans), self.seconds, tuple(series.memory))
 
     def _cost(self, point: Point) -> tuple[float, float]:
-        return Way(AT_ONCE, point.noise, point.slowdown).cost(self.options.prefer)
+        return Candidate(FULL_BATCH, point.noise, point.slowdown).cost(self.options.prefer)
 
     def _of(self, budget: int) -> _Series:
         options = replace(self.options, mem_budget=Budget(bytes=budget))
@@ -237,10 +237,10 @@ class _Sweep:
         return [self._of(budget) for budget in sorted(budgets)]
 
     @contextlib.contextmanager
-    def _strategy(self, series: _Series, number: int) -> Iterator[Strategy]:
+    def _strategy(self, series: _Series, number: int) -> Iterator[Search]:
         graph: FoundGraph = self.step.graphs[number]
         with graph.compiling.again():
-            yield Strategy(placed(graph, series.session, series.options))
+            yield Search(placed(graph, series.session, series.options))
 
     def _plan(self, series: _Series) -> None:
         try:
@@ -261,8 +261,8 @@ class _Sweep:
 
 def _memory(found: PlannedGraph) -> Memory:
     """Memory over the whole step of what was planned."""
-    posed, slicing = found.planned.posed, found.route.slicing
-    return memory_of(posed if slicing is None else slice_step(posed, slicing), found.plan)
+    planning, microbatches = found.planned.planning, found.variant.microbatches
+    return memory_of(planning if microbatches is None else slice_step(planning, microbatches), found.plan)
 
 
 def _under(point: Point, other: Point) -> Point:

@@ -18,7 +18,7 @@ import numpy as np
 
 from xconv_fx.cost_model.memory import profile
 from xconv_fx.plan import Choice, Plan
-from xconv_fx.planner.problem import Candidate, Posed
+from xconv_fx.planner.problem import PlanningProblem, StorageCandidate
 
 COLUMNS = 400
 
@@ -51,14 +51,14 @@ class Memory:
         return [int(size) for size in alive]
 
 
-def memory_of(posed: Posed, plan: Plan, columns: int = COLUMNS) -> Memory:
+def memory_of(planning: PlanningProblem, plan: Plan, columns: int = COLUMNS) -> Memory:
     """Memory over the step of a plan of this problem, which for slices of the batch is that of the whole step."""
-    chosen = [_chosen(row, choice) for row, choice in zip(posed.candidates, plan.choices, strict=True)]
-    alive = profile(posed.problem, chosen)
-    steps = [max(run, key=alive.__getitem__) for run in _runs(posed.phases, columns)]
-    rest = [posed.problem.base[step] - posed.fixed_bytes for step in steps]
+    chosen = [_chosen(row, choice) for row, choice in zip(planning.candidates, plan.choices, strict=True)]
+    alive = profile(planning.problem, chosen)
+    steps = [max(run, key=alive.__getitem__) for run in _runs(planning.phases, columns)]
+    rest = [planning.problem.base[step] - planning.fixed_bytes for step in steps]
     residuals = []
-    for row, index in zip(posed.candidates, chosen, strict=True):
+    for row, index in zip(planning.candidates, chosen, strict=True):
         loads = []
         for first, last, size in row[index].option.loads:
             begin, end = int(np.searchsorted(steps, first)), int(np.searchsorted(steps, last, side="right")) - 1
@@ -70,12 +70,12 @@ def memory_of(posed: Posed, plan: Plan, columns: int = COLUMNS) -> Memory:
                 # It releases what is alive otherwise.
                 rest[column] += size
         residuals.append(tuple(loads))
-    names = [posed.phases[step] for step in steps]
+    names = [planning.phases[step] for step in steps]
     starts = [next(group)[0] for _, group in groupby(enumerate(names), key=lambda pair: pair[1])]
     return Memory(
-        labels=tuple(posed.problem.labels[step] for step in steps),
+        labels=tuple(planning.problem.labels[step] for step in steps),
         phases=tuple((names[start], start) for start in starts),
-        fixed=posed.fixed_bytes,
+        fixed=planning.fixed_bytes,
         rest=tuple(rest),
         residuals=tuple(residuals),
     )
@@ -94,6 +94,6 @@ def _runs(phases: tuple[str, ...], columns: int) -> list[range]:
     return runs
 
 
-def _chosen(row: tuple[Candidate, ...], choice: Choice) -> int:
+def _chosen(row: tuple[StorageCandidate, ...], choice: Choice) -> int:
     """Which candidate a choice of a plan is."""
     return next(i for i, candidate in enumerate(row) if candidate.choice == choice)

@@ -17,8 +17,8 @@ from helpers.tracing import Traced, trace
 from xconv_fx.hooks.capture import copied
 from xconv_fx.passes.batch_separability import Separability, separability
 from xconv_fx.passes.slice_graph import slice_graph
-from xconv_fx.planner.slicing import Batch, Slicing
-from xconv_fx.runtime.microbatch_step import Result, Sliced, slice_inputs
+from xconv_fx.planner.microbatches import Batch, Microbatches
+from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result, slice_inputs
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Step:
     batch: Batch
     proof: Separability
 
-    def sliced(self, count: int, held: int) -> Sliced:
-        slicing = Slicing(self.batch, count, held, self.proof.draws, changed=self.proof.changed)
+    def sliced(self, count: int, held: int) -> MicrobatchedStep:
+        microbatches = Microbatches(self.batch, count, held, self.proof.draws, changed=self.proof.changed)
         gm, whole = copied(self.traced.dynamo), self.traced.example_inputs
-        drawn = slice_graph(gm, whole, slice_inputs(whole, slicing), self.batch.size, slicing.samples)
-        return Sliced(gm, slicing, Result.of(self.traced.dynamo), drawn)
+        drawn = slice_graph(gm, whole, slice_inputs(whole, microbatches), self.batch.size, microbatches.samples)
+        return MicrobatchedStep(gm, microbatches, Result.of(self.traced.dynamo), drawn)
 
 
 def step_of(model: nn.Module, *inputs: Tensor) -> Step:

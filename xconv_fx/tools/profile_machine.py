@@ -1,4 +1,4 @@
-"""`xconv calibrate`: measure what the roofline needs to know of this machine, and keep it for later plans.
+"""`xconv profile-machine`: measure what the roofline needs to know of this machine, and keep it for later plans.
 
 Three kinds of measurement, each the median of several runs after one that warms up. A copy between two buffers larger
 than most caches gives the bandwidth. Convolutions of 2D and 3D layers as networks have them, channels-last, give the
@@ -57,7 +57,7 @@ class Layer:
 LAYERS = (Layer(64, (56, 56)), Layer(128, (28, 28)), Layer(256, (14, 14)), Layer(32, (16, 16, 16)))
 
 
-def calibrate(kind: str, threads: int | None = None, as_json: bool = False) -> None:
+def profile(kind: str, threads: int | None = None, as_json: bool = False) -> None:
     """Measure "cpu" with so many threads (None: torch's own number), or "cuda"; keep the numbers and print them.
 
     Raises `UsageError` for a device that this machine does not have, and where nothing can be written.
@@ -76,7 +76,9 @@ def calibrate(kind: str, threads: int | None = None, as_json: bool = False) -> N
         path = save(machine, measured)
     except OSError as error:
         reason = f"cannot write {error.filename or machine.path}: {error.strerror}"
-        raise UsageError(reason, "XCONV_FX_CACHE=DIR xconv calibrate, with a directory that can be written") from error
+        raise UsageError(
+            reason, "XCONV_FX_CACHE=DIR xconv profile-machine, with a directory that can be written"
+        ) from error
     if as_json:
         print(to_json(machine, measured), end="")
         return

@@ -71,7 +71,7 @@ def leading_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int
 
 
 @dataclass(frozen=True)
-class Slicing:
+class Microbatches:
     """`count` slices of a batch, of which `held` keep their residuals from forward to backward.
 
     `draws` says what random numbers the graph draws (`Separability`), which a second forward must draw again. `relaid`
