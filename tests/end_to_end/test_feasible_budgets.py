@@ -13,7 +13,7 @@ from xconv_fx.compiler.candidates import Variant
 from xconv_fx.compiler.comparison import Comparison
 from xconv_fx.compiler.feedback import Corrections, Feedback
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.options import with_unseen
+from xconv_fx.options.budget import MemoryLimit
 
 
 class Mixing(nn.Module):
@@ -84,7 +84,9 @@ def test_the_plain_step_is_feasible_although_it_is_predicted_not_to_be(compile_m
     monkeypatch.setattr("xconv_fx.compiler.search.DOUBT", -1.0)
     monkeypatch.setattr(Comparison, "ways", lambda self, feedback: [])
     monkeypatch.setattr(Comparison, "lowest", lambda self, *_: None)
-    plain = compile_model(Mixing(), codecs="keep", mem_budget=with_unseen(whole.plan.audited_peak), verify="off")
+    plain = compile_model(
+        Mixing(), codecs="keep", mem_budget=MemoryLimit.smallest_for(whole.plan.audited_peak).budget, verify="off"
+    )
     plain(X)
     assert plain.plan.audited_peak == whole.plan.audited_peak and plain.plan.noise == 0
 

@@ -61,7 +61,7 @@ def test_what_is_no_statistics_is_refused(tmp_path, what):
 
 @pytest.mark.parametrize("value", [3, "", "missing.json"])
 def test_options_that_name_no_file(value):
-    with pytest.raises(OptionError, match="calibrate-model"):
+    with pytest.raises(OptionError, match="xconv calibrate"):
         Options.parse({"stats": value})
 
 
@@ -71,7 +71,7 @@ def test_another_models_statistics_are_refused():
         OptionError, match="'0': another model's: its weight is 5x3x3x3, and was 4x3x3x3 when measured;"
     ):
         STATS.check(model(5))
-    with pytest.raises(OptionError, match=r"'1': another model's: the model has no such layer.*calibrate-model"):
+    with pytest.raises(OptionError, match=r"'1': another model's: the model has no such layer.*xconv calibrate"):
         STATS.check(nn.Sequential(nn.Conv2d(3, 4, 3)))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from xconv_fx.compiler import pipeline
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
-from xconv_fx.options import with_unseen
+from xconv_fx.options.budget import MemoryLimit
 
 
 def conv(before, after):
@@ -48,7 +48,7 @@ def test_an_ample_budget_changes_nothing_but_the_budget(traced):
 @pytest.mark.parametrize("percent", [100, 90, 80])
 def test_per_cents_are_of_the_baseline(traced, percent):
     plan = planned(traced, mem_budget=f"{percent}%")
-    assert plan.budget == with_unseen(plan.baseline_peak) * percent // 100
+    assert plan.budget == MemoryLimit.smallest_for(plan.baseline_peak).budget * percent // 100
     assert plan.predicted_peak <= plan.budget
 
 

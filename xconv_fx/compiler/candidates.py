@@ -192,7 +192,7 @@ def _solution(planning: PlanningProblem, options: Options, seconds: float | None
     assert options.mem_budget is not None
     if seconds is not None and seconds < 0:
         return None
-    usable = options.usable(options.mem_budget.resolve(0))
+    usable = options.limit().usable
     kept = limits(options, seconds)
     try:
         return solve(planning.problem, usable, **effort(GLANCE), tradeoff=tradeoff(planning, options), limits=kept)

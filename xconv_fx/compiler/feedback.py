@@ -41,7 +41,7 @@ class Feedback:
 
 def _corrected(generated: Generated, before: Corrections) -> dict[str, int]:
     assert generated.planned is not None and generated.planned.plan.budget is not None
-    usable = generated.request.options.usable(generated.planned.plan.budget)
+    usable = generated.request.options.limit(generated.planned.plan.budget).usable
     more = dict(before)
     for phase, audited in generated.audited.peaks.items():
         known = before.get(phase, 0)

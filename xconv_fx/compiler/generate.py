@@ -153,7 +153,11 @@ class _Auditing:
             self.peaks[phase] = max(self.peaks.get(phase, 0), self._whole_step(phase, peak))
             log.debug("audit: %s reaches %d bytes at %s; alive: %s", phase, peak.bytes, peak.at, peak.alive)
         budget = self.planned.plan.budget
-        if self.enforced and budget is not None and max(self.peaks.values()) > self.request.options.usable(budget):
+        if (
+            self.enforced
+            and budget is not None
+            and not self.request.options.limit(budget).allows(max(self.peaks.values()))
+        ):
             self.abandoned = True
             raise _Abandoned
 

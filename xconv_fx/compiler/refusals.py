@@ -72,7 +72,7 @@ def refusal(
     if options.protected:
         unprotected = least(_without(options, ["max_noise"]))
         if unprotected is not None and unprotected.predicted < lowest.predicted:
-            notes = (*notes, _protection(options.needed(unprotected.predicted)))
+            notes = (*notes, _protection(options.smallest_for(unprotected.predicted)))
     return BudgetInfeasibleError(budget, smallest, lowest.consumers(options), notes)
 
 

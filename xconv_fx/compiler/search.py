@@ -103,7 +103,7 @@ class Search:
             plain = self._plain()
             budget = self._budget(wanted, plain.peak)
             known = {"baseline_peak": plain.peak, "budget": budget}
-            if plain.peak <= options.usable(budget) and self._plain_will_do:
+            if options.limit(budget).allows(plain.peak) and self._plain_will_do:
                 return self._finished(plain, **known)
             self.comparison.request = self.request.within(budget)
         taken = self._search()
@@ -157,8 +157,8 @@ class Search:
                 reasons.append(f"plan {number + 1} of {len(given.plans)} is not one of this graph: {error}")
                 continue
             given.take(number, self.request.graph.key)
-            if budget is not None and generated.peak > self.request.options.usable(budget):
-                needed = self.request.options.needed(generated.peak)
+            if budget is not None and not self.request.options.limit(budget).allows(generated.peak):
+                needed = self.request.options.smallest_for(generated.peak)
                 note = "the option plan fixes how everything is held; without it, other plans are looked for"
                 raise BudgetInfeasibleError(budget, needed, notes=(*self.request.notes, note))
             known = {name: getattr(plan, name) for name in ("baseline_peak", "time", "gap")}
@@ -257,7 +257,7 @@ class Search:
         if noisy.way.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
         assert options.mem_budget is not None
-        usable = options.usable(options.mem_budget.resolve(0))
+        usable = options.limit().usable
         doubtful = usable * (1 + CLOSE) + _overestimated(noisy.generated)
         if self._plain_will_do and self._plain_predicted <= doubtful:
             plain = self._plain()
@@ -274,7 +274,7 @@ class Search:
 
     def _generated(self, found: Lowest, options: Options, feedback: Feedback = NOTHING_FOUND) -> Generated:
         """The code of a plan of least peak, whatever its peak turns out to be."""
-        needed = options.needed(found.predicted)
+        needed = options.smallest_for(found.predicted)
         request = replace(self.request, options=replace(options, mem_budget=Budget(bytes=needed)))
         bounds = Bounds(self.comparison.allowed(found.variant), found.found.choice)
         planned = plan(request, found.variant, feedback.corrections(found.variant), bounds)
@@ -302,11 +302,11 @@ class Search:
     def _check_preset(self, planned: Planned, reached: int, budget: int | None) -> None:
         """Raise unless the plan of a preset, whose peak is `reached`, is within the budget and the limits."""
         options, plan = self.request.options, planned.plan
-        if budget is not None and reached > options.usable(budget):
+        if budget is not None and not options.limit(budget).allows(reached):
             largest = [(c.layer or c.residual, c.bytes_after) for c in plan.choices]
             largest.append(("parameters, buffers and inputs", plan.fixed_bytes))
             note = f"codecs={options.codecs.preset!r} fixes how everything is held; 'all' lets it be planned"
-            raise BudgetInfeasibleError(budget, options.needed(reached), largest, (*self.request.notes, note))
+            raise BudgetInfeasibleError(budget, options.smallest_for(reached), largest, (*self.request.notes, note))
         self._check_limits(planned)
 
     def _check_limits(self, planned: Planned | None) -> None:
@@ -375,7 +375,7 @@ class Search:
         options = self.request.options
         assert options.mem_budget is not None
         found = self.comparison.lowest(options)
-        if found is None or found.predicted > options.usable(options.mem_budget.resolve(0)):
+        if found is None or found.predicted > options.limit().usable:
             raise self._refusal(found)
         bounds = Bounds(self.comparison.allowed(found.variant), found.found.choice)
         planned = plan(self.request, found.variant, bounds=bounds)
@@ -411,7 +411,7 @@ class Search:
         """
         options = self.request.options
         assert options.mem_budget is not None
-        usable = options.usable(options.mem_budget.resolve(0))
+        usable = options.limit().usable
         found = self.comparison.lowest(options)
         steps = [] if found is None else [self._generated(found, options)]
         if steps and options.probes == Probes():
@@ -428,7 +428,7 @@ class Search:
             if plain.peak <= usable:
                 return self._finished(plain, **{**known, "baseline_peak": plain.peak})
             steps.append(plain)
-        smallest = options.needed(min((step.peak for step in steps), default=0))
+        smallest = options.smallest_for(min((step.peak for step in steps), default=0))
         raise self._refusal(found, smallest)
 
     def _might_be_lower(self, exact: Lowest, found: Lowest | None, generated: Generated) -> bool:
@@ -441,7 +441,7 @@ class Search:
         """Why there is no plan; by predictions the smallest budget is that of the plan `found`."""
         options = self.request.options
         if smallest is None:
-            smallest = 0 if found is None else options.needed(found.predicted)
+            smallest = 0 if found is None else options.smallest_for(found.predicted)
         comparison = self.comparison
         return refusal(options, smallest, found, comparison.ways_by, comparison.lowest, comparison.notes)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 
 from xconv_fx.errors import OptionError, join_clauses, nearest
 
-from .budget import Budget, parse_size
+from .budget import Budget, MemoryLimit, parse_size
 from .codecs import ACTNN, CodecSet
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ class NoiseLimits:
 # training does, and those that hurt had 18 and more.
 PROTECTION = NoiseLimits(noise=1.0, layer=1.0)
 
-# The part of a budget that is left for what audits do not see.
-UNSEEN = 1000
 
 PROBES_HINT = "write a positive int for every layer, or a mapping of layer names or patterns such as {'decoder.*': 16}"
 
@@ -75,12 +73,6 @@ RESERVED_INDUCTOR = MappingProxyType(
         "reorder_for_peak_memory": "the backend orders the kernels itself, to the peak that the plan was audited for",
     }
 )
-
-
-def with_unseen(peak: int) -> int:
-    """An audited peak and what audits do not see: the smallest budget of which all but a thousandth is as much."""
-    budget = peak * UNSEEN // (UNSEEN - 1)
-    return budget + (budget - budget // UNSEEN < peak)
 
 
 @dataclass(frozen=True)
@@ -266,16 +258,16 @@ class Options:
         defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: defaults[name] for name in asked})
 
-    def usable(self, budget: int) -> int:
-        """What an audited peak may be under a budget; in bytes.
+    def limit(self, budget: int | None = None) -> MemoryLimit:
+        """What a budget of so many bytes (None: the options' own, which must be in bytes) lets a step take."""
+        if budget is None:
+            assert self.mem_budget is not None and self.mem_budget.bytes is not None, "a budget in bytes"
+            budget = self.mem_budget.bytes
+        return MemoryLimit(budget, self.reserve)
 
-        Besides the reserve, a thousandth stays free for the few scalars and small temporaries that no audit sees.
-        """
-        return budget - self.reserve - budget // UNSEEN
-
-    def needed(self, peak: int) -> int:
+    def smallest_for(self, peak: int) -> int:
         """The smallest budget under which a step may have this peak; in bytes."""
-        return with_unseen(peak + self.reserve)
+        return MemoryLimit.smallest_for(peak, self.reserve).budget
 
     @property
     def draws_as_aten(self) -> bool:

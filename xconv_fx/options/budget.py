@@ -97,6 +97,10 @@ class Budget:
         assert self.fraction is not None
         return max(1, math.floor(self.fraction * baseline_peak))
 
+    def resolve_for(self, plain_peak: int) -> int:
+        """The budget in bytes, of a step whose peak, as audits see it, is so much without xconv."""
+        return self.resolve(MemoryLimit.smallest_for(plain_peak).budget)
+
     def __str__(self) -> str:
         return format_size(self.bytes) if self.bytes is not None else f"{100 * (self.fraction or 0):g}%"
 
@@ -108,3 +112,35 @@ def _percent_hint(fraction: float) -> str:
             "as '8GB'"
         )
     return "nothing fits in that share of the peak; write more than 0% such as '60%', or a size such as '8GB'"
+
+
+# One part in so many of a budget is left free for the few scalars and small temporaries that no audit sees.
+UNSEEN = 1000
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What an audited peak may be under a `budget`, of which a part is kept in `reserve` for others; in bytes."""
+
+    budget: int
+    reserve: int = 0
+
+    @property
+    def usable(self) -> int:
+        """The highest peak that is allowed."""
+        return self.budget - self.reserve - self.unseen
+
+    @property
+    def unseen(self) -> int:
+        """What is left free for what audits do not see."""
+        return self.budget // UNSEEN
+
+    def allows(self, peak: int) -> bool:
+        """Whether a step may have this peak."""
+        return peak <= self.usable
+
+    @staticmethod
+    def smallest_for(peak: int, reserve: int = 0) -> MemoryLimit:
+        """The limit of the smallest budget under which a step may have this peak."""
+        found = MemoryLimit((peak + reserve) * UNSEEN // (UNSEEN - 1), reserve)
+        return found if found.allows(peak) else MemoryLimit(found.budget + 1, reserve)

@@ -12,7 +12,7 @@ from xconv_fx.cost_model.memory import peak, profile
 from xconv_fx.cost_model.solver import Infeasible, OverLimits, minimum_peak, solve
 from xconv_fx.device import rates
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
-from xconv_fx.options import Options, with_unseen
+from xconv_fx.options import Options
 from xconv_fx.passes.residuals import uncompressible
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.reproducible import effort
@@ -63,11 +63,11 @@ def plan(
         return _preset(planning, options, baseline, unprobed)
     if options.mem_budget is None:
         return describe(planning, keep, None, baseline, 0.0, unprobed), planning.phase_peaks(keep)
-    budget = options.mem_budget.resolve(with_unseen(baseline))
+    budget = options.mem_budget.resolve_for(baseline)
     try:
         solution = solve(
             planning.problem,
-            options.usable(budget),
+            options.limit(budget).usable,
             **effort(SECONDS),
             tradeoff=tradeoff(planning, options),
             limits=limits(options, bounds.seconds),
@@ -249,4 +249,4 @@ def infeasible(planning: PlanningProblem, error: Infeasible, budget: int, option
     alive.append(("parameters, buffers and inputs", planning.fixed_bytes))
     alive.append((f"gradients and transients at {planning.problem.labels[error.step]}", rest))
     consumers = tuple(sorted(alive, key=lambda row: -row[1])[:5])
-    return BudgetInfeasibleError(budget=budget, smallest=options.needed(error.smallest), consumers=consumers)
+    return BudgetInfeasibleError(budget=budget, smallest=options.smallest_for(error.smallest), consumers=consumers)

@@ -27,7 +27,7 @@ from xconv_fx import hooks
 from xconv_fx.cost_model.memory import Problem
 from xconv_fx.errors import OptionError
 from xconv_fx.hooks.frames import CompileId
-from xconv_fx.options import Options, with_unseen
+from xconv_fx.options import Options
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Plan
 from xconv_fx.plan.report import read_json, write_json
@@ -279,7 +279,7 @@ class Session:
         """The options, with bytes in the place of a percentage that is resolved."""
         if options.mem_budget is None or not (self._settled or (self.shares is not None and self._plain_peak)):
             return options
-        budget = options.mem_budget.resolve(with_unseen(self._plain_peak))
+        budget = options.mem_budget.resolve_for(self._plain_peak)
         return replace(options, mem_budget=Budget(bytes=budget))
 
     def resolve(self, budget: Budget, plain_peak: int, graph: Graph) -> int:
@@ -292,7 +292,7 @@ class Session:
         if not self._settled:
             spared = sum(r.plan.saved_before - r.saved for r in self._before(graph))
             self._plain_peak = max(self._plain_peak, plain_peak + spared)
-        return budget.resolve(with_unseen(self._plain_peak))
+        return budget.resolve_for(self._plain_peak)
 
     def _before(self, graph: Graph) -> list[GraphRecord]:
         """The graphs that run earlier in the step."""
@@ -346,7 +346,7 @@ class Session:
         wanted = self.options.mem_budget
         if wanted is None or (wanted.bytes is None and not self._plain_peak):
             return None
-        return wanted.resolve(with_unseen(self._plain_peak))
+        return wanted.resolve_for(self._plain_peak)
 
     @property
     def measured_peak(self) -> int | None:

@@ -25,7 +25,8 @@ from torch.autograd.graph import Node
 
 from xconv_fx import hooks
 from xconv_fx.errors import BudgetLostError, BudgetLostWarning, UnsupportedModelError, find_ours, warn_user
-from xconv_fx.options import UNSEEN, Options
+from xconv_fx.options import Options
+from xconv_fx.options.budget import MemoryLimit
 from xconv_fx.units import format_size
 
 from .step_inputs import called_with
@@ -160,7 +161,7 @@ class Watch:
         held = sum(map(_bytes, filter(_holds, nodes)))
         budget = options.mem_budget.bytes if options.mem_budget is not None else None
         inside = not nodes and not self.converted  # Differentiated, if at all, before the call returned.
-        if options.plain or (held <= (SMALL if budget is None else budget // UNSEEN) and not inside):
+        if options.plain or (held <= (SMALL if budget is None else MemoryLimit(budget).unseen) and not inside):
             if not self.converted:
                 self.fine.add(outside)
             return

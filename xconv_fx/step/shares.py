@@ -259,7 +259,7 @@ class Shares:
     def usable(self) -> int:
         """Bytes that the step may take."""
         assert self.options.mem_budget is not None
-        return self.options.usable(self.options.mem_budget.resolve(0))
+        return self.options.limit().usable
 
     def known(self) -> dict[Signature, int]:
         """What graphs hold that are compiled."""
@@ -341,7 +341,7 @@ class Shares:
         if self._judged.get(graph) == plan:
             return 0
         self._judged[graph] = plan
-        budget = Budget(bytes=self.options.needed(max(usable, together.peak)))
+        budget = Budget(bytes=self.options.smallest_for(max(usable, together.peak)))
         options = replace(self.options, mem_budget=budget, calls=self.count(graph))
         variant = together.variants[graph]
         known = self.corrections.setdefault((graph, compared_variant(variant)), {})
@@ -372,7 +372,7 @@ class Shares:
         """The error that names a budget which all graphs meet."""
         assert self.options.mem_budget is not None
         budget = self.options.mem_budget.resolve(0)
-        smallest = self.options.needed(lowest.peak + round(lowest.peak * MARGIN))
+        smallest = self.options.smallest_for(lowest.peak + round(lowest.peak * MARGIN))
         note = f"the {len(self.step.graphs)} graphs of a step are planned together; the smallest budget is one for all"
         return BudgetInfeasibleError(budget, smallest, self._consumers(lowest), (note,))
 

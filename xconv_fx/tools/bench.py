@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xconv_fx.measure import interleaved_times, physical_peak
-from xconv_fx.options import with_unseen
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Totals
 from xconv_fx.plan.report import read_json
@@ -80,7 +79,7 @@ def bench(
     arguments = [_there(value, home) for value in (*inputs, *targets)]
     step: dict[str, Any] = {"loss": loss, "targets": arguments[len(inputs) :]}
     plain = Totals.of(explain(model, *arguments[: len(inputs)], **step).plans)
-    budget = Budget.parse(mem_budget).resolve(with_unseen(plain.peak))
+    budget = Budget.parse(mem_budget).resolve_for(plain.peak)
     planned = Totals.of(explain(model, *arguments[: len(inputs)], mem_budget=budget, **step, **options).plans)
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder) / "plans.json")

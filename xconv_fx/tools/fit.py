@@ -123,7 +123,7 @@ def _trial(workload: Workload, size: int, budget: int, options: dict[str, Any]) 
             raise
         return Trial(size, False, None, 0.9)
     totals = Totals.of(plans)
-    needs = Options.parse({"reserve": options.get("reserve", 0)}).needed(totals.peak)
+    needs = Options.parse({"reserve": options.get("reserve", 0)}).smallest_for(totals.peak)
     return Trial(
         size,
         fits=needs <= budget,

@@ -70,7 +70,7 @@ MISTAKES = [
     (CHECK + 'buget = "60%"\n', ["check.net has an unknown key 'buget'", "did you mean 'budget'"]),
     (CHECK + 'budget = "lots"\n', ["check.net: budget = 'lots'", "'8GB'"]),
     (CHECK + 'codecs = "exakt"\n', ["check.net: codecs = 'exakt'", "did you mean 'exact'"]),
-    (CHECK + 'stats = "none.json"\n', ["check.net: stats = ", "none.json': cannot be read", "calibrate-model"]),
+    (CHECK + 'stats = "none.json"\n', ["check.net: stats = ", "none.json': cannot be read", "xconv calibrate"]),
     (CHECK + 'gpu = "h1000"\n', ["check.net: gpu = 'h1000'", "did you mean 'h100'"]),
     (CHECK + 'device = "cpu"\ngpu = "t4"\n', ["check.net: gpu = 't4'", "a GPU is not a CPU"]),
     (CHECK + "loss = 3\n", ["check.net: loss = 3", 'loss = "mean"']),

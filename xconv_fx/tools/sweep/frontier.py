@@ -199,7 +199,7 @@ class _Sweep:
                 break
             else:
                 break
-        return lowest, self.options.needed(plain)
+        return lowest, self.options.smallest_for(plain)
 
     def _frontier(self, all_series: list[_Series], top: int) -> Frontier:
         found: list[Point] = []
