@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.ops.conv import ConvBackward
 
 from .graph import (
     COMPARISONS,
@@ -176,7 +177,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
     if _reads_as_input(reader, value):
-        return not arguments(reader)[10][0]
+        return not ConvBackward.of(reader).of_input
     if reader.target in MATMULS:
         return any(node in tangents for node in reader.all_input_nodes) and leaves_the_graph(reader)
     return False

@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from xconv_fx.ops.conv import input_gradient
+from xconv_fx.ops.conv import ConvBackward, input_gradient
 
 from .graph import arguments, inline, is_tangent, origin_meta, tensor_of
 
@@ -25,7 +25,7 @@ def split_backward(gm: fx.GraphModule, channels_last: bool = True) -> None:
     `channels_last` says that Inductor will lay out images so.
     """
     for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
-        if arguments(node)[10][0]:
+        if ConvBackward.of(node).of_input:
             if channels_last:
                 _share_layout(gm.graph, node)
             _split(gm.graph, node)
@@ -35,7 +35,7 @@ def split_backward(gm: fx.GraphModule, channels_last: bool = True) -> None:
 
 def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
     """One channels-last copy of an incoming gradient for both halves, where Inductor would make one for each."""
-    grad = arguments(node)[0]
+    grad = ConvBackward.of(node).grad
     value = tensor_of(grad)
     if (
         not is_tangent(grad)
@@ -62,32 +62,32 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
 
 def _parameter_half(graph: fx.Graph, node: fx.Node) -> dict[int, fx.Node]:
     """The gradients of weight (1) and bias (2), those that the node computes."""
-    mask = arguments(node)[10]
-    if not mask[1]:
-        return {2: _bias_gradient(graph, node)} if mask[2] else {}
-    half = graph.call_function(aten.convolution_backward.default, (*node.args[:10], [False, True, mask[2]]))
+    call = ConvBackward.of(node)
+    if not call.of_weight:
+        return {2: _bias_gradient(graph, node)} if call.of_bias else {}
+    half = graph.call_function(aten.convolution_backward.default, (*node.args[:-1], [False, True, call.of_bias]))
     value = node.meta["val"]
-    half.meta = {**origin_meta(node), "val": (None, value[1], value[2] if mask[2] else None)}
+    half.meta = {**origin_meta(node), "val": (None, value[1], value[2] if call.of_bias else None)}
     picked = {}
-    for index in (1, 2) if mask[2] else (1,):
+    for index in (1, 2) if call.of_bias else (1,):
         picked[index] = graph.call_function(operator.getitem, (half, index))
         picked[index].meta = {**origin_meta(node), "val": value[index]}
     return picked
 
 
 def _bias_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    grad = arguments(node)[0]
+    grad = ConvBackward.of(node).grad
     dims = [dim for dim in range(len(grad.meta["val"].shape)) if dim != 1]
     return inline(graph, lambda g: aten.sum.dim_IntList(g, dims), [grad], origin_meta(node))[0]
 
 
 def _input_half(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    grad, x, weight, _, *geometry, _ = arguments(node)
-    value = tensor_of(x)
+    call = ConvBackward.of(node)
+    value = tensor_of(call.x)
     assert value is not None
     size = list(value.shape)
 
     def half(g: Tensor, w: Tensor) -> Tensor:
-        return input_gradient(g, w, size, *geometry)
+        return input_gradient(g, w, size, *call.geometry.arguments)
 
-    return inline(graph, half, [grad, weight], origin_meta(node))[0]
+    return inline(graph, half, [call.grad, call.weight], origin_meta(node))[0]

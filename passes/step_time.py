@@ -10,6 +10,7 @@ from torch import fx
 
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
+from xconv_fx.ops.conv import ConvBackward, Convolution, Geometry
 
 from .graph import MATMULS, arguments, nbytes, shape_of
 from .liveness import Timeline
@@ -43,10 +44,11 @@ def node_flops(node: fx.Node) -> int:
     So convolutions of few channels count for more than they do. 0 for the rest.
     """
     if node.target is aten.convolution.default:
-        x, weight, output = shape_of(arguments(node)[0]), shape_of(arguments(node)[1]), shape_of(node)
-        return _conv(x, weight, output, transposed=arguments(node)[6], groups=arguments(node)[8])
+        call = Convolution.of(node)
+        return _conv(shape_of(call.x), shape_of(call.weight), shape_of(node), call.geometry)
     if node.target is aten.convolution_backward.default:
-        return _conv_backward(node) if arguments(node)[10][0] else 0
+        backward = ConvBackward.of(node)
+        return _conv_backward(backward) if backward.of_input else 0
     if node.target in MATMULS:
         left, right = (shape_of(part) for part in arguments(node)[-2:])
         return linear_flops(prod(left[:-1]), left[-1], right[-1])
@@ -55,18 +57,19 @@ def node_flops(node: fx.Node) -> int:
 
 def _weight_flops(node: fx.Node) -> int:
     """The same of a convolution's weight gradient."""
-    wanted = node.target is aten.convolution_backward.default and arguments(node)[10][1]
-    return _conv_backward(node) if wanted else 0
+    if node.target is not aten.convolution_backward.default:
+        return 0
+    call = ConvBackward.of(node)
+    return _conv_backward(call) if call.of_weight else 0
 
 
-def _conv_backward(node: fx.Node) -> int:
+def _conv_backward(call: ConvBackward) -> int:
     """Operations of either gradient."""
-    grad, x, weight = (shape_of(part) for part in arguments(node)[:3])
-    return _conv(x, weight, grad, transposed=arguments(node)[7], groups=arguments(node)[9])
+    return _conv(shape_of(call.x), shape_of(call.weight), shape_of(call.grad), call.geometry)
 
 
-def _conv(x: Sequence[int], weight: Sequence[int], output: Sequence[int], transposed: bool, groups: int) -> int:
-    spatial = x[2:] if transposed else output[2:]
+def _conv(x: Sequence[int], weight: Sequence[int], output: Sequence[int], geometry: Geometry) -> int:
+    spatial, groups = x[2:] if geometry.transposed else output[2:], geometry.groups
     flops = conv_flops(x[0], x[1], output[1], weight[2:], spatial, groups)
     return round(flops * few_channels(x[1] // groups, output[1] // groups))
 

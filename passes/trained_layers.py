@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .graph import MATMULS, arguments, closure, is_tangent, is_view, layer_of, numel
+from xconv_fx.ops.conv import ConvBackward
+
+from .graph import MATMULS, closure, is_tangent, is_view, layer_of, numel
 from .partition import Pair
 from .residuals import Residual, is_normalisation, leaves_the_graph
 
@@ -60,7 +62,7 @@ def _runs(forward: fx.Graph) -> dict[str, fx.Node]:
 def _weight_gradients(backward: fx.Graph) -> Iterator[fx.Node]:
     tangents = closure(node for node in backward.nodes if is_tangent(node))
     for node in backward.nodes:
-        convolution = node.target is aten.convolution_backward.default and arguments(node)[10][1]
+        convolution = node.target is aten.convolution_backward.default and ConvBackward.of(node).of_weight
         product = node.target in MATMULS and node in tangents and leaves_the_graph(node)
         if convolution or (product and any(arg not in tangents for arg in node.all_input_nodes)):
             yield node

@@ -18,11 +18,69 @@ Known gaps: `torch.nn.Conv2d(padding="same")` with an even kernel pads asymmetri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input: one number a spatial dimension, but for `transposed` and `groups`."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order in which ATen takes them."""
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A call of `aten.convolution`: its operands, be they tensors or nodes of a graph, and its geometry."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    geometry: Geometry
+
+    @staticmethod
+    def of(call: Any) -> Convolution:
+        """Of a node of a graph, or of the call's arguments."""
+        x, weight, bias, *geometry = getattr(call, "args", call)
+        return Convolution(x, weight, bias, Geometry(*geometry))
+
+
+@dataclass(frozen=True)
+class ConvBackward:
+    """A call of `aten.convolution_backward`: its operands, be they tensors or nodes of a graph, and what it computes.
+
+    `grad` is that of the result; gradients `of_input`, `of_weight` and `of_bias` are computed or not.
+    """
+
+    grad: Any
+    x: Any
+    weight: Any
+    bias_sizes: Any
+    geometry: Geometry
+    of_input: bool
+    of_weight: bool
+    of_bias: bool
+
+    @staticmethod
+    def of(call: Any) -> ConvBackward:
+        """Of a node of a graph, or of the call's arguments."""
+        grad, x, weight, bias_sizes, *geometry, wanted = getattr(call, "args", call)
+        return ConvBackward(grad, x, weight, bias_sizes, Geometry(*geometry), *map(bool, wanted))
 
 
 def weight_gradient(

@@ -32,6 +32,8 @@ from torch import Tensor
 from xconv_fx.hooks.dispatch import convolution_backend
 from xconv_fx.reproducible import is_portable
 
+from .conv import ConvBackward, Convolution
+
 aten = torch.ops.aten
 
 # A single volume goes to oneDNN when channels x depth x height exceed this (ATen's Convolution.cpp).
@@ -217,13 +219,18 @@ def operator_for(func: Any, args: Sequence[Any]) -> Any:
     None as well for an input gradient by `aten.convolution_backward`. Of the other's three results the operator returns
     the last two.
     """
-    if func is aten.convolution.default and _is_native(args[0], args[1], args[3:9]):
-        if args[8] == 1 and is_pointwise(args[1], args[3], args[4]):
-            return torch.ops.xconv.pointwise_convolution.default
-        if _unfolds(args[0], args[1], args[3:9]):
-            return torch.ops.xconv.single_convolution.default
-    if func is aten.convolution_backward.default and list(args[10][:2]) == [False, True] and _is_ours(args):
-        return torch.ops.xconv.volume_weight_gradient.default
+    if func is aten.convolution.default:
+        call = Convolution.of(args)
+        geometry = call.geometry
+        if _is_native(call.x, call.weight, geometry.arguments):
+            if geometry.groups == 1 and is_pointwise(call.weight, geometry.stride, geometry.padding):
+                return torch.ops.xconv.pointwise_convolution.default
+            if _unfolds(call.x, call.weight, geometry.arguments):
+                return torch.ops.xconv.single_convolution.default
+    if func is aten.convolution_backward.default:
+        backward = ConvBackward.of(args)
+        if backward.of_weight and not backward.of_input and _is_ours(args):
+            return torch.ops.xconv.volume_weight_gradient.default
     return None
 
 
@@ -237,7 +244,10 @@ def arguments_for(operator: Any, args: Sequence[Any], values: Sequence[Any]) -> 
     if operator is torch.ops.xconv.pointwise_convolution.default:
         return (*args[:3], args[6])
     small, large = _plain_operands(values)
-    return (*args[:3], args[10][2], *args[4:8], args[9], slab_count(small, large))
+    call = ConvBackward.of(args)
+    stride, padding, dilation, transposed, _, groups = call.geometry.arguments
+    slabs = slab_count(small, large)
+    return (call.grad, call.x, call.weight, call.of_bias, stride, padding, dilation, transposed, groups, slabs)
 
 
 def two_slabs(args: Sequence[Any]) -> tuple[Any, ...]:
