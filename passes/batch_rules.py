@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from xconv_fx.hooks.dispatch import OpOverload
-from xconv_fx.hooks.inductor_prims import prims
 
 from .graph import arguments, is_elementwise, is_reduction, shape_of
+from .op_table import batch_rule
 from .sample_dims import Dim, Mixing, SampleDims
 
 aten = torch.ops.aten
@@ -27,8 +27,10 @@ Rule = Callable[[SampleDims, fx.Node], Dim]
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    if node.target in _RULES:
-        return _RULES[node.target]
+    if node.target is operator.getitem:
+        return unchanged
+    if name := batch_rule(node.target):
+        return RULES[name]
     if is_elementwise(node) and not _is_codec(node):
         return elementwise
     return reduced if is_reduction(node) else None
@@ -301,72 +303,29 @@ def unchanged(dims: SampleDims, node: fx.Node) -> Dim:
     return dims.of(_first(node))
 
 
-def _named(*names: str) -> list[Any]:
-    """Every overload of these operators of ATen."""
-    packets = [getattr(aten, name) for name in names]
-    return [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-
-
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
-_RULES: dict[Any, Rule] = {
-    operator.getitem: unchanged,
-    **dict.fromkeys([aten.alias.default, aten.detach.default, *_named("view_as_real", "view_as_complex")], unchanged),
-    **dict.fromkeys(_named("view", "reshape", "_unsafe_view"), view),
-    **dict.fromkeys([aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default], rearranged),
-    **dict.fromkeys([*_SQUEEZES, aten.select.int, aten.unbind.int], rearranged),
-    aten.expand.default: expanded,
-    aten.repeat.default: repeated,
-    aten.as_strided.default: restrided,
-    **dict.fromkeys(
-        [
-            aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-            aten._softmax.default, aten._log_softmax.default, aten.glu.default, aten.index_select.default,
-            *_named("cumsum", "cumprod", "logcumsumexp", "sort", "topk"),
-        ],
-        along("dim"),
-    ),
-    aten.unfold.default: along("dimension"),
-    **dict.fromkeys([prims.rev.default, *_named("flip", "roll")], along("dims")),
-    aten.copy.default: elementwise,
-    **dict.fromkeys(_named("_fft_c2c", "_fft_r2c", "_fft_c2r"), along("dim")),
-    **dict.fromkeys(_named("triu", "tril"), last_two),
-    **dict.fromkeys(
-        [
-            aten.cat.default, aten.slice_scatter.default, aten.gather.default, aten.scatter.src, aten.scatter.value,
-            aten.scatter_add.default, aten.scatter_reduce.two,
-        ],
-        beside_along,
-    ),
-    aten.select_scatter.default: select_scattered,
-    aten.constant_pad_nd.default: padded,
-    **dict.fromkeys(_named("mm", "addmm", "bmm", "baddbmm"), product),
-    **dict.fromkeys([aten.index.Tensor, aten._unsafe_index.Tensor], indexed),
-    aten.embedding.default: looked_up,
-    **dict.fromkeys([aten.bucketize.Tensor], binned),
-    **dict.fromkeys([aten.native_layer_norm.default, aten.multinomial.default], rows),
-    **dict.fromkeys(
-        [
-            aten.convolution.default,
-            prims._low_memory_max_pool_with_offsets.default,
-            prims._low_memory_max_pool_offsets_to_indices.default,
-            *_named(
-                "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-                "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-                "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-                "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "pixel_shuffle",
-                "pixel_unshuffle", "channel_shuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
-                "replication_pad1d", "replication_pad2d", "replication_pad3d", "native_group_norm", "im2col", "col2im",
-            ),
-        ],
-        first_dim,
-    ),
-    **dict.fromkeys(
-        [
-            aten.grid_sampler_2d.default, aten.grid_sampler_3d.default, aten.fractional_max_pool2d.default,
-            aten.fractional_max_pool3d.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-        ],
-        all_first,
-    ),
-}  # fmt: skip
+# The rules that rows of `op_table.py` name.
+RULES: dict[str, Rule] = {
+    "unchanged": unchanged,
+    "elementwise": elementwise,
+    "view": view,
+    "rearranged": rearranged,
+    "expanded": expanded,
+    "repeated": repeated,
+    "restrided": restrided,
+    "along dim": along("dim"),
+    "along dims": along("dims"),
+    "along dimension": along("dimension"),
+    "last two": last_two,
+    "beside along": beside_along,
+    "select scattered": select_scattered,
+    "padded": padded,
+    "product": product,
+    "indexed": indexed,
+    "looked up": looked_up,
+    "binned": binned,
+    "rows": rows,
+    "first dim": first_dim,
+    "all first": all_first,
+}

@@ -23,12 +23,12 @@ from xconv_fx.ops import fixed
 from xconv_fx.ops.layout import accumulator
 
 from .graph import arguments, is_view, numel, shape_of
+from .op_table import has
 from .residuals import Residual, is_normalisation
 
 aten = torch.ops.aten
 
 _CONVERT = torch.ops.prims.convert_element_type.default
-_STEPS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar}
 # Coefficients are at most this fraction of the value, in elements.
 _SMALL = 1 / 16
 
@@ -135,7 +135,7 @@ def _is_step(node: fx.Node, value: fx.Node, limit: float) -> bool:
     others = [arg for arg in node.all_input_nodes if arg is not value]
     if node.target is _CONVERT:
         return True
-    if node.target not in _STEPS or (node.target is aten.div.Tensor and node.args[0] is not value):
+    if not has(node, "step") or (node.target is aten.div.Tensor and node.args[0] is not value):
         return False
     twice = list(node.args).count(value) > 1
     return not twice and shape_of(node) == shape_of(value) and all(numel(arg) <= limit for arg in others)

@@ -15,41 +15,13 @@ from xconv_fx import hooks
 from xconv_fx.cost_model.allocator import block_bytes
 from xconv_fx.hooks.dispatch import OpOverload
 
+from .op_table import has
 from .provenance import layer_of as layer_of
 from .provenance import origin_meta as origin_meta
 from .provenance import source_of as source_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.as_strided.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-}
-
-MATMULS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
-
-COMPARISONS = {
-    getattr(getattr(aten, name), overload)
-    for name in ("le", "lt", "ge", "gt", "eq", "ne")
-    for overload in ("Scalar", "Tensor")
-} | {aten.logical_not.default, aten.bitwise_not.default}
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -88,12 +60,12 @@ def is_view(node: fx.Node) -> bool:
     """Whether the node shares its input's memory (or picks from a tuple): it owns no buffer."""
     if node.op != "call_function":
         return False
-    return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
+    return has(node, "view") or getattr(node.target, "__name__", "") == "getitem"
 
 
 def storage_root(node: fx.Node) -> fx.Node:
     """The node whose memory a view shows; the node itself where it is none, also if it is an element of a tuple."""
-    while node.op == "call_function" and node.target in VIEWS and node.all_input_nodes:
+    while has(node, "view") and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -112,42 +84,18 @@ def is_elementwise(node: fx.Node) -> bool:
         return False
     if torch.Tag.pointwise in node.target.tags:
         return True
-    return node.target in _POINTWISE or (node.target.namespace == "xconv" and node.target.name() not in _CALLED)
+    return has(node, "pointwise") or (node.target.namespace == "xconv" and node.target.name() not in _CALLED)
 
 
 # Operators of ours for code without this compiler (`ops/sketched_layers.py`, `ops/masked_relu.py`): calls, as ATen's.
 _CALLED = {f"xconv::{name}" for name in ("draw_seed", "masked_relu", "sketched_convolution", "sketched_linear")}
-_POINTWISE = {
-    prims.convert_element_type.default,
-    prims.iota.default,
-    aten.full.default,
-    aten.full_like.default,
-    aten.zeros_like.default,
-    aten.clone.default,
-    aten._to_copy.default,
-    aten.constant_pad_nd.default,
-}
 
 
 def is_reduction(node: fx.Node) -> bool:
     """Whether the operation reduces (sums, means, extrema, moments)."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
-    return torch.Tag.reduction in node.target.tags or node.target.overloadpacket in _REDUCTIONS
-
-
-_REDUCTIONS = {
-    aten.sum,
-    aten.mean,
-    aten.var_mean,
-    aten.var,
-    aten.amax,
-    aten.amin,
-    aten.max,
-    aten.min,
-    aten.any,
-    aten.all,
-}
+    return torch.Tag.reduction in node.target.tags or has(node, "reduction")
 
 
 def closure(roots: Iterable[fx.Node]) -> set[fx.Node]:

@@ -19,7 +19,8 @@ from torch import fx
 
 from xconv_fx import hooks
 
-from .graph import COMPARISONS, is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
+from .graph import is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
+from .op_table import has
 from .step_time import node_flops
 
 aten = torch.ops.aten
@@ -27,14 +28,6 @@ aten = torch.ops.aten
 # Longest chain that is replayed, in operations; and the largest value saved for it besides residuals, as a fraction.
 LONGEST = 48
 SMALL = 1 / 64
-
-_CHEAP = {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten.index.Tensor,
-          aten._unsafe_index.Tensor}  # fmt: skip
-_AFFINE = {
-    aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.clone.default, aten.cat.default, aten.where.self,
-    aten.constant_pad_nd.default, aten.relu.default, torch.ops.prims.convert_element_type.default,
-    aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten.index.Tensor, aten._unsafe_index.Tensor,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph
                 continue
             seen.add(arg)
             # A saved comparison is made again with its neighbours, or read from bits: it stands for no value.
-            held = arg.name in saved and arg.target not in COMPARISONS
+            held = arg.name in saved and not has(arg, "comparison")
             if held and not is_primal(arg) and numel(arg) > limit:
                 sources[arg.name] = None
             elif is_primal(arg) or (numel(arg) <= limit and tensor_of(arg) is not None and not _constant(arg)):
@@ -110,7 +103,7 @@ def _replayable(node: fx.Node) -> bool:
         return False  # Another draw, or of an input that is another one by then.
     if node.target is aten.as_strided.default and not is_primal(node.all_input_nodes[0]):
         return False  # A copy of its source may lie in memory in another way.
-    return is_view(node) or is_elementwise(node) or node.target in _CHEAP
+    return is_view(node) or is_elementwise(node) or has(node, "replayable")
 
 
 def _constant(node: fx.Node) -> bool:
@@ -126,7 +119,7 @@ def _masks(nodes: list[fx.Node], sources: set[str]) -> tuple[fx.Node, ...] | Non
         inputs = [arg for arg in node.all_input_nodes if arg in dependent or arg.name in sources]
         if not inputs:
             continue
-        if node.target in COMPARISONS:
+        if has(node, "comparison"):
             masks.append(node)
             continue
         if not (is_view(node) or _affine(node, inputs)):
@@ -142,4 +135,4 @@ def _affine(node: fx.Node, inputs: list[fx.Node]) -> bool:
         return len([arg for arg in node.args if arg in inputs]) == 1
     if node.target is aten.div.Tensor:
         return node.args[1] not in inputs
-    return node.target in _AFFINE and not (node.target is aten.where.self and node.args[0] in inputs)
+    return has(node, "affine") and not (node.target is aten.where.self and node.args[0] in inputs)

@@ -27,8 +27,6 @@ from xconv_fx import hooks
 from xconv_fx.ops.conv import ConvBackward
 
 from .graph import (
-    COMPARISONS,
-    MATMULS,
     arguments,
     closure,
     is_tangent,
@@ -39,19 +37,10 @@ from .graph import (
     source_of,
     tensor_of,
 )
+from .op_table import has
 from .partition import Pair
 
 aten = torch.ops.aten
-
-_LINEAR = {
-    aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.clone.default, aten.sum.dim_IntList, aten.sum.default,
-    aten.mean.dim, aten.mean.default, aten.cat.default, aten.constant_pad_nd.default, aten.where.self,
-    aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.slice_scatter.default,
-    aten.upsample_nearest2d_backward.default, aten.upsample_nearest3d_backward.default,
-    aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default, aten.index.Tensor,
-    torch.ops.prims.convert_element_type.default,
-}  # fmt: skip
-_BILINEAR = {aten.mul.Tensor, aten.convolution.default, aten.convolution_backward.default, *MATMULS}
 
 # A product of two values that both depend on the residual counts as linear when one of them has been reduced over at
 # least this many elements: the bias is below 1/256 of the rounding variance.
@@ -144,9 +133,9 @@ def _reach(residual: fx.Node, tangents: set[fx.Node]) -> _Reach:
         for user in value.users:
             if user in tangents:
                 readers.append((user, value))
-            elif user.target in COMPARISONS and user not in masks:
+            elif has(user, "comparison") and user not in masks:
                 masks.append(user)
-            elif user.op != "output" and user not in values and user.target not in COMPARISONS:
+            elif user.op != "output" and user not in values and not has(user, "comparison"):
                 values.append(user)
     return _Reach(tuple(values), tuple(masks), tuple(readers))
 
@@ -178,7 +167,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
     if _reads_as_input(reader, value):
         return not ConvBackward.of(reader).of_input
-    if reader.target in MATMULS:
+    if has(reader, "product"):
         return any(node in tangents for node in reader.all_input_nodes) and leaves_the_graph(reader)
     return False
 
@@ -256,11 +245,11 @@ def _known_through(masks: set[fx.Node], residual: fx.Node) -> set[fx.Node]:
 
 
 def _keeps_linearity(node: fx.Node, inputs: list[fx.Node], total: int) -> bool:
-    if is_view(node) or node.target in _LINEAR:
+    if is_view(node) or has(node, "linear"):
         return not (node.target is aten.where.self and node.args[0] in inputs)
     if node.target is aten.div.Tensor:
         return node.args[1] not in inputs
-    if node.target in _BILINEAR:
+    if has(node, "bilinear"):
         operands = [arg for arg in arguments(node) if arg in inputs]
         large = [arg for arg in operands if numel(arg) * REDUCED > total]
         return len(large) <= 1

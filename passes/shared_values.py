@@ -15,35 +15,28 @@ from torch import fx
 
 from .batch_rules import axes_of, moved
 from .graph import arguments, is_elementwise, is_reduction, shape_of
+from .op_table import has
 from .sample_dims import SampleDims, Shared
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_FILLED = {aten.full.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,
-           aten.scalar_tensor.default, aten.empty.memory_format, aten.empty_like.default}  # fmt: skip
-_MOVED = {aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default,
-          aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.expand.default}  # fmt: skip
-_SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default,
-         prims.convert_element_type.default}  # fmt: skip
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-
 
 def shared_value(dims: SampleDims, node: fx.Node) -> Shared:
     """What is known of the result of an operation that reads no samples."""
     inputs, shape = node.all_input_nodes, shape_of(node)
-    if node.target in _FILLED:
+    if has(node, "filled"):
         return Shared(frozenset(range(len(shape))))
     if node.target is prims.iota.default:
         return Shared(counts=0 if node.kwargs["start"] == 0 and node.kwargs["step"] == 1 else None)
     if not inputs or node.target is operator.getitem or node.target is aten.constant_pad_nd.default:
         return Shared()
     first = dims.shared(inputs[0])
-    if node.target in _SAME:
+    if has(node, "same"):
         return first
-    if node.target in _MOVED:
+    if has(node, "moved"):
         return _moved(node, first)
-    if node.target in _VIEWS:
+    if has(node, "reshaped"):
         return _viewed(shape_of(inputs[0]), shape, first)
     if node.target is aten.slice.Tensor:
         return Shared(first.constant)

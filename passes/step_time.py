@@ -12,8 +12,9 @@ from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.timing import conv_flops, few_channels, linear_flops, seconds
 from xconv_fx.ops.conv import ConvBackward, Convolution, Geometry
 
-from .graph import MATMULS, arguments, nbytes, shape_of
+from .graph import arguments, nbytes, shape_of
 from .liveness import Timeline
+from .op_table import has
 
 aten = torch.ops.aten
 
@@ -49,7 +50,7 @@ def node_flops(node: fx.Node) -> int:
     if node.target is aten.convolution_backward.default:
         backward = ConvBackward.of(node)
         return _conv_backward(backward) if backward.of_input else 0
-    if node.target in MATMULS:
+    if has(node, "product"):
         left, right = (shape_of(part) for part in arguments(node)[-2:])
         return linear_flops(prod(left[:-1]), left[-1], right[-1])
     return 0

@@ -18,14 +18,14 @@ from torch import fx
 
 from xconv_fx.ops.conv import ConvBackward
 
-from .graph import MATMULS, closure, is_tangent, is_view, layer_of, numel
+from .graph import closure, is_tangent, is_view, layer_of, numel
+from .op_table import has
 from .partition import Pair
 from .residuals import Residual, is_normalisation, leaves_the_graph
 
 aten = torch.ops.aten
 
 _CONVERT = torch.ops.prims.convert_element_type.default
-_SUMS = {aten.sum.dim_IntList, aten.sum.default}
 # What is summed for a parameter has at most this fraction of the elements that were summed.
 _REDUCED = 1 / 16
 
@@ -54,7 +54,7 @@ def _runs(forward: fx.Graph) -> dict[str, fx.Node]:
     """Where each layer with a weight runs: its first convolution or matrix product."""
     runs: dict[str, fx.Node] = {}
     for node in forward.nodes:
-        if node.target is aten.convolution.default or node.target in MATMULS:
+        if node.target is aten.convolution.default or has(node, "product"):
             runs.setdefault(layer_of(node), node)
     return runs
 
@@ -63,7 +63,7 @@ def _weight_gradients(backward: fx.Graph) -> Iterator[fx.Node]:
     tangents = closure(node for node in backward.nodes if is_tangent(node))
     for node in backward.nodes:
         convolution = node.target is aten.convolution_backward.default and ConvBackward.of(node).of_weight
-        product = node.target in MATMULS and node in tangents and leaves_the_graph(node)
+        product = has(node, "product") and node in tangents and leaves_the_graph(node)
         if convolution or (product and any(arg not in tangents for arg in node.all_input_nodes)):
             yield node
 
@@ -92,7 +92,7 @@ def _summed(node: fx.Node, limit: float) -> bool:
     """Whether the node is, perhaps after a view, a sum that leaves the graph without another large value."""
     if is_view(node) or node.target is _CONVERT:
         return any(_summed(user, limit) for user in node.users)
-    return node.target in _SUMS and _leaves_small(node, limit)
+    return has(node, "sum") and _leaves_small(node, limit)
 
 
 def _leaves_small(node: fx.Node, limit: float) -> bool:

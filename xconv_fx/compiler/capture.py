@@ -19,8 +19,8 @@ from xconv_fx.options import Options, Probes
 from xconv_fx.options.budget import Budget
 from xconv_fx.options.codecs import CodecSet
 from xconv_fx.passes.channels_last_3d import volumes_channels_last
-from xconv_fx.passes.graph import MATMULS
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
+from xconv_fx.passes.op_table import operators_with
 from xconv_fx.passes.replicate_padding import concatenated_replicate_padding
 from xconv_fx.passes.slice_graph import Drawn, slice_graph
 from xconv_fx.passes.unpooling import scatter_unpooling
@@ -38,7 +38,12 @@ from .pipeline import Analysed, Joint, analyse
 # A batch that was not looked for.
 _UNSEEN = Batch(0, (), 0, 0, 0)
 # Operators that run as calls, between which no kernels are fused.
-CALLED = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default, *MATMULS, *conv3d.OPERATORS)
+CALLED = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+    *operators_with("product"),
+    *conv3d.OPERATORS,
+)
 
 
 @dataclass(frozen=True)
