@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tracing import run_joint, run_pair, trace
 
 from xconv_fx.passes import op_table
 from xconv_fx.passes.batch_rules import RULES
@@ -80,3 +81,35 @@ def test_what_is_a_view_shares_memory():
         assert target_has(target, "view")
         assert target(x, *arguments).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert set(calls) <= set(operators_with("view"))
+
+
+class Flipping(torch.nn.Module):
+    """A convolution reads what a flip made of an activation that another one reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu()
+        return self.second(y) + self.third(y.flip(2))
+
+
+@pytest.mark.parametrize("codecs", ["exact", "quantize:4,bitmask,recompute"])
+def test_what_a_flip_makes_is_made_again(codecs):
+    traced = trace(Flipping().double(), torch.randn(2, 4, 8, 8, dtype=torch.float64))
+    job = traced.planning(mem_budget="100%", codecs=codecs)
+    flipped = next(n for n, r in enumerate(job.planning.residuals) if r.source == "flip" or "rev" in r.name)
+    names = [[candidate.option.name for candidate in row] for row in job.planning.candidates]
+    assert "nonlinear" not in job.planning.residuals[flipped].uses
+    assert {"recompute", "replay"}.intersection(names[flipped])
+    again = tuple(
+        next((place for place, name in enumerate(row) if name in ("recompute", "replay")), 0) if n == flipped else 0
+        for n, row in enumerate(names)
+    )
+    made = job.chosen(again)
+    assert sum(choice.bytes_after for choice in made.plan.choices) < sum(c.bytes_before for c in made.plan.choices)
+    expected = run_joint(traced.gm, traced.primals, traced.tangents())
+    results, gradients = run_pair(made.pair, traced.primals, traced.tangents())
+    for one, other in zip([*results, *gradients], expected, strict=True):
+        assert one is other is None or torch.allclose(one, other)
