@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xconv_fx.compiler import stored_plans
 from xconv_fx.compiler.search import Search
-from xconv_fx.errors import BudgetInfeasibleError, OptionError
+from xconv_fx.errors import BudgetExceededWarning, BudgetInfeasibleError, OptionError
 from xconv_fx.plan import Plan
 from xconv_fx.plan.report import read_json, write_json
 from xconv_fx.step.explain import explain
@@ -200,6 +200,19 @@ def test_a_plan_over_the_budget_is_refused(tmp_path):
     with pytest.raises(BudgetInfeasibleError, match=r"the option plan fixes how everything is held") as error:
         compiled(tmp_path, build(), plan=path, codecs="exact", mem_budget=made[0].predicted_peak // 2)
     compiled(tmp_path, build(), plan=path, codecs="exact", mem_budget=error.value.smallest)
+
+
+def test_a_plans_own_budget_is_that_of_the_step(tmp_path):
+    """What the step takes besides is measured, as under any budget."""
+    path, model = tmp_path / "plans.json", build()
+    write_json(explain(copy.deepcopy(model), X, mem_budget="80%", codecs="exact").plans, path)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="xconv", options={"plan": path, "codecs": "exact", "verify": "warn"})
+    with pytest.warns(BudgetExceededWarning, match="a training step took"):
+        for _ in range(2):
+            y = step(X)
+            held = torch.zeros(10**6) + y.sum()
+            (y.square().mean() + held.mean()).backward()
 
 
 def test_bad_plans_and_options_beside_one(tmp_path):

@@ -65,7 +65,13 @@ class Worker:
         return {"kind": kind, "detail": f"{stage}: {what}", "seen": [], "seconds": round(time.time() - start, 1)}
 
     def _start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            # Plans are kept from one compilation of a case to the next, and of no other run.
+            "XCONV_FX_CACHE": str(self.errors.with_suffix(".cache")),
+        }
         command = [sys.executable, "-W", "ignore", "-m", "fuzz.worker"]
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(

@@ -184,12 +184,12 @@ class Search:
 
     def _without_budget(self) -> Callable[..., Any]:
         """The step as it is, or in as many slices as the user wants, all of them held."""
-        variant = self._wanted_route()
+        variant = self._wanted_variant()
         planned = plan(self.request, variant)
         self._check_limits(planned)
         return self._finished(generate(self.request, variant, planned))
 
-    def _wanted_route(self) -> Variant:
+    def _wanted_variant(self) -> Variant:
         """The variant of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
         if self.request.options.slices in (None, 1):
             return FULL_BATCH
@@ -346,7 +346,7 @@ class Search:
         if options.codecs.preset:
             return self._plan_preset()
         if options.mem_budget is None:
-            variant = self._wanted_route()
+            variant = self._wanted_variant()
             return self._planned(variant, plan(self.request, variant))
         if self.comparison.whole is None:
             return None

@@ -115,6 +115,13 @@ class GivenPlans:
             hint = f"not a file of plans: {error}; the option report, and xconv plan --json, write one"
             raise OptionError("plan", str(path), hint) from None
 
+    def within_their_own(self, options: Options) -> Options:
+        """The options, with the budget of the plans where they name none."""
+        budgets = [plan.budget for plan in self.plans if plan.budget is not None]
+        if options.mem_budget is not None or not budgets:
+            return options
+        return replace(options, mem_budget=Budget(bytes=max(budgets)))
+
     def left(self, key: GraphKey) -> list[int]:
         """The plans, by number, that this graph may have: those that no other one has."""
         return [number for number in range(len(self.plans)) if self._taken.get(number, key) == key]
@@ -145,6 +152,7 @@ class Session:
         if self.options.stats is not None and self.module is not None:
             self.options.stats.check(self.module)
         self.given = GivenPlans.read(self.options.plan)
+        self.options = self.given.within_their_own(self.options)
         self.records: dict[GraphKey, GraphRecord] = {}
         self._compilations: dict[Hashable, tuple[tuple[object, object] | None, list[weakref.ref[fx.GraphModule]]]] = {}
         self._codes: dict[CompileId, CodeType] = {}

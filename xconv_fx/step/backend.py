@@ -59,6 +59,8 @@ def xconv(
         hint = "torch.where, an `if` behind a graph break, or this model without options"
         raise UnsupportedModelError("torch.cond", "what its branches hold depends on values and is not planned", hint)
     session = Session.of(chosen)
+    if chosen.plan is not None:
+        chosen = session.options
     alone = chosen.codecs.preset or chosen.plan is not None
     if chosen.mem_budget is not None and not alone and not session.is_next(gm, example_inputs):
         plan_together(session, gm, example_inputs)
