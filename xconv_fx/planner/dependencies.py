@@ -13,7 +13,8 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from .problem import PlanningProblem, StorageCandidate, items_of
+from .problem import PlanningProblem
+from .storage import StorageCandidate, items_of
 
 Suits = Callable[[StorageCandidate], bool]
 

@@ -15,7 +15,8 @@ from xconv_fx.cost_model.memory import Problem
 
 from .microbatches import Microbatches, PeakScenario
 from .peak_scenarios import ONCE, scenarios
-from .problem import PlanningProblem, StorageCandidate, items_of
+from .problem import PlanningProblem
+from .storage import StorageCandidate, items_of
 
 Load = tuple[int, int, int]
 

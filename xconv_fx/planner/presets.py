@@ -27,7 +27,8 @@ from xconv_fx.passes.graph import numel
 from xconv_fx.passes.residuals import Residual
 from xconv_fx.reproducible import effort
 
-from .problem import PlanningProblem, StorageCandidate
+from .problem import PlanningProblem
+from .storage import StorageCandidate
 
 AVERAGE_BITS = 2
 SECONDS = 2.0

@@ -20,7 +20,8 @@ from xconv_fx.reproducible import effort
 from .microbatch import slice_step
 from .microbatches import Microbatches
 from .presets import apply_preset, average_bits
-from .problem import PlanningProblem, StorageCandidate
+from .problem import PlanningProblem
+from .storage import StorageCandidate
 
 SECONDS = 2.0
 # Noise 0.01 (an error of a gradient of 10%) is worth as much as a step that takes a tenth longer.

@@ -18,7 +18,8 @@ import numpy as np
 
 from xconv_fx.cost_model.memory import profile
 from xconv_fx.plan import Choice, Plan
-from xconv_fx.planner.problem import PlanningProblem, StorageCandidate
+from xconv_fx.planner.problem import PlanningProblem
+from xconv_fx.planner.storage import StorageCandidate
 
 COLUMNS = 400
 

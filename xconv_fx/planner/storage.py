@@ -1,0 +1,228 @@
+"""Ways to hold single residuals: what each costs, and what families of codecs offer.
+
+A family is a module of `families/` with a function that yields the candidates which are legal for a residual; it is
+found there, and added by adding the module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+from torch import fx
+
+from xconv_fx.cost_model.device import DeviceSpec
+from xconv_fx.cost_model.memory import Item, Option
+from xconv_fx.cost_model.timing import seconds
+from xconv_fx.ops import samples
+from xconv_fx.ops.codec import SavedAs, codec_of
+from xconv_fx.options import Options
+from xconv_fx.passes.find_norms import Norm
+from xconv_fx.passes.graph import is_elementwise, is_reduction, numel
+from xconv_fx.passes.liveness import Timeline
+from xconv_fx.passes.rematerialize import RecomputeSubgraph
+from xconv_fx.passes.residuals import Residual
+from xconv_fx.plan import Choice
+
+from .sensitivities import EXACT, NoiseContribution, Sensitivities
+
+
+@dataclass(frozen=True)
+class StorageCandidate:
+    """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
+
+    A value that is replayed from codes needs them to have so many `bits`; a "replay" does with more
+    (`dependencies.py`).
+    """
+
+    choice: Choice
+    option: Option
+    added: NoiseContribution = EXACT
+    bits: int = 0
+
+
+def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidate, ...]]) -> tuple[Item, ...]:
+    """The solver's items: the residuals with the options of their candidates."""
+    return tuple(
+        Item(residual.name, tuple(candidate.option for candidate in row))
+        for residual, row in zip(residuals, rows, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class StepTimeline:
+    """The steps of a training step: the forward's, the loss, the backward's."""
+
+    forward: Timeline
+    backward: Timeline
+
+    @property
+    def turn(self) -> int:
+        """The first step of the backward."""
+        return len(self.forward.steps) + 1
+
+    @property
+    def end(self) -> int:
+        """The last step."""
+        return self.turn + len(self.backward.steps) - 1
+
+    @functools.cached_property
+    def _last_in_forward(self) -> dict[fx.Node, int]:
+        return {buffer.node: buffer.last for buffer in self.forward.buffers}
+
+    def produced(self, residual: Residual, kept: bool) -> int:
+        """First step at which the payload exists; for a kept tensor, the first that the base does not count."""
+        if kept and residual.forward in self._last_in_forward:
+            return min(self._last_in_forward[residual.forward] + 1, self.end)
+        return min(self.forward.step_of(residual.forward), self.end)
+
+    def read(self, residual: Residual) -> list[int]:
+        """Steps of the backward that read it."""
+        return [self.turn + step for step in self.backward.read_at.get(residual.backward, [0])]
+
+    def last(self, residual: Residual) -> int:
+        """The last step that reads it."""
+        return max(self.read(residual))
+
+    def materialised(self, residual: Residual) -> list[int]:
+        """Steps at which an extern kernel reads the residual, so that a decoded tensor must exist."""
+        return [step for step in self.read(residual) if not _is_generated(self.backward, step - self.turn)]
+
+
+def _is_generated(line: Timeline, step: int) -> bool:
+    return is_elementwise(line.steps[step]) or is_reduction(line.steps[step])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What families know besides a residual: the others, how each can be recomputed and is normalised, when all run.
+
+    `apart` says that samples are known to be computed apart.
+    """
+
+    options: Options
+    residuals: Mapping[str, Residual]
+    timeline: StepTimeline
+    chains: Mapping[str, RecomputeSubgraph]
+    norms: Mapping[str, Norm]
+    noises: Sensitivities
+    machine: DeviceSpec
+    apart: bool
+
+    def candidate(
+        self,
+        residual: Residual,
+        codec: str,
+        size: int,
+        *,
+        decoded: bool,
+        traffic: int,
+        added: NoiseContribution = EXACT,
+    ) -> StorageCandidate:
+        """The residual held by this codec in so many bytes, from where it is produced to where it is last read.
+
+        With `decoded`, the tensor stands in memory wherever an extern kernel reads it. Encoding and decoding move
+        `traffic` bytes.
+        """
+        line = self.timeline
+        loads = [(line.produced(residual, codec == "keep"), line.last(residual), size)]
+        if decoded:
+            loads += [(step, step, residual.bytes) for step in line.materialised(residual)]
+        time = seconds(0, traffic, self.machine) if traffic else 0.0
+        dtype = str(residual.value.dtype).removeprefix("torch.")
+        choice = Choice(
+            residual.name, residual.layer, residual.source, residual.shape, dtype,
+            tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=added.noise, time=time,
+            readers=residual.readers,
+        )  # fmt: skip
+        layers = self.noises.relative(added)
+        return StorageCandidate(choice, Option(codec, tuple(loads), added.total, time, layers=layers), added)
+
+    def coded(self, residual: Residual, held: SavedAs) -> StorageCandidate:
+        """The residual as a codec of the table holds it, and bits for its masks, which codes would change."""
+        codec = codec_of(held.codec)
+        masks = 0 if codec.lossless else len(residual.masks) * packed_bytes(residual.forward)
+        candidate = self.candidate(
+            residual,
+            held.codec,
+            codec.payload_bytes(held) + masks,
+            decoded=True,
+            added=EXACT if codec.lossless else self.noises.coded(residual, held),
+            traffic=codec.traffic(held) + 2 * masks,
+        )
+        kind = held.kind if held.codec not in ("quantize", "fixed") else None
+        choice = replace(
+            candidate.choice, bits=held.bits, probes=held.probes, kind=kind, means=held.means, by_sample=held.by_sample
+        )
+        return replace(candidate, choice=choice)
+
+
+def geometry(residual: Residual) -> dict[str, Any]:
+    """What `SavedAs` says of the tensor itself."""
+    return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
+
+
+def codes(residual: Residual, bits: int, context: Context) -> SavedAs:
+    """Codes of so many bits, of the same width for all samples or, by the options, so many on average."""
+    held = geometry(residual)
+    if not context.options.shares_samples or not samples.shareable(residual.shape, residual.order, bits):
+        return SavedAs("quantize", **held, bits=bits)
+    return SavedAs("quantize", **held, bits=bits, by_sample="apart" if context.apart else "mixed")
+
+
+def may_be_noisy(residual: Residual, context: Context) -> bool:
+    """Whether an approximation of it leaves gradients unbiased, and its masks, if it has any, can be held beside it."""
+    masked = "mask" in residual.uses
+    return not (residual.uses <= {"mask"} or "nonlinear" in residual.uses) and not (
+        masked and "bitmask" not in context.options.codecs
+    )
+
+
+def packed_bytes(node: fx.Node) -> int:
+    """Bytes of one bit for each element."""
+    return 4 * ceil(numel(node) / 32)
+
+
+# Yields candidates for a residual.
+Offer = Callable[[Residual, Context], Iterable[StorageCandidate]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a module of `families/` declares, as `FAMILY`.
+
+    Families are asked in the order of `rank`, which is that of the candidates of a row. Where one that is `decisive`
+    offers anything, nothing else is offered, but what keeps the residual under a preset.
+    """
+
+    offer: Offer
+    rank: int
+    decisive: bool = False
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All families, by rank."""
+    from . import families as package
+
+    found = [
+        importlib.import_module(f"{package.__name__}.{one.name}") for one in pkgutil.iter_modules(package.__path__)
+    ]
+    return tuple(sorted((module.FAMILY for module in found), key=lambda family: family.rank))
+
+
+def candidates(residual: Residual, context: Context) -> tuple[StorageCandidate, ...]:
+    """All ways to hold a residual: as it is, and what families offer."""
+    keep = context.candidate(residual, "keep", residual.bytes, decoded=False, traffic=0)
+    row = [keep]
+    for family in families():
+        offered = list(family.offer(residual, context))
+        if family.decisive and offered:
+            return (*([keep] if context.options.codecs.preset else []), *offered)
+        row += offered
+    return tuple(row)
