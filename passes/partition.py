@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.errors import UnsupportedModelError
 
 from .graph import is_primal, is_tangent, output_node, storage_root, tensor_of
 
@@ -17,8 +18,8 @@ from .graph import is_primal, is_tangent, output_node, storage_root, tensor_of
 class Pair:
     """A forward and a backward graph. The forward returns `results` values to the caller, then what it saves.
 
-    The backward's placeholders have the saved values' names: that is how the two are matched. `restored` are values of
-    the forward that the backward makes of others that are saved: their names, and its nodes.
+    The backward's placeholders that are no tangents stand for the saved values, in their order. `restored` are values
+    of the forward that the backward makes of others that are saved: their names, and its nodes.
     """
 
     forward: fx.GraphModule
@@ -36,22 +37,24 @@ class Pair:
     def verify(self) -> None:
         """Raise `AssertionError` unless each value that is saved has exactly one placeholder, of the same kind and in
         the same order."""
-        outputs: Any = output_node(self.forward.graph).args[0]
-        crossing = [node for node in outputs[self.results :] if isinstance(node, fx.Node)]
-        places = [node for node in self.backward.graph.find_nodes(op="placeholder") if not is_tangent(node)]
-        assert [node.name for node in crossing] == [node.name for node in places], (crossing, places)
-        for saved, placeholder in zip(crossing, places, strict=True):
+        for saved, placeholder in self.saved().values():
             one, other = tensor_of(saved), tensor_of(placeholder)
             if one is not None and other is not None:
                 assert (one.shape, one.dtype) == (other.shape, other.dtype), saved.name
 
     def saved(self) -> dict[str, tuple[fx.Node, fx.Node]]:
-        """Name of a saved value to (node that the forward returns, placeholder of the backward), in order."""
-        placeholders = {node.name: node for node in self.backward.graph.find_nodes(op="placeholder")}
+        """Name of a saved value to (node that the forward returns, placeholder of the backward), in order.
+
+        Raises `UnsupportedModelError` for a backward that takes anything else.
+        """
         outputs = output_node(self.forward.graph).args[0]
         assert isinstance(outputs, (list, tuple))
         crossing = [node for node in outputs[self.results :] if isinstance(node, fx.Node)]
-        return {node.name: (node, placeholders[node.name]) for node in crossing if node.name in placeholders}
+        placeholders = [node for node in self.backward.graph.find_nodes(op="placeholder") if not is_tangent(node)]
+        if len(crossing) != len(placeholders):
+            reason = "its backward takes values that its forward does not save"
+            raise UnsupportedModelError("the model", reason, "checkpoints without preserve_rng_state, or no budget")
+        return {node.name: (node, placeholder) for node, placeholder in zip(crossing, placeholders, strict=True)}
 
     def residuals(self) -> dict[str, tuple[fx.Node, fx.Node]]:
         """The saved values that memory is spent on: parameters, inputs and results are alive anyway."""

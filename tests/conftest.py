@@ -15,6 +15,7 @@ def _uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XCONV_FX_CACHE", str(tmp_path_factory.mktemp("calibrations")))
         patch.setenv("XCONV_FX_PLAN_CACHE", "0")
+        patch.setenv("XCONV_FX_VERIFY", "1")
         yield
 
 

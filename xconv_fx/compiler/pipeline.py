@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -196,7 +197,10 @@ def without(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def verified() -> Iterator[None]:
-    """Within this context graphs are checked after every pass: that they are well-formed, and fit together."""
+    """Within this context graphs are checked after every pass: that they are well-formed, and fit together.
+
+    `XCONV_FX_VERIFY=1` does so for a process.
+    """
     token = _verified.set(True)
     try:
         yield
@@ -215,7 +219,7 @@ def run(passes: Sequence[Pass[S]], stage: S, plain: bool = False) -> None:
         log.debug("pass %s: %.3f s", one.name, time.perf_counter() - start)
         if before is not None:
             _dump(one.name, before, _text(stage))
-        if _verified.get():
+        if _verified.get() or os.environ.get("XCONV_FX_VERIFY") == "1":
             _verify(stage)
 
 
