@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,58 @@ def test_what_is_not_the_same_is_searched_for(tmp_path, cache, searches):
     torch.set_num_threads(threads + 1)
     compiled(tmp_path, build(), mem_budget="70%")
     assert len(searches) == 5
+
+
+def centred(apart: bool) -> Callable[[Tensor], Tensor]:
+    """Two functions of one name, which Dynamo does not look into."""
+
+    @torch._dynamo.allow_in_graph
+    def centre(y: Tensor) -> Tensor:
+        return y - y.mean((2, 3) if apart else 0, keepdim=True)
+
+    return centre
+
+
+class Centred(nn.Module):
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.centre = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), centred(apart)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.centre(self.first(x).relu()).relu())
+
+
+def test_a_function_of_the_same_name_is_another(tmp_path, cache, searches):
+    """One treats samples apart and may run in slices, the other does not."""
+    for number, apart in enumerate((True, False), start=1):
+        model = Centred(apart)
+        expected = gradients(model, model)
+        found, (plan,) = compiled(tmp_path, model, mem_budget="90%", codecs="exact")
+        assert len(searches) == number and (plan.slices > 1) <= apart
+        for one, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_is_kept_of_operators_of_the_users(tmp_path, cache, searches):
+    @torch.library.custom_op("stored_plans::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x
+
+    twice.register_fake(torch.empty_like)
+    twice.register_autograd(lambda ctx, grad: 2 * grad)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return twice(self.body(x))
+
+    for _ in range(2):
+        compiled(tmp_path, Twice(), mem_budget="90%", codecs="exact")
+    assert len(searches) == 2 and not cache.exists()
 
 
 def test_a_cache_that_says_nonsense_is_searched_past(tmp_path, cache, searches):
@@ -215,15 +268,25 @@ def test_a_plans_own_budget_is_that_of_the_step(tmp_path):
             (y.square().mean() + held.mean()).backward()
 
 
+WRONG: tuple[dict[str, Any], ...] = (
+    {"slices": "two"}, {"slices": 0}, {"slices": 2, "held_slices": 9}, {"saved_share": 0.0},
+)  # fmt: skip
+
+
 def test_bad_plans_and_options_beside_one(tmp_path):
     path = tmp_path / "plans.json"
     with pytest.raises(OptionError, match="no such file"):
         compiled(tmp_path, build(), plan=path)
     with pytest.raises(OptionError, match=r"write the path of a file"):
         compiled(tmp_path, build(), plan=3)
-    path.write_text("{}")
-    with pytest.raises(OptionError, match=r"not a file of plans"):
-        compiled(tmp_path, build(), plan=path)
+    with pytest.raises(OptionError, match=r"it is a directory"):
+        compiled(tmp_path, build(), plan=tmp_path)
+    (made,) = explain(build(), X, mem_budget="80%", codecs="exact").plans
+    wrong = [json.loads(dataclasses.replace(made, **change).to_json()) for change in WRONG]
+    for text in ("{}", "[1]", "[null]", "[[]]", *(json.dumps([row]) for row in wrong)):
+        path.write_text(text)
+        with pytest.raises(OptionError, match=r"not a file of plans"):
+            compiled(tmp_path, build(), plan=path, codecs="exact")
     for name, value in {"slices": 2, "prefer": "exact", "max_noise": 0.1, "max_slowdown": 0.1}.items():
         with pytest.raises(OptionError, match=rf"{name}=.*the option plan fixes it"):
             compiled(tmp_path, build(), plan=path, **{name: value})

@@ -13,12 +13,14 @@ from torch import fx
 from xconv_fx import hooks
 from xconv_fx.errors import find_ours
 from xconv_fx.hooks.capture import Capture, copied
+from xconv_fx.hooks.dispatch import OpOverload
 from xconv_fx.hooks.scheduler import LocalFusion, in_order
 from xconv_fx.ops import conv3d
 from xconv_fx.options import Options, Probes
 from xconv_fx.options.budget import Budget
 from xconv_fx.options.codecs import CodecSet
 from xconv_fx.passes.channels_last_3d import volumes_channels_last
+from xconv_fx.passes.graph import tensor_of
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.op_table import operators_with
 from xconv_fx.passes.replicate_padding import concatenated_replicate_padding
@@ -31,12 +33,14 @@ from xconv_fx.planner.surroundings import Surroundings
 from xconv_fx.runtime.microbatch_step import slice_inputs
 from xconv_fx.runtime.session import TOGETHER, Graph, Session
 
-from .candidates import Variant, compared_variant
+from .candidates import FULL_BATCH, Variant, compared_variant
 from .fingerprint import source_hash
 from .pipeline import Analysed, Joint, analyse
 
 # A batch that was not looked for.
 _UNSEEN = Batch(0, (), 0, 0, 0)
+# Whose operators are what they are by the versions of torch and of this package.
+_NAMESPACES = {"aten", "prims", "prim", "xconv", "inductor", "inductor_prims", "mkldnn", "quantized", "rngprims"}
 # Operators that run as calls, between which no kernels are fused.
 CALLED = (
     torch.ops.aten.convolution.default,
@@ -68,6 +72,31 @@ class Prepared:
     batch: Batch | None
     drawn: Drawn
     kind: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class JointText:
+    """A joint graph as text, to be compared; `known` says that nothing in it is an operator of the user's."""
+
+    text: str
+    known: bool
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> JointText:
+        """With the sizes and layouts of all values, and the graphs inside of it."""
+        parts, known = [str(gm.graph)], True
+        for node in gm.graph.nodes:
+            value = tensor_of(node)
+            if value is not None:
+                parts.append(f"{node.name} {tuple(value.shape)} {value.stride()} {value.dtype} {value.device}")
+            if isinstance(node.target, OpOverload):
+                known &= node.target.namespace in _NAMESPACES
+        for name, child in gm.named_children():
+            if isinstance(child, fx.GraphModule):
+                inner = JointText.of(child)
+                parts.append(f"{name}: {inner.text}")
+                known &= inner.known
+        return JointText("\n".join(parts), known)
 
 
 @dataclass(frozen=True)
@@ -139,6 +168,7 @@ class Found:
         self._analysed: dict[tuple[bool, Variant], Analysed | Exception | None] = {}
         self._problems: dict[tuple[bool, Variant], list[tuple[tuple[object, ...], PlanningProblem]]] = {}
         self._compiled: tuple[Callable[..., Any], hooks.Deferred] | None = None
+        self._joint: JointText | None = None
 
     @property
     def traces(self) -> int:
@@ -192,6 +222,23 @@ class Found:
             if not found:
                 raise find_ours(error) or error from None
         return found[0] if found else None
+
+    def joint_text(self, request: CaptureRequest) -> JointText | None:
+        """The joint graph of the batch at once, as AOTAutograd traced it; None for a graph without a backward."""
+        if self._joint is None:
+            found: list[JointText] = []
+
+            def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+                found.append(JointText.of(gm))
+                raise _Enough
+
+            try:
+                self._compiled = self.compile(request, FULL_BATCH, Compiling(partition))
+            except Exception as error:
+                if not found:
+                    raise find_ours(error) or error from None
+            self._joint = found[0] if found else None
+        return self._joint
 
     def forward_only(self) -> tuple[Callable[..., Any], hooks.Deferred]:
         """The compilation of a graph that was found to have no backward, and its kernels."""

@@ -143,6 +143,8 @@ class Search:
         analysed, planning = request.analysed(variant), request.problem(variant)
         if analysed is None or planning is None:
             raise ValueError("the graph has no backward")
+        if variant.microbatches is not None and analysed.mixing:
+            raise ValueError(f"it runs in slices, and samples are not apart: {analysed.mixing}")
         planned = planned_as(analysed, planning, request.options, plan.choices, budget, variant.microbatches)
         return generate(request, variant, planned, enforced=enforced)
 

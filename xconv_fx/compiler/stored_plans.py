@@ -1,9 +1,10 @@
 """Plans that were made before: one that the user names (the option `plan`), and those that the cache on disk keeps.
 
-The cache is asked before a search. Its key is everything that a search rests on: the graph and its inputs, the options,
-what is alive around the graph, the versions of this package and of torch with its compiler's settings, and the numbers
-of the machine. What is found is compiled and audited like any plan; where that does not come out as it was stored, the
-search runs as if nothing had been found. `XCONV_FX_PLAN_CACHE=0` turns the cache off.
+The cache is asked before a search. Its key is everything that a search rests on: the graph, as Dynamo and as
+AOTAutograd traced it, which must call no operators of the user's own; its inputs, the options, what is alive around the
+graph, the versions of this package and of torch with its compiler's settings, and the numbers of the machine. What is
+found is compiled and audited like any plan; where that does not come out as it was stored, the search runs as if
+nothing had been found. `XCONV_FX_PLAN_CACHE=0` turns the cache off.
 
 Known gap: what several graphs of one step may take of the budget is searched for again in every process; only the plan
 of each graph is kept.
@@ -86,11 +87,12 @@ def look_up(request: CaptureRequest) -> StoredPlan | None:
 
     Raises the `BudgetInfeasibleError` that the search ended with, if it did.
     """
-    if not _enabled():
+    path = _path(request)
+    if path is None:
         return None
     refused = None
     try:
-        row: dict[str, Any] = json.loads(_path(request).read_text())
+        row: dict[str, Any] = json.loads(path.read_text())
         if row.pop("format") != FORMAT:
             return None
         if "refused" in row:
@@ -110,7 +112,8 @@ def look_up(request: CaptureRequest) -> StoredPlan | None:
 
 def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> None:
     """Keep what a search for this graph and these options came to. A folder that cannot be written to is none."""
-    if not _enabled():
+    path = _path(request)
+    if path is None:
         return
     if isinstance(found, BudgetInfeasibleError):
         names = ("budget", "smallest", "consumers", "notes")
@@ -121,7 +124,6 @@ def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> 
         row["plan"] = json.loads(replace(found.plan, measured_peak=None).to_json())
     text = json.dumps({**row, "format": FORMAT}, sort_keys=True)
     with contextlib.suppress(OSError):
-        path = _path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed when complete: another process may read it meanwhile.
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -129,21 +131,28 @@ def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> 
         Path(file.name).replace(path)
 
 
-def _enabled() -> bool:
-    return os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
+def _path(request: CaptureRequest) -> Path | None:
+    """Where what is found for a request is kept; None where nothing is."""
+    if os.environ.get("XCONV_FX_PLAN_CACHE", "1") == "0":
+        return None
+    key = key_of(request)
+    return None if key is None else rates.folder() / "plans" / f"{key}.json"
 
 
-def _path(request: CaptureRequest) -> Path:
-    return rates.folder() / "plans" / f"{key_of(request)}.json"
+def key_of(request: CaptureRequest) -> str | None:
+    """What stands for all that a search for this graph rests on; None where that is not known.
 
-
-def key_of(request: CaptureRequest) -> str:
-    """What stands for all that a search for this graph rests on."""
-    graph = request.graph
+    What Dynamo's graph calls by name may be anything: what AOTAutograd traced of it counts. Operators of the user's own
+    stay in that as names.
+    """
+    graph, joint = request.graph, request.found.joint_text(request)
+    if joint is None or not joint.known:
+        return None
     parts = (
         source_hash(),
         hooks.compiler_settings(),
         _graph(request.gm),
+        joint.text,
         [_described(value) for value in request.example_inputs],
         hooks.data_inputs(request.gm),
         request.options.fingerprint(),

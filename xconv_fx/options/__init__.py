@@ -399,6 +399,10 @@ def _parse_plan(value: Any) -> Path | None:
     if not isinstance(value, (str, Path)):
         raise OptionError("plan", value, "write the path of a file that the option report, or xconv plan, wrote")
     path = Path(value)
+    if path.is_dir():
+        raise OptionError(
+            "plan", str(value), "it is a directory; write the path of a file that the option report wrote"
+        )
     if not path.is_file():
         raise OptionError(
             "plan", str(value), "there is no such file; the option report, and xconv plan --json, write one"

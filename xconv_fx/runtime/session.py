@@ -110,8 +110,14 @@ class GivenPlans:
         if path is None:
             return GivenPlans()
         try:
-            return GivenPlans(read_json(path))
-        except (OSError, ValueError) as error:
+            plans = read_json(path)
+            for plan in plans:
+                if not (isinstance(plan.slices, int) and 0 <= plan.held_slices <= plan.slices >= 1):
+                    raise ValueError(f"slices={plan.slices!r}, held_slices={plan.held_slices!r}")
+                if not 0 < plan.saved_share <= 1:
+                    raise ValueError(f"saved_share={plan.saved_share!r}")
+            return GivenPlans(plans)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             hint = f"not a file of plans: {error}; the option report, and xconv plan --json, write one"
             raise OptionError("plan", str(path), hint) from None
 
