@@ -80,3 +80,29 @@ def test_images_of_one_channel_are_seen_channels_last():
             view = node.args[place]
             assert view.target is torch.ops.aten.as_strided.default and view.meta["val"].stride() == (192, 1, 12, 1)
             assert view.all_input_nodes[0].op == "placeholder"
+
+
+def test_results_lie_as_they_were_traced():
+    """Whoever takes a view of a result, AOTAutograd for one that the model returns as well, counts on it."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.body(x)
+            return y, y.view(y.size(0), -1)
+
+    pair = pair_of(torch.randn(2, 3, 16, 16), late=True, model=Viewed())
+    result = output_node(pair.forward.graph).args[0][0]
+    assert result.target is torch.ops.aten.clone.default and result.meta["val"].is_contiguous()
+    model, x = Viewed(), torch.randn(4, 3, 24, 24)
+    expected = model(x)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="xconv", options={"mem_budget": "95%", "codecs": "exact", "verify": "off"})
+    found = step(x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.is_contiguous()
+    (found[0].sum() + found[1].square().mean()).backward()
