@@ -82,7 +82,7 @@ def test_a_kept_residual_dies_after_its_last_reader(pairs):
     ((first, last, size),) = item.options[0].loads
     assert size == 2 * 8 * 16 * 16 * 4
     labels = planning.problem.labels
-    # In the forward it is one of the graph's own buffers until its last reader there, the step before the result's copy.
+    # In the forward it is one of the graph's own buffers until its last reader there, just before the result's copy.
     assert labels[first - 1] == "convolution_1" and first + 1 == turn(planning) == labels.index("the loss")
     assert labels[last] == "where" or labels[last].startswith("convolution")
     assert last < len(labels)
