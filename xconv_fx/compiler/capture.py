@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -36,6 +36,8 @@ from xconv_fx.runtime.session import TOGETHER, Graph, Session
 from .candidates import FULL_BATCH, Variant, compared_variant
 from .fingerprint import source_hash
 from .pipeline import Analysed, Joint, analyse
+
+T = TypeVar("T")
 
 # A batch that was not looked for.
 _UNSEEN = Batch(0, (), 0, 0, 0)
@@ -168,12 +170,6 @@ class Found:
         self._analysed: dict[tuple[bool, Variant], Analysed | Exception | None] = {}
         self._problems: dict[tuple[bool, Variant], list[tuple[tuple[object, ...], PlanningProblem]]] = {}
         self._compiled: tuple[Callable[..., Any], hooks.Deferred] | None = None
-        self._joint: JointText | None = None
-
-    @property
-    def traces(self) -> int:
-        """How often AOTAutograd traced."""
-        return sum(capture.traces for capture in self._captures.values())
 
     def analysed(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
         """As `CaptureRequest.analysed`."""
@@ -202,9 +198,9 @@ class Found:
         return beside(problem, request.around)
 
     def _analyse(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
-        found: list[Analysed] = []
+        prepared = self.prepared(request, variant)
 
-        def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
+        def look(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed:
             samples = 0 if prepared.batch is None else prepared.batch.size
             if variant.microbatches is not None:
                 samples = variant.microbatches.samples
@@ -212,33 +208,29 @@ class Found:
                 gm, joint_inputs, arguments, prepared.batch, samples, variant.saved, request.session.device,
                 request.options.plain,
             )  # fmt: skip
-            found.append(analyse(joint))
+            return analyse(joint)
+
+        return self._seen(request, variant, look)
+
+    def joint_text(self, request: CaptureRequest) -> JointText | None:
+        """The joint graph of the batch at once, as AOTAutograd traced it; None for a graph without a backward."""
+        return self._seen(request, FULL_BATCH, lambda gm, *_, **__: JointText.of(gm))
+
+    def _seen(self, request: CaptureRequest, variant: Variant, look: Callable[..., T]) -> T | None:
+        """What `look` makes of the partitioner's arguments, after which nothing is compiled; None without a backward,
+        of which the compilation is kept."""
+        found: list[T] = []
+
+        def partition(*arguments: Any, **named: Any) -> Any:
+            found.append(look(*arguments, **named))
             raise _Enough
 
-        prepared = self.prepared(request, variant)
         try:
             self._compiled = self.compile(request, variant, Compiling(partition))
         except Exception as error:
             if not found:
                 raise find_ours(error) or error from None
         return found[0] if found else None
-
-    def joint_text(self, request: CaptureRequest) -> JointText | None:
-        """The joint graph of the batch at once, as AOTAutograd traced it; None for a graph without a backward."""
-        if self._joint is None:
-            found: list[JointText] = []
-
-            def partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Any:
-                found.append(JointText.of(gm))
-                raise _Enough
-
-            try:
-                self._compiled = self.compile(request, FULL_BATCH, Compiling(partition))
-            except Exception as error:
-                if not found:
-                    raise find_ours(error) or error from None
-            self._joint = found[0] if found else None
-        return self._joint
 
     def forward_only(self) -> tuple[Callable[..., Any], hooks.Deferred]:
         """The compilation of a graph that was found to have no backward, and its kernels."""

@@ -137,6 +137,16 @@ class Comparison:
             return True
         return False
 
+    def asked_slices(self) -> Microbatches | None:
+        """The slices that the options ask for; None where they ask for none, or the graph has no backward.
+
+        Raises `OptionError` where the batch cannot be sliced so.
+        """
+        if self.request.options.slices in (None, 1) or self.whole is None or self.unsliceable():
+            return None
+        (microbatches,) = filter(None, self.slices())
+        return microbatches
+
     def _full_batch(self) -> Analysed:
         found = self.request.analysed(FULL_BATCH)
         assert found is not None, "a graph without a backward is not compared"

@@ -4,7 +4,7 @@
     Partitioned  PREPARE: passes over forward and backward, which torch's partitioner made of it
     Analysed     residuals, what the graph is like; the planning problem in numbers
     Planned      a choice for every residual
-    Pair         FINISH: passes that write the plan into a copy of forward and backward
+    Pair         insert_codecs, KERNELS: passes that write the plan into a copy of forward and backward
 
 A stage is a value: it is made of the one before, and graphs are rewritten only on the way to the next. So one analysis
 serves many plans, and every attempt at generating code starts from a copy.
@@ -51,8 +51,6 @@ from xconv_fx.planner.microbatch import slice_step
 from xconv_fx.planner.microbatches import Batch, Microbatches
 from xconv_fx.planner.peak_scenarios import ONCE, Calls
 from xconv_fx.planner.problem import PlanningProblem, build_problem, corrected
-
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,9 @@ class Planned:
     microbatches: Microbatches | None
     plan: Plan
     phase_peaks: Mapping[str, int]
+
+
+S = TypeVar("S", Joint, Partitioned, Pair)
 
 
 @dataclass(frozen=True)
@@ -223,18 +224,15 @@ def run(passes: Sequence[Pass[S]], stage: S, plain: bool = False) -> None:
             _verify(stage)
 
 
-def _graphs(stage: object) -> dict[str, fx.GraphModule]:
+def _graphs(stage: Joint | Partitioned | Pair) -> dict[str, fx.GraphModule]:
     if isinstance(stage, Joint):
         return {"joint": stage.graph}
     pair = stage.pair if isinstance(stage, Partitioned) else stage
-    assert isinstance(pair, Pair)
     return {"forward": pair.forward, "backward": pair.backward}
 
 
-def _text(stage: object) -> list[str]:
-    return [
-        line for name, half in _graphs(stage).items() for line in (f"# {name}", *str(half.graph).splitlines())
-    ]  # fmt: skip
+def _text(stage: Joint | Partitioned | Pair) -> list[str]:
+    return [line for name, half in _graphs(stage).items() for line in (f"# {name}", *str(half.graph).splitlines())]
 
 
 def _dump(name: str, before: Sequence[str], after: Sequence[str]) -> None:
@@ -242,13 +240,11 @@ def _dump(name: str, before: Sequence[str], after: Sequence[str]) -> None:
     trace.artifact(f"xconv_pass_{name}", lambda: changes or "nothing changed", "string")
 
 
-def _verify(stage: object) -> None:
+def _verify(stage: Joint | Partitioned | Pair) -> None:
     for half in _graphs(stage).values():
         half.graph.lint()
     if not isinstance(stage, Joint):
-        pair = stage.pair if isinstance(stage, Partitioned) else stage
-        assert isinstance(pair, Pair)
-        pair.verify()
+        (stage.pair if isinstance(stage, Partitioned) else stage).verify()
 
 
 def analyse(joint: Joint) -> Analysed:

@@ -19,6 +19,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from xconv_fx.errors import BudgetInfeasibleError, OptionError, XConvError
@@ -35,7 +36,7 @@ from .feedback import NOTHING_FOUND, Feedback
 from .generate import Audited, Generated, generate, plan, report
 from .pipeline import Planned, planned_as
 from .refusals import Lowest, refusal
-from .stored_plans import StoredPlan, keep, look_up
+from .stored_plans import StoredPlan, keep, look_up, place_of
 
 # Plans that are generated before the one of least peak is.
 ATTEMPTS = 8
@@ -70,8 +71,9 @@ class Search:
     """The search for a way to run one graph within its budget."""
 
     def __init__(self, request: CaptureRequest) -> None:
-        self.asked = request
         self.comparison = Comparison(request)
+        # Where a plan that is searched for is kept.
+        self.place: Path | None = None
 
     @property
     def request(self) -> CaptureRequest:
@@ -87,12 +89,15 @@ class Search:
             return self._preset()
         if options.mem_budget is None:
             return self._without_budget()
-        if (stored := self._as_stored(options.mem_budget)) is not None:
-            return stored
+        place = place_of(self.request)
+        stored = look_up(place)
+        if stored is not None and (step := self._as_stored(stored, options.mem_budget)) is not None:
+            return step
+        self.place = place
         try:
             return self._searched(options.mem_budget)
         except BudgetInfeasibleError as error:
-            keep(self.asked, error)
+            keep(place, error)
             raise
 
     def _searched(self, wanted: Budget) -> Callable[..., Any]:
@@ -100,7 +105,7 @@ class Search:
         options = self.request.options
         plain: Generated | None = None
         if wanted.bytes is None or not (known := self._beyond_doubt(wanted.bytes)):
-            plain = self._plain()
+            plain = self._plain
             budget = self._budget(wanted, plain.peak)
             known = {"baseline_peak": plain.peak, "budget": budget}
             if options.limit(budget).allows(plain.peak) and self._plain_will_do:
@@ -113,11 +118,8 @@ class Search:
             )
         return self._least(plain, *taken, **known)
 
-    def _as_stored(self, wanted: Budget) -> Callable[..., Any] | None:
-        """The step of a plan that was found before; None where there is none, or it does not come out as it did."""
-        stored = look_up(self.request)
-        if stored is None:
-            return None
+    def _as_stored(self, stored: StoredPlan, wanted: Budget) -> Callable[..., Any] | None:
+        """The step of a plan that was found before; None where it does not come out as it did."""
         budget = self._budget(wanted, stored.baseline_peak)
         request = self.request.within(budget)
         request = request.plain() if stored.plan.inductor else request
@@ -177,10 +179,10 @@ class Search:
             request = request.plain()
         variant = replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout)
         if plan.slices > 1:
-            sliced = Comparison(replace(request, options=replace(request.options, slices=plan.slices)))
-            if sliced.whole is None or sliced.unsliceable():
+            sliced = replace(request, options=replace(request.options, slices=plan.slices))
+            microbatches = Comparison(sliced).asked_slices()
+            if microbatches is None:
                 raise ValueError("it runs in slices, and this graph does not")
-            (microbatches,) = filter(None, sliced.slices())
             variant = replace(variant, microbatches=replace(microbatches, held=plan.held_slices))
         return self._of(request, variant, plan, budget, enforced=False), budget
 
@@ -193,21 +195,14 @@ class Search:
 
     def _wanted_variant(self) -> Variant:
         """The variant of a step without a budget. Raises `OptionError` where the batch cannot be sliced as wanted."""
-        if self.request.options.slices in (None, 1):
-            return FULL_BATCH
-        if self.comparison.whole is None or self.comparison.unsliceable():
-            return FULL_BATCH
-        (microbatches,) = filter(None, self.comparison.slices())
-        return Variant(replace(microbatches, held=microbatches.count))
+        microbatches = self.comparison.asked_slices()
+        return FULL_BATCH if microbatches is None else Variant(replace(microbatches, held=microbatches.count))
 
     @functools.cached_property
-    def _plain_generated(self) -> Generated:
-        plain = self.request.plain()
-        return generate(plain, FULL_BATCH, plan(plain, FULL_BATCH), enforced=False)
-
     def _plain(self) -> Generated:
         """The code that Inductor generates by itself, without kernels."""
-        return self._plain_generated
+        plain = self.request.plain()
+        return generate(plain, FULL_BATCH, plan(plain, FULL_BATCH), enforced=False)
 
     @property
     def _plain_will_do(self) -> bool:
@@ -262,7 +257,7 @@ class Search:
         usable = options.limit().usable
         doubtful = usable * (1 + CLOSE) + _overestimated(noisy.generated)
         if self._plain_will_do and self._plain_predicted <= doubtful:
-            plain = self._plain()
+            plain = self._plain
             if plain.peak <= usable:
                 return replace(noisy, way=Candidate(FULL_BATCH, 0.0, 0.0), generated=plain)
         exact = replace(options, max_noise=0.0)
@@ -292,7 +287,7 @@ class Search:
         if options.mem_budget is not None:
             plain = 0
             if options.mem_budget.bytes is None:
-                plain = self._plain().peak
+                plain = self._plain.peak
                 known["baseline_peak"] = plain
             known["budget"] = self._budget(options.mem_budget, plain)
         planned = plan(self.request, FULL_BATCH)
@@ -426,7 +421,7 @@ class Search:
             attempts = {"attempts": tried + len(steps), "foreseen": foreseen or best.foreseen}
             return self._finished(best, **attempts, **known, **self._time(self._way_of(best.variant, best.planned)))
         if self._plain_will_do:
-            plain = plain or self._plain()
+            plain = plain or self._plain
             if plain.peak <= usable:
                 return self._finished(plain, **{**known, "baseline_peak": plain.peak})
             steps.append(plain)
@@ -460,9 +455,9 @@ class Search:
         known = {"foreseen": generated.foreseen, "inductor": generated.request.options.plain, **known}
         request = replace(generated.request, notes=self.comparison.notes)
         recorded = report(request, generated.variant, generated.planned, generated.audited, **known)
-        if recorded is not None and "baseline_peak" in known and self.asked.options.plan is None:
+        if recorded is not None and self.place is not None:
             found = self.comparison.found_notes
-            keep(self.asked, StoredPlan.of(recorded, known["baseline_peak"], found, generated.variant.microbatches))
+            keep(self.place, StoredPlan.of(recorded, known["baseline_peak"], found, generated.variant.microbatches))
         return generated.step
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,12 +81,11 @@ class StoredPlan:
         return Variant(microbatches, self.plan.saved_share, self.plan.relayout)
 
 
-def look_up(request: CaptureRequest) -> StoredPlan | None:
-    """What is kept for this graph and these options; None for nothing, or for what cannot be read.
+def look_up(path: Path | None) -> StoredPlan | None:
+    """What is kept there; None for nothing, or for what cannot be read.
 
     Raises the `BudgetInfeasibleError` that the search ended with, if it did.
     """
-    path = _path(request)
     if path is None:
         return None
     refused = None
@@ -110,9 +108,8 @@ def look_up(request: CaptureRequest) -> StoredPlan | None:
         return None
 
 
-def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> None:
-    """Keep what a search for this graph and these options came to. A folder that cannot be written to is none."""
-    path = _path(request)
+def keep(path: Path | None, found: StoredPlan | BudgetInfeasibleError) -> None:
+    """Keep there what a search came to. A folder that cannot be written to is none."""
     if path is None:
         return
     if isinstance(found, BudgetInfeasibleError):
@@ -124,15 +121,11 @@ def keep(request: CaptureRequest, found: StoredPlan | BudgetInfeasibleError) -> 
         row["plan"] = json.loads(replace(found.plan, measured_peak=None).to_json())
     text = json.dumps({**row, "format": FORMAT}, sort_keys=True)
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: another process may read it meanwhile.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        rates.write_whole(path, text)
 
 
-def _path(request: CaptureRequest) -> Path | None:
-    """Where what is found for a request is kept; None where nothing is."""
+def place_of(request: CaptureRequest) -> Path | None:
+    """Where what is found for this graph and these options is kept; None where nothing is."""
     if os.environ.get("XCONV_FX_PLAN_CACHE", "1") == "0":
         return None
     key = key_of(request)

@@ -98,13 +98,17 @@ def specs(values: Iterable[Any]) -> tuple[DeviceSpec, ...]:
 
 def save(machine: Machine, measured: DeviceSpec) -> Path:
     """Write what was measured, in place of what was there; the file's path. Raises `OSError`."""
-    path = machine.path
+    write_whole(machine.path, to_json(machine, measured))
+    return machine.path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of the cache, in place of what was there, and its folder. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a training run that starts meanwhile must not read half a file.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(to_json(machine, measured))
+        file.write(text)
     os.replace(file.name, path)
-    return path
 
 
 def to_json(machine: Machine, measured: DeviceSpec) -> str:

@@ -33,10 +33,9 @@ class _Found:
 
 
 class Capture:
-    """What AOTAutograd traced of one graph. `traces` is how often it did: once, unless it cannot be kept."""
+    """What AOTAutograd traced of one graph."""
 
     def __init__(self) -> None:
-        self.traces = 0
         self._found: _Found | None = None
 
     @contextlib.contextmanager
@@ -62,7 +61,6 @@ class Capture:
 
         def stage1(state: Any, function: Callable[..., Any]) -> Any:
             if self._found is None:
-                self.traces += 1
                 joint = trace(state, function)
                 if not state.needs_autograd or joint.maybe_subclass_meta is not None or not seen:
                     return joint

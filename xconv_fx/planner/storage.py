@@ -155,7 +155,7 @@ class Context:
             added=EXACT if codec.lossless else self.noises.coded(residual, held),
             traffic=codec.traffic(held) + 2 * masks,
         )
-        kind = held.kind if held.codec not in ("quantize", "fixed") else None
+        kind = held.kind if held.codec == "probe" else None
         choice = replace(
             candidate.choice, bits=held.bits, probes=held.probes, kind=kind, means=held.means, by_sample=held.by_sample
         )

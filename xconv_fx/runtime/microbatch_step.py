@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,9 +34,6 @@ from xconv_fx.passes.slice_graph import Drawn
 from xconv_fx.planner.microbatches import Microbatches
 
 from .unplanned import planned
-
-if TYPE_CHECKING:
-    pass
 
 
 def slice_inputs(example_inputs: Sequence[Any], microbatches: Microbatches) -> list[Any]:
