@@ -58,8 +58,6 @@ def late_layout(pair: Pair) -> None:
     """Copy contiguous images where convolutions read them; rewrites both halves in place."""
     images = {node.name for node in relaid_operands(pair.forward, 0) if node.meta["val"].is_contiguous()}
     last = hooks.channels_last_convolutions(pair.forward)
-    if images:
-        _results_as_traced(pair)
     for half in (pair.forward, pair.backward):
         for place, target in ((0, aten.convolution.default), (1, aten.convolution_backward.default)):
             for node in half.graph.find_nodes(op="call_function", target=target):
@@ -71,6 +69,8 @@ def late_layout(pair: Pair) -> None:
     for name, (image, placeholder) in pair.saved().items():
         if name in images:
             _save_as_matrix(pair, image, placeholder)
+    if images:
+        _results_as_traced(pair)
     for half in (pair.forward, pair.backward):
         half.recompile()
 
@@ -79,18 +79,19 @@ def _results_as_traced(pair: Pair) -> None:
     """Have the results lie as they were traced, contiguous, whatever the layout of what they are computed from becomes.
 
     Inductor takes a graph's layouts from running it on fakes once more, and would return what a convolution of a
-    channels-last copy gives.
+    channels-last copy gives. A result that the backward reads is saved as it is returned: one tensor, not two.
     """
     graph, output = pair.forward.graph, output_node(pair.forward.graph)
     values: list[Any] = list(arguments(output)[0])
-    for place, node in enumerate(values[: pair.results]):
+    as_traced: dict[Any, fx.Node] = {}
+    for node in dict.fromkeys(values[: pair.results]):
         value = tensor_of(node) if isinstance(node, fx.Node) and not is_primal(node) else None
         if value is not None and value.dim() == 4 and value.is_contiguous() and _is_relaid(value):
             with graph.inserting_before(output):
-                (values[place],) = inline(
+                (as_traced[node],) = inline(
                     graph, lambda x: x.clone(memory_format=torch.contiguous_format), [node], origin_meta(node)
                 )
-    output.args = (tuple(values),)
+    output.args = (tuple(as_traced.get(value, value) for value in values),)
 
 
 def _is_single(value: torch.Tensor) -> bool:

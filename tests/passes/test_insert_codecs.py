@@ -69,7 +69,8 @@ le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
 primals_3_matrix = aten.view(primals_3)
-return convolution_1, getitem_1, getitem, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+clone_1 = aten.clone(convolution_1)
+return clone_1, getitem_1, getitem, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
@@ -123,7 +124,8 @@ le_scalar = aten.le(relu)
 pack_mask = xconv.pack_mask(le_scalar)
 convolution_1 = aten.convolution(relu, primals_4, primals_5)
 primals_3_matrix = aten.view(primals_3)
-return convolution_1, mean, fold, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+clone_1 = aten.clone(convolution_1)
+return clone_1, mean, fold, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
