@@ -104,7 +104,7 @@ def _copied(half: fx.GraphModule, nodes: dict[fx.Node, fx.Node]) -> fx.GraphModu
     made = graph.output(results)
     made.meta = dict(output.meta)
     nodes[output] = made
-    copy = fx.GraphModule(half, graph)
+    copy = hooks.graph_module(half, graph)
     copy.meta = dict(half.meta)
     return copy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -197,24 +197,28 @@ class Found:
             known.append((given, problem))
         return beside(problem, request.around)
 
+    def look_at_joint(self, request: CaptureRequest, look: Callable[[JointText], bool]) -> None:
+        """Show `look` the joint graph of the batch at once as AOTAutograd traced it, if the graph has a backward.
+
+        What is to be found in it is found on the way where `look` says that it will be asked for.
+        """
+
+        def looked(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed | None:
+            if not look(JointText.of(gm)):
+                return None
+            return _analyse(request, FULL_BATCH, prepared, gm, joint_inputs, arguments)
+
+        prepared = self.prepared(request, FULL_BATCH)
+        if (analysed := self._seen(request, FULL_BATCH, looked)) is not None:
+            self._analysed[request.options.plain, FULL_BATCH] = analysed
+
     def _analyse(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
         prepared = self.prepared(request, variant)
 
         def look(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed:
-            samples = 0 if prepared.batch is None else prepared.batch.size
-            if variant.microbatches is not None:
-                samples = variant.microbatches.samples
-            joint = Joint(
-                gm, joint_inputs, arguments, prepared.batch, samples, variant.saved, request.session.device,
-                request.options.plain,
-            )  # fmt: skip
-            return analyse(joint)
+            return _analyse(request, variant, prepared, gm, joint_inputs, arguments)
 
         return self._seen(request, variant, look)
-
-    def joint_text(self, request: CaptureRequest) -> JointText | None:
-        """The joint graph of the batch at once, as AOTAutograd traced it; None for a graph without a backward."""
-        return self._seen(request, FULL_BATCH, lambda gm, *_, **__: JointText.of(gm))
 
     def _seen(self, request: CaptureRequest, variant: Variant, look: Callable[..., T]) -> T | None:
         """What `look` makes of the partitioner's arguments, after which nothing is compiled; None without a backward,
@@ -272,6 +276,22 @@ class Found:
 
 class _Enough(Exception):
     """Ends a compilation that has given what it was run for."""
+
+
+def _analyse(
+    request: CaptureRequest,
+    variant: Variant,
+    prepared: Prepared,
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    arguments: Mapping[str, Any],
+) -> Analysed:
+    """What is found of a variant, whose joint graph the partitioner was given with these arguments."""
+    batch, microbatches = prepared.batch, variant.microbatches
+    whole = 0 if batch is None else batch.size
+    samples = whole if microbatches is None else microbatches.samples
+    device, plain = request.session.device, request.options.plain
+    return analyse(Joint(gm, joint_inputs, arguments, batch, samples, variant.saved, device, plain))
 
 
 def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared:

@@ -36,7 +36,7 @@ from .feedback import NOTHING_FOUND, Feedback
 from .generate import Audited, Generated, generate, plan, report
 from .pipeline import Planned, planned_as
 from .refusals import Lowest, refusal
-from .stored_plans import StoredPlan, keep, look_up, place_of
+from .stored_plans import StoredPlan, find, keep
 
 # Plans that are generated before the one of least peak is.
 ATTEMPTS = 8
@@ -89,8 +89,7 @@ class Search:
             return self._preset()
         if options.mem_budget is None:
             return self._without_budget()
-        place = place_of(self.request)
-        stored = look_up(place)
+        place, stored = find(self.request)
         if stored is not None and (step := self._as_stored(stored, options.mem_budget)) is not None:
             return step
         self.place = place
@@ -246,9 +245,9 @@ class Search:
     def _exact_instead(self, noisy: _Taken, feedback: Feedback) -> _Taken | None:
         """The plain step, or the exact way of least peak, where that is better than a noisy one and its code fits.
 
-        Predictions err, and corrections as well: what other plans were found to be short of may be less for these. So
-        they are generated, unless they are predicted to exceed the budget by far more than the noisy one's audit was
-        off.
+        An exact way that is predicted to fit was compared already. But predictions err, and corrections as well: what
+        other plans were found to be short of may be less for these. So one that is predicted to exceed the budget is
+        generated, unless that is by far more than the noisy one's audit was off.
         """
         options = self.request.options
         if noisy.way.noise == 0 or options.codecs.exact or options.probes != Probes():
@@ -262,7 +261,7 @@ class Search:
                 return replace(noisy, way=Candidate(FULL_BATCH, 0.0, 0.0), generated=plain)
         exact = replace(options, max_noise=0.0)
         found = self.comparison.lowest(exact, feedback)
-        if found is None or found.predicted > doubtful:
+        if found is None or not usable < found.predicted <= doubtful:
             return None
         generated = self._generated(found, exact, feedback)
         way = self._way_of(found.variant, generated.planned)

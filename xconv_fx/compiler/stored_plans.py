@@ -33,7 +33,7 @@ from xconv_fx.plan.log import log
 from xconv_fx.planner.microbatches import Microbatches
 
 from .candidates import FULL_BATCH, Variant
-from .capture import CaptureRequest
+from .capture import CaptureRequest, JointText
 from .fingerprint import source_hash
 
 FORMAT = 1
@@ -81,29 +81,20 @@ class StoredPlan:
         return Variant(microbatches, self.plan.saved_share, self.plan.relayout)
 
 
-def look_up(path: Path | None) -> StoredPlan | None:
-    """What is kept there; None for nothing, or for what cannot be read.
-
-    Raises the `BudgetInfeasibleError` that the search ended with, if it did.
-    """
-    if path is None:
-        return None
-    refused = None
+def look_up(path: Path) -> StoredPlan | BudgetInfeasibleError | None:
+    """What is kept there, a plan or what the search ended with; None for nothing, or for what cannot be read."""
     try:
         row: dict[str, Any] = json.loads(path.read_text())
         if row.pop("format") != FORMAT:
             return None
         if "refused" in row:
-            refused = BudgetInfeasibleError(**row["refused"])
-            raise refused
+            return BudgetInfeasibleError(**row["refused"])
         plan = Plan.from_json(json.dumps(row.pop("plan")))
         known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
         return StoredPlan(plan, **known)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if error is refused:
-            raise
         log.debug("a stored plan cannot be read: %s", error)
         return None
 
@@ -124,28 +115,42 @@ def keep(path: Path | None, found: StoredPlan | BudgetInfeasibleError) -> None:
         rates.write_whole(path, text)
 
 
-def place_of(request: CaptureRequest) -> Path | None:
-    """Where what is found for this graph and these options is kept; None where nothing is."""
+def find(request: CaptureRequest) -> tuple[Path | None, StoredPlan | None]:
+    """Where what is found for this graph and these options is kept (None: nowhere), and the plan that is.
+
+    Raises the `BudgetInfeasibleError` that a search ended with before.
+    """
     if os.environ.get("XCONV_FX_PLAN_CACHE", "1") == "0":
-        return None
-    key = key_of(request)
-    return None if key is None else rates.folder() / "plans" / f"{key}.json"
+        return None, None
+    known = _known(request)
+    place: Path | None = None
+    found: StoredPlan | BudgetInfeasibleError | None = None
+
+    def look(joint: JointText) -> bool:
+        nonlocal place, found
+        if joint.known:
+            key = hashlib.sha256((known + joint.text).encode()).hexdigest()
+            place = rates.folder() / "plans" / f"{key}.json"
+            found = look_up(place)
+        return found is None or (isinstance(found, StoredPlan) and found.variant(request) == FULL_BATCH)
+
+    request.found.look_at_joint(request, look)
+    if isinstance(found, BudgetInfeasibleError):
+        raise found
+    return place, found
 
 
-def key_of(request: CaptureRequest) -> str | None:
-    """What stands for all that a search for this graph rests on; None where that is not known.
+def _known(request: CaptureRequest) -> str:
+    """What stands for all that a search for this graph rests on, besides its joint graph.
 
     What Dynamo's graph calls by name may be anything: what AOTAutograd traced of it counts. Operators of the user's own
     stay in that as names.
     """
-    graph, joint = request.graph, request.found.joint_text(request)
-    if joint is None or not joint.known:
-        return None
+    graph = request.graph
     parts = (
         source_hash(),
         hooks.compiler_settings(),
         _graph(request.gm),
-        joint.text,
         [_described(value) for value in request.example_inputs],
         hooks.data_inputs(request.gm),
         request.options.fingerprint(),
@@ -157,7 +162,7 @@ def key_of(request: CaptureRequest) -> str | None:
         rates.Machine.of("cpu"),
         dispatch.settings(),
     )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return repr(parts)
 
 
 def _graph(gm: fx.GraphModule) -> list[Any]:

@@ -56,6 +56,7 @@ from .frames import forget as forget
 from .frames import goes_on as goes_on
 from .frames import while_compiling as while_compiling
 from .fx import cheap_graphs as cheap_graphs
+from .fx import graph_module as graph_module
 from .indexing import cheap_strides as cheap_strides
 from .inductor import ahead_of_time_backward as ahead_of_time_backward
 from .inductor import cache_folder as cache_folder

@@ -20,6 +20,8 @@ from unittest import mock
 
 from torch import fx
 
+from .fx import graph_module
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -101,7 +103,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     results = graph.graph_copy(gm.graph, {})
     graph.output(results).meta = dict(gm.graph.output_node().meta)
     graph.set_codegen(gm.graph._codegen)
-    copy_of_it = fx.GraphModule(gm, graph)
+    copy_of_it = graph_module(gm, graph)
     copy_of_it.meta = dict(gm.meta)
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):  # The body of a checkpoint or another operator that takes a graph.

@@ -1,4 +1,6 @@
-"""Make the many graphs of a plan faster, by work on every node that a plan of fixed sizes can do without.
+"""Make the many graphs of a plan faster, by work that a plan of fixed sizes can do without.
+
+Private parts of PyTorch, read in torch 2.13: `torch/fx/_lazy_graph_module.py` and what `torch/fx/graph.py` imports.
 
 A residual network of 150 layers has a joint graph of 12,000 nodes, copied some six times on the way to a plan.
 """
@@ -11,7 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from torch import fx
 from torch.fx import graph
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree
 
 
@@ -45,3 +49,8 @@ def cheap_graphs() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module of this graph with the attributes of `root`. Python code is generated when it is called, if ever."""
+    return _LazyGraphModule(root, graph)
