@@ -7,6 +7,7 @@ references, so graphs run in `torch.fx.Interpreter` before and after a pass.
 from __future__ import annotations
 
 import copy
+import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -191,3 +192,9 @@ def text(graph: fx.Graph) -> str:
         else:
             lines.append(f"{node.name} = {str(node.target).rsplit('.', 1)[0]}({inputs})")
     return "\n".join(lines) + "\n"
+
+
+def changes(before: fx.Graph, after: fx.Graph) -> str:
+    """What another graph has instead of this one, as the lines of a diff with one line around each place."""
+    lines = difflib.unified_diff(text(before).splitlines(), text(after).splitlines(), lineterm="", n=1)
+    return "\n".join("..." if line.startswith("@@") else line for line in list(lines)[2:]) + "\n"

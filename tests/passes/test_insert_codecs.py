@@ -1,4 +1,4 @@
-"""What rewritten pairs look like (`EXPECTTEST_ACCEPT=1 pytest` renews the texts) and what they compute.
+"""What rewriting changes in pairs (`EXPECTTEST_ACCEPT=1 pytest` renews the texts) and what they compute.
 
 Both halves run in eager mode. Lossless choices must not change a bit; for stochastic ones the mean error of `DRAWS`
 steps, projected on fixed random directions, is compared with its standard error. Of a hundred such z one exceeds
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from expecttest import TestCase
-from helpers.tracing import run_pair, text, trace
+from helpers.tracing import changes, run_pair, text, trace
 from torch import nn
 
 from xconv_fx.errors import BudgetInfeasibleError
@@ -48,165 +48,150 @@ def smallest(traced, **options):
 
 class TestText(TestCase):
     def test_quantize_and_bitmask(self):
-        pair = smallest(tiny(), codecs=["quantize:4", "bitmask"]).pair
+        traced = tiny()
+        before, pair = traced.pair(), smallest(traced, codecs=["quantize:4", "bitmask"]).pair
         self.assertExpectedInline(
-            text(pair.forward.graph),
+            changes(before.forward.graph, pair.forward.graph),
             """\
-input primals_1
-input primals_2
-input primals_3
-input primals_4
-input primals_5
-seeds = xconv.seeds()
-clone = aten.clone(primals_3)
-convolution = aten.convolution(clone, primals_1, primals_2)
-relu = aten.relu(convolution)
-stored = xconv.stored(relu)
-quantize = xconv.quantize(stored, seeds)
-getitem = quantize[0]
-getitem_1 = quantize[1]
-le_scalar = aten.le(relu)
-pack_mask = xconv.pack_mask(le_scalar)
-convolution_1 = aten.convolution(relu, primals_4, primals_5)
-primals_3_matrix = aten.view(primals_3)
-clone_1 = aten.clone(convolution_1)
-return clone_1, getitem_1, getitem, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+...
+ input primals_5
++seeds = xconv.seeds()
+ clone = aten.clone(primals_3)
+...
+ relu = aten.relu(convolution)
++stored = xconv.stored(relu)
++quantize = xconv.quantize(stored, seeds)
++getitem = quantize[0]
++getitem_1 = quantize[1]
++le_scalar = aten.le(relu)
++pack_mask = xconv.pack_mask(le_scalar)
+ convolution_1 = aten.convolution(relu, primals_4, primals_5)
+...
+ clone_1 = aten.clone(convolution_1)
+-return clone_1, primals_3_matrix, primals_1, primals_4, relu
++return clone_1, getitem_1, getitem, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
-            text(pair.backward.graph),
+            changes(before.backward.graph, pair.backward.graph),
             """\
-input relu_quantize_1
-input relu_quantize
-input xconv_seeds
-input le_scalar_bitmask
-input primals_3_matrix
-input primals_1
-input primals_4
-input tangents_1
-view = aten.view(primals_3_matrix)
-clone = aten.clone(tangents_1)
-dequantize = xconv.dequantize(relu_quantize, relu_quantize_1)
-convolution_backward_default = aten.convolution_backward(clone, dequantize, primals_4)
-getitem_6 = convolution_backward_default[1]
-getitem_7 = convolution_backward_default[2]
-convolution_2 = aten.convolution(clone, primals_4)
-full_default = aten.full()
-unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
-where = aten.where(unpack_mask, full_default, convolution_2)
-clone_1 = aten.clone(view)
-convolution_backward_1 = aten.convolution_backward(where, clone_1, primals_1)
-getitem_4 = convolution_backward_1[1]
-getitem_5 = convolution_backward_1[2]
-return getitem_4, getitem_5, None, getitem_6, getitem_7
+...
++input relu_quantize_1
++input relu_quantize
++input xconv_seeds
++input le_scalar_bitmask
+ input primals_3_matrix
+...
+ input primals_4
+-input relu
+ input tangents_1
+...
+ clone = aten.clone(tangents_1)
+-convolution_backward_default = aten.convolution_backward(clone, relu, primals_4)
++dequantize = xconv.dequantize(relu_quantize, relu_quantize_1)
++convolution_backward_default = aten.convolution_backward(clone, dequantize, primals_4)
+ getitem_6 = convolution_backward_default[1]
+...
+ convolution_2 = aten.convolution(clone, primals_4)
+-le = aten.le(relu)
+ full_default = aten.full()
+-where = aten.where(le, full_default, convolution_2)
++unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
++where = aten.where(unpack_mask, full_default, convolution_2)
+ clone_1 = aten.clone(view)
 """,
         )
 
     def test_probe(self):
-        pair = tiny().job(mem_budget="1GB", probes=16).pair
+        traced = tiny()
+        before, pair = traced.pair(), traced.job(mem_budget="1GB", probes=16).pair
         self.assertExpectedInline(
-            text(pair.forward.graph),
+            changes(before.forward.graph, pair.forward.graph),
             """\
-input primals_1
-input primals_2
-input primals_3
-input primals_4
-input primals_5
-seeds = xconv.seeds()
-clone = aten.clone(primals_3)
-convolution = aten.convolution(clone, primals_1, primals_2)
-relu = aten.relu(convolution)
-stored = xconv.stored(relu)
-mean = aten.mean(stored)
-sub = aten.sub(stored, mean)
-fold = xconv.fold(sub, seeds)
-le_scalar = aten.le(relu)
-pack_mask = xconv.pack_mask(le_scalar)
-convolution_1 = aten.convolution(relu, primals_4, primals_5)
-primals_3_matrix = aten.view(primals_3)
-clone_1 = aten.clone(convolution_1)
-return clone_1, mean, fold, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
+...
+ input primals_5
++seeds = xconv.seeds()
+ clone = aten.clone(primals_3)
+...
+ relu = aten.relu(convolution)
++stored = xconv.stored(relu)
++mean = aten.mean(stored)
++sub = aten.sub(stored, mean)
++fold = xconv.fold(sub, seeds)
++le_scalar = aten.le(relu)
++pack_mask = xconv.pack_mask(le_scalar)
+ convolution_1 = aten.convolution(relu, primals_4, primals_5)
+...
+ clone_1 = aten.clone(convolution_1)
+-return clone_1, primals_3_matrix, primals_1, primals_4, relu
++return clone_1, mean, fold, seeds, pack_mask, primals_3_matrix, primals_1, primals_4
 """,
         )
         self.assertExpectedInline(
-            text(pair.backward.graph),
+            changes(before.backward.graph, pair.backward.graph),
             """\
-input relu_probe_1
-input relu_probe
-input xconv_seeds
-input le_scalar_bitmask
-input primals_3_matrix
-input primals_1
-input primals_4
-input tangents_1
-view = aten.view(primals_3_matrix)
-clone = aten.clone(tangents_1)
-unfold = xconv.unfold(relu_probe, xconv_seeds)
-add = aten.add(unfold, relu_probe_1)
-convert_element_type = prims.convert_element_type(add)
-convolution_backward_default = aten.convolution_backward(clone, convert_element_type, primals_4)
-getitem_6 = convolution_backward_default[1]
-getitem_7 = convolution_backward_default[2]
-convolution_2 = aten.convolution(clone, primals_4)
-full_default = aten.full()
-unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
-where = aten.where(unpack_mask, full_default, convolution_2)
-clone_1 = aten.clone(view)
-convolution_backward_1 = aten.convolution_backward(where, clone_1, primals_1)
-getitem_4 = convolution_backward_1[1]
-getitem_5 = convolution_backward_1[2]
-return getitem_4, getitem_5, None, getitem_6, getitem_7
+...
++input relu_probe_1
++input relu_probe
++input xconv_seeds
++input le_scalar_bitmask
+ input primals_3_matrix
+...
+ input primals_4
+-input relu
+ input tangents_1
+...
+ clone = aten.clone(tangents_1)
+-convolution_backward_default = aten.convolution_backward(clone, relu, primals_4)
++unfold = xconv.unfold(relu_probe, xconv_seeds)
++add = aten.add(unfold, relu_probe_1)
++convert_element_type = prims.convert_element_type(add)
++convolution_backward_default = aten.convolution_backward(clone, convert_element_type, primals_4)
+ getitem_6 = convolution_backward_default[1]
+...
+ convolution_2 = aten.convolution(clone, primals_4)
+-le = aten.le(relu)
+ full_default = aten.full()
+-where = aten.where(le, full_default, convolution_2)
++unpack_mask = xconv.unpack_mask(le_scalar_bitmask)
++where = aten.where(unpack_mask, full_default, convolution_2)
+ clone_1 = aten.clone(view)
 """,
         )
 
     def test_rerun(self):
-        pair = smallest(curved(), codecs="exact").pair
+        traced = curved()
+        before, pair = traced.pair(), smallest(traced, codecs="exact").pair
         self.assertExpectedInline(
-            text(pair.forward.graph),
+            changes(before.forward.graph, pair.forward.graph),
             """\
-input primals_1
-input primals_2
-input primals_3
-input primals_4
-input primals_5
-clone = aten.clone(primals_3)
-convolution = aten.convolution(clone, primals_1, primals_2)
-neg = aten.neg(convolution)
-exp = aten.exp(neg)
-add = aten.add(exp)
-div = aten.div(convolution, add)
-convolution_1 = aten.convolution(div, primals_4, primals_5)
-primals_3_matrix = aten.view(primals_3)
-return convolution_1, primals_2, primals_3_matrix, primals_1, primals_4, div
+...
+ primals_3_matrix = aten.view(primals_3)
+-return convolution_1, primals_3_matrix, primals_1, primals_4, convolution, div
++return convolution_1, primals_2, primals_3_matrix, primals_1, primals_4, div
 """,
         )
         self.assertExpectedInline(
-            text(pair.backward.graph),
+            changes(before.backward.graph, pair.backward.graph),
             """\
-input primals_2
-input primals_3_matrix
-input primals_1
-input primals_4
-input div
-input tangents_1
-view = aten.view(primals_3_matrix)
-convolution_backward_default = aten.convolution_backward(tangents_1, div, primals_4)
-getitem_6 = convolution_backward_default[1]
-getitem_7 = convolution_backward_default[2]
-convolution_2 = aten.convolution(tangents_1, primals_4)
-clone_1 = aten.clone(view)
-convolution_3 = aten.convolution(clone_1, primals_1, primals_2)
-sigmoid = aten.sigmoid(convolution_3)
-mul = aten.mul(convolution_2, sigmoid)
-sub = aten.sub(sigmoid)
-mul_1 = aten.mul(convolution_3, sub)
-add_1 = aten.add(mul_1)
-mul_2 = aten.mul(mul, add_1)
-clone = aten.clone(view)
-convolution_backward_1 = aten.convolution_backward(mul_2, clone, primals_1)
-getitem_4 = convolution_backward_1[1]
-getitem_5 = convolution_backward_1[2]
-return getitem_4, getitem_5, None, getitem_6, getitem_7
+...
++input primals_2
+ input primals_3_matrix
+...
+ input primals_4
+-input convolution
+ input div
+...
+ convolution_2 = aten.convolution(tangents_1, primals_4)
+-sigmoid = aten.sigmoid(convolution)
++clone_1 = aten.clone(view)
++convolution_3 = aten.convolution(clone_1, primals_1, primals_2)
++sigmoid = aten.sigmoid(convolution_3)
+ mul = aten.mul(convolution_2, sigmoid)
+ sub = aten.sub(sigmoid)
+-mul_1 = aten.mul(convolution, sub)
++mul_1 = aten.mul(convolution_3, sub)
+ add_1 = aten.add(mul_1)
 """,
         )
 
