@@ -13,7 +13,6 @@ the machine does.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import sys
 import time
@@ -22,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from harness.console import wide
+from harness.malloc import keep_freed_memory
 from rich.table import Table
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
@@ -37,9 +37,6 @@ FOLD = 16
 SHIFT = 0.3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADINGS = ("encode ms", "of a copy", "decode ms", "of a copy", "payload", "of tensor", "compile s")
-
-# Numbers of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -152,14 +149,6 @@ def time_tensor(name: str, dtype: torch.dtype, codecs: list[str], repeats: int, 
         table.add_row(label, *what, *cells, format_size(both.payload_bytes), share, f"{both.compile_seconds:.1f}")
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc reuse large blocks instead of mapping new ones: page faults cost more than what is timed here."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            library.mallopt(option, 1 << 30)
-
-
 def empty_table(threads: int) -> Table:
     capability = torch.backends.cpu.get_cpu_capability()
     title = f"Codec kernels, {threads} thread{'s' * (threads > 1)}, {capability}, probes fold {FOLD} elements"
@@ -185,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     lowering.install()
     tensors = chosen.tensor or (QUICK if chosen.quick else tuple(TENSORS))
     dtypes = chosen.dtype or (["float32"] if chosen.quick else list(DTYPES))
-    # A pipe has no width of its own; rich would squeeze the table into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide(160)
     table = empty_table(chosen.threads)
     # Inductor's caches do not know the sources of our lowerings.
     with fresh_cache():

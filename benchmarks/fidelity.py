@@ -24,44 +24,29 @@ import argparse
 import contextlib
 import fnmatch
 import functools
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fidelity_report
+import torch
 from fidelity_report import Record
 from fidelity_tasks import STUDIES
 from fidelity_training import METHODS, Method, Run, Trainer
-from rich.console import Console
-from worker import MethodError, Worker
+from harness.console import wide
+from harness.records import append, beside, source_commit
+from harness.worker import MethodError, Worker
 
 from xconv_fx.plan.report import duration
 from xconv_fx.units import format_size
 
 QUICK_STEPS = 2
-ROOT = Path(__file__).parents[1]
-# Results depend on these; other commits leave them valid.
+# Results depend on these besides what every study depends on; other commits leave them valid.
 SOURCES = (
-    "xconv_fx", "passes", "cost_model", "requirements", "constraints.txt", "examples/_data.py",
-    "examples/brain_unet3d.py", "examples/mnist_resnet.py", "benchmarks/nets.py", "benchmarks/fidelity_tasks.py",
-    "benchmarks/fidelity_training.py", "benchmarks/lowest.py",
+    "examples/_data.py", "examples/brain_unet3d.py", "examples/mnist_resnet.py", "benchmarks/fidelity_tasks.py",
+    "benchmarks/fidelity_training.py",
 )  # fmt: skip
-
-
-def source_commit() -> str:
-    """The last commit of `SOURCES`, with "-dirty" if they were changed since; "unknown" outside of a clone."""
-    try:
-        commit = _git("log", "-1", "--format=%h", "--", *SOURCES)
-        return commit + ("-dirty" if _git("status", "--porcelain", "--", *SOURCES) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -150,10 +135,12 @@ class Study:
             worker.close()
 
     def _note(self, job: Job, seed: int, run: Run | None, problem: str = "") -> Record:
-        record = Record(job.task, job.method.name, seed, self.commit, self.steps(job.task), run, problem)
+        options = {"threads": self.threads}
+        record = Record(
+            job.task, job.method.name, seed, self.commit, self.steps(job.task), run, problem, torch.__version__, options
+        )
         self.records.append(record)
-        with self.results.open("a") as file:
-            file.write(record.to_json() + "\n")
+        append(self.results, asdict(record))
         return record
 
 
@@ -186,9 +173,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=int, default=1, help="of a run (default: 1)")
     parse.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one seed: does everything run?")
     parse.add_argument("--retry", action="store_true", help="try again what failed or was refused")
-    parse.add_argument(
-        "--results", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="JSON lines (default: beside this)"
-    )
+    parse.add_argument("--results", type=Path, default=beside(__file__), help="JSON lines (default: beside this)")
     parse.add_argument("--report", type=Path, metavar="MD", help="write the table of what is known; trains nothing")
     parse.add_argument("--plot", type=Path, metavar="PNG", help="draw score against peak; trains nothing")
     return parse
@@ -205,8 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
         parse.error(str(error))
     if chosen.report or chosen.plot:
         return write_reports(chosen.results, chosen.report, chosen.plot)
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
-    study = Study(chosen.results, source_commit(), quick=chosen.quick, threads=chosen.threads)
+    console = wide()
+    study = Study(chosen.results, source_commit(*SOURCES), quick=chosen.quick, threads=chosen.threads)
     tasks = chosen.task or list(STUDIES)
     jobs = list(study.missing(tasks, methods, 1 if chosen.quick else chosen.seeds, chosen.retry))
     runs = sum(len(job.seeds) for job in jobs)
@@ -226,7 +211,9 @@ def write_reports(results: Path, report: Path | None, plot: Path | None) -> int:
     if report:
         report.write_text(fidelity_report.markdown(records))
     if plot:
-        fidelity_report.draw(records, plot)
+        import fidelity_plot
+
+        fidelity_plot.draw(records, plot)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the fidelity study found: its records, the verdict on each method, the tables and the picture.
+"""What the fidelity study found: its records, the verdict on each method, and the tables.
 
 The columns, over the seeds of a method:
 
@@ -22,7 +22,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,19 @@ from fidelity_tasks import STUDIES
 from fidelity_training import METHODS, Run
 
 WITHIN = 2.0
+ABOUT_SCORES = "Mean scores and, in brackets, shares of exact training's peak; bold where an approximation hurts."
 HEADINGS = (
     "method", "seeds", "score", "difference", "peak, MB", "share", "step", "slices", "predicted", "error",
     "of SGD noise", "verdict",
 )  # fmt: skip
-# Family of methods: colour and marker.
-STYLES = {
-    "exact": ("black", "o"),
-    "xconv-": ("tab:red", "o"),
-    "actnn": ("tab:blue", "v"),
-    "xconv": ("tab:green", "D"),
-    "fixed": ("tab:purple", "P"),
-    "bf16-exact": ("0.5", "s"),
-    "bf16-xconv": ("tab:orange", "s"),
-}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run from one seed, or the `problem` because of which there is none."""
+    """A run from one seed, or the `problem` because of which there is none.
+
+    Records that were made before `torch` and `options` were kept have none.
+    """
 
     task: str
     method: str
@@ -57,13 +51,12 @@ class Record:
     steps: int
     run: Run | None
     problem: str = ""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    torch: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def from_json(line: str) -> Record:
-        """Inverse of `to_json`. Raises `ValueError` for anything else."""
+        """From its fields. Raises `ValueError` for anything else."""
         try:
             data: dict[str, Any] = json.loads(line)
             run = data.pop("run")
@@ -152,22 +145,30 @@ def markdown(records: Sequence[Record]) -> str:
         (f"The columns{(__doc__ or '').partition('The columns')[2]}").strip().replace("\n\n    ", "\n\n```\n    ", 1)
     ]
     parts[0] = parts[0].replace("\n\nMethods in", "\n```\n\nMethods in", 1)
-    tables = {task: rows for task in STUDIES if (rows := rows_of(records, task))}
-    parts.append(_summary(tables))
+    tables = _tables(records)
+    parts.append("\n\n".join(("### All tasks", ABOUT_SCORES, _summary(tables, METHODS))))
     parts += [_section(task, rows) for task, rows in tables.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(tables: dict[str, dict[str, Row]]) -> str:
-    """Mean scores and, in brackets, shares of exact training's peak; bold where an approximation hurts."""
-    methods = [method for method in METHODS if any(method in rows for rows in tables.values())]
-    heading = ("task, score", *methods)
+def scores(records: Sequence[Record], methods: Iterable[str]) -> str:
+    """The table of `ABOUT_SCORES` for these methods."""
+    return _summary(_tables(records), methods)
+
+
+def _tables(records: Sequence[Record]) -> dict[str, dict[str, Row]]:
+    """The rows of each task that there are records of."""
+    return {task: rows for task in STUDIES if (rows := rows_of(records, task))}
+
+
+def _summary(tables: dict[str, dict[str, Row]], methods: Iterable[str]) -> str:
+    known = [method for method in methods if any(method in rows for rows in tables.values())]
+    heading = ("task, score", *known)
     lines = [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading))]
     for task, rows in tables.items():
-        cells = [_brief(rows[method], rows) if method in rows else "" for method in methods]
+        cells = [_brief(rows[method], rows) if method in rows else "" for method in known]
         lines.append(f"| {task}, {STUDIES[task].score} | {' | '.join(cells)} |")
-    about = (_summary.__doc__ or "").strip()
-    return "\n".join(("### All tasks", "", about, "", *lines))
+    return "\n".join(lines)
 
 
 def _brief(row: Row, rows: dict[str, Row]) -> str:
@@ -220,51 +221,3 @@ def _cells(row: Row, rows: dict[str, Row]) -> tuple[str, ...]:
 
 def _show(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Write a PNG: score against peak, a panel a task. Grey is within two standard deviations of exact training."""
-    # Not a dependency of the package: the tables need none.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = [task for task in STUDIES if any(record.task == task and record.run for record in records)]
-    columns = min(3, len(tasks))
-    figure, panels = pyplot.subplots(
-        math.ceil(len(tasks) / columns), columns, figsize=(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns) + 0.6),
-        squeeze=False,
-    )  # fmt: skip
-    for axes in panels.flat[len(tasks) :]:
-        axes.remove()
-    for task, axes in zip(tasks, panels.flat, strict=False):
-        _panel(axes, task, rows_of(records, task))
-    lines = {line.get_label(): line for axes in panels.flat for line in axes.containers}
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=6, frameon=False, fontsize="small")
-    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _panel(axes: Any, task: str, rows: dict[str, Row]) -> None:
-    exact = rows.get("exact")
-    base = exact.mean(lambda run: run.peak) if exact else None
-    if exact and exact.runs and exact.spread:
-        low, high = (exact.score + sign * WITHIN * exact.spread for sign in (-1, 1))
-        axes.axhspan(low, high, color="0.9", zorder=0)
-    for row in rows.values():
-        peak = row.mean(lambda run: run.peak)
-        if peak is not None and not math.isnan(row.score):
-            colour, marker = _style(row.method)
-            x = peak / base if base else peak / 1e6
-            error = row.spread or 0.0
-            axes.errorbar(
-                x, row.score, error, color=colour, marker=marker, linestyle="none", capsize=2, label=row.method
-            )
-    axes.set(title=task, ylabel=STUDIES[task].score, xlabel="peak, relative to Inductor" if base else "peak, MB")
-    axes.grid(alpha=0.3)
-
-
-def _style(method: str) -> tuple[str, str]:
-    return next((style for start, style in STYLES.items() if method.startswith(start)), ("tab:brown", "x"))

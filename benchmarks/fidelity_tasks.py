@@ -20,23 +20,16 @@ whether a method harms learning, not what these networks can reach.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness.examples import DIGITS, TISSUES, Block, Brain, Digits, packaged_file
 from nets import plain_unet
 from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from _data import packaged_file
-from brain_unet3d import CLASSES as TISSUES
-from brain_unet3d import Brain
-from mnist_resnet import DIGITS, Block, Digits
 
 TRAINING_PHOTOGRAPHS = (
     "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "motorcycle_left.png",

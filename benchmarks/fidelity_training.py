@@ -10,22 +10,22 @@ A method compiles a task once; a seed is new parameters and buffers in the same 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from fidelity_tasks import STUDIES
-from lowest import at_lowest_budget
+from harness.gradients import gradients
+from harness.lowest import at_lowest_budget
+from harness.subject import compiled
 from torch import Tensor, nn
 
+import xconv_fx
 from xconv_fx.measure import training_peak
 from xconv_fx.plan import Totals
-from xconv_fx.plan.report import read_json
 
 # The first steps warm caches and allocator up; their times say nothing about the rest.
 UNTIMED_STEPS = 3
@@ -127,9 +127,7 @@ class Trainer:
         self.reference_peak = peak
         self.model = self.task.build()
         self.budget: int | None = None
-        self.run_step: nn.Module | None = None
-        # Removed with the other files of the process.
-        self.report = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "plan.json"
+        self.run_step: InPrecision | None = None
 
     def train(self, seed: int, steps: int) -> dict[str, Any]:
         """Train from scratch with Adam and a cosine schedule; what `Run` says, as a dict that a pipe and JSON carry."""
@@ -179,27 +177,24 @@ class Trainer:
         inputs, target = self.task.batch(generator)
         return ((inputs,) if isinstance(inputs, Tensor) else inputs), target
 
-    def _compiled(self) -> nn.Module:
+    def _compiled(self) -> InPrecision:
         """The network as the method runs it, after its first step."""
         if self.run_step is not None:
             return self.run_step
         if self.method.share == LOWEST:
-            self.budget, self.run_step = at_lowest_budget(self._first_step)
-            return self.run_step
+            self.budget, self.run_step = lowest = at_lowest_budget(self._first_step)
+            return lowest[1]
         if self.method.share is not None and self.reference_peak is not None:
             self.budget = self.reference_peak * self.method.share // 100
-        self.run_step = self._first_step(self.budget)
-        return self.run_step
+        self.run_step = run = self._first_step(self.budget)
+        return run
 
-    def _first_step(self, budget: int | None) -> nn.Module:
+    def _first_step(self, budget: int | None) -> InPrecision:
         torch.compiler.reset()
-        backend: dict[str, Any] = {}
-        if self.method.options is not None:
-            options = {**dict(self.method.options), "report": str(self.report)}
-            if budget is not None:
-                options["mem_budget"] = budget
-            backend = {"backend": "xconv", "options": options}
-        run = InPrecision(cast(nn.Module, torch.compile(self.model, **backend)), self.method.bf16)
+        options = None if self.method.options is None else dict(self.method.options)
+        if options is not None and budget is not None:
+            options["mem_budget"] = budget
+        run = InPrecision(compiled(self.model, options), self.method.bf16)
         inputs, target = self._batch(torch.Generator().manual_seed(0))
         self.task.loss(run(*inputs), target).backward()
         return run
@@ -230,15 +225,14 @@ class Trainer:
         return added / energy, added / 2 / of_batches
 
     def _gradient(self, run: nn.Module, inputs: Sequence[Tensor], target: Tensor) -> Tensor:
-        self.model.zero_grad(set_to_none=True)
-        self.task.loss(run(*inputs), target).backward()
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+        found = gradients(self.model, lambda: self.task.loss(run(*inputs), target))
+        return torch.cat([gradient.flatten() for gradient in found.values()])
 
     def _with_plan(self, run: Run) -> Run:
         """With what xconv's plans say, if there are any."""
-        if not self.report.exists():
+        if self.method.options is None or self.run_step is None:
             return run
-        plans = read_json(self.report)
+        plans = xconv_fx.plans(self.run_step.inner)
         totals = Totals.of(plans)
         held = sum(plan.saved_after for plan in plans)
         return replace(run, noise=totals.noise, slices=totals.slices, held=held)

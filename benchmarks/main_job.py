@@ -16,27 +16,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lowest import at_lowest_budget
+from harness.console import wide
+from harness.gradients import GradientError, gradient_error
+from harness.lowest import at_lowest_budget
+from harness.subject import Subject
+from harness.worker import alone
 from nets import NETS, Net
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from xconv_fx.errors import BudgetInfeasibleError
-from xconv_fx.measure import interleaved_times, training_peak
+from xconv_fx.measure import interleaved_times
 from xconv_fx.plan import Plan
-from xconv_fx.plan.report import read_json
 from xconv_fx.units import format_size
 
 SHARES = (0.80, 0.65, 0.55)
@@ -70,15 +68,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class GradientError:
-    """Distance from the float64 gradient: of all parameters as one vector, and of the worst parameter tensor."""
-
-    whole: float
-    worst: float
-    worst_name: str
-
-
-@dataclass(frozen=True)
 class Report:
     """All rows of one network, and the gradient errors by name of the run."""
 
@@ -89,88 +78,37 @@ class Report:
     errors: dict[str, GradientError]
 
 
-class Subject:
-    """A freshly built network with its batch, compiled with `options` (None: plain Inductor), ready to be measured."""
-
-    def __init__(
-        self,
-        net: Net,
-        options: dict[str, Any] | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        eager: bool = False,
-    ) -> None:
-        torch.manual_seed(0)
-        self.net = net
-        self.model: nn.Module = net.build().to(dtype)
-        self.inputs, self.target = net.batch(dtype=dtype)
-        self.run: Callable[..., Any] = self.model
-        self.plans: tuple[Plan, ...] = ()
-        if eager:
-            return
-        # Kept as long as the network: a recompilation writes its report again.
-        self.reports = tempfile.TemporaryDirectory()
-        if options is None:
-            self.run = torch.compile(self.model)
-            self.step()
-            return
-        report = str(Path(self.reports.name) / "plans.json")
-        self.run = torch.compile(self.model, backend="xconv", options={**options, "report": report})
-        self.step()
-        self.plans = read_json(report)
-
-    def loss(self, output: Tensor) -> Tensor:
-        return self.net.loss(output, self.target)
-
-    def step(self) -> None:
-        """One forward and backward from empty gradients."""
-        self.model.zero_grad(set_to_none=True)
-        self.loss(self.run(self.inputs)).backward()
-
-    def peak(self) -> int:
-        """Measured bytes of the step's physical peak."""
-        return training_peak(cast(nn.Module, self.run), self.inputs, self.loss).bytes
-
-    def audited(self) -> int | None:
-        """What the backend says the peak is, over all compiled graphs; None when one of them was not audited."""
-        peaks = [plan.audited_peak for plan in self.plans if plan.audited_peak is not None]
-        return sum(peaks) if peaks and len(peaks) == len(self.plans) else None
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients by parameter name, in float64."""
-        self.step()
-        grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        return {name: grad.double() for name, grad in grads.items() if grad is not None}
-
-    def row(self, label: str, budget: int) -> Row:
-        codecs = Counter(choice.codec for plan in self.plans for choice in plan.choices)
-        first = self.plans[0]
-        return Row(
-            label, budget, self.peak(), self.audited(), codecs=dict(sorted(codecs.items())), slices=first.slices,
-            held_slices=first.held_slices, noise=sum(plan.noise for plan in self.plans),
-        )  # fmt: skip
+def compiled(net: Net, options: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> Subject:
+    """The network by xconv with these options, or by plain Inductor, after a step."""
+    subject = Subject(net, dtype)
+    subject.compile(options)
+    subject.step()
+    return subject
 
 
-def gradient_error(found: dict[str, Tensor], true: dict[str, Tensor]) -> GradientError:
-    """Relative L2 distances. A tensor's own norm counts as at least a millionth of the whole gradient's.
+def audited(plans: Sequence[Plan]) -> int | None:
+    """What the backend says the peak is, over all compiled graphs; None when one of them was not audited."""
+    peaks = [plan.audited_peak for plan in plans if plan.audited_peak is not None]
+    return sum(peaks) if peaks and len(peaks) == len(plans) else None
 
-    The floor is there because some true gradients are zero: a bias before a normalisation has no effect.
-    """
-    norm = torch.stack([grad.norm() for grad in true.values()]).norm()
-    off = {name: (found[name] - grad).norm() for name, grad in true.items()}
-    relative = {name: float(off[name] / torch.maximum(grad.norm(), 1e-6 * norm)) for name, grad in true.items()}
-    worst = max(relative, key=relative.__getitem__)
-    return GradientError(float(torch.stack(list(off.values())).norm() / norm), relative[worst], worst)
+
+def row_of(subject: Subject, label: str, budget: int) -> Row:
+    plans = subject.plans
+    codecs = Counter(choice.codec for plan in plans for choice in plan.choices)
+    return Row(
+        label, budget, subject.peak().bytes, audited(plans), codecs=dict(sorted(codecs.items())),
+        slices=plans[0].slices, held_slices=plans[0].held_slices, noise=sum(plan.noise for plan in plans),
+    )  # fmt: skip
 
 
 def lowest_exact(net: Net, dtype: torch.dtype) -> tuple[int, Subject]:
     """The smallest budget that lossless codecs meet, and the network compiled under it.
 
-    Raises `RuntimeError` when there is none.
+    Raises `MethodError` when there is none.
     """
 
     def attempt(budget: int) -> Subject:
-        return Subject(net, {"mem_budget": budget, "codecs": "exact"}, dtype=dtype)
+        return compiled(net, {"mem_budget": budget, "codecs": "exact"}, dtype)
 
     return at_lowest_budget(attempt, LOWEST_ROUNDS)
 
@@ -180,19 +118,19 @@ def run(name: str) -> Report:
     # Past the limit Dynamo would run the rest uncompiled, and the table would be about something else.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     net = NETS[name]
-    inductor = Subject(net)
-    base = inductor.peak()
+    inductor = compiled(net)
+    base = inductor.peak().bytes
     subjects: dict[str, Subject] = {}
     rows: dict[str, Row] = {}
     for share in SHARES:
         label, budget = f"{share:.0%}", int(share * base)
         try:
-            subjects[label] = Subject(net, {"mem_budget": budget})
-            rows[label] = subjects[label].row(label, budget)
+            subjects[label] = compiled(net, {"mem_budget": budget})
+            rows[label] = row_of(subjects[label], label, budget)
         except BudgetInfeasibleError as error:
             rows[label] = Row(label, budget, smallest=error.smallest)
     budget, subjects["exact"] = lowest_exact(net, torch.float32)
-    rows["exact"] = subjects["exact"].row("exact", budget)
+    rows["exact"] = row_of(subjects["exact"], "exact", budget)
 
     steps: dict[str, Callable[[], object]] = {label: subject.step for label, subject in subjects.items()}
     seconds = interleaved_times({"inductor": inductor.step, **steps})
@@ -207,8 +145,8 @@ def run(name: str) -> Report:
 def gradient_errors(net: Net, single: dict[str, dict[str, Tensor]]) -> dict[str, GradientError]:
     """Errors of the float32 gradients given, of plain autograd's own, and of the exact plan in float64."""
     torch.compiler.reset()
-    true = Subject(net, dtype=torch.float64, eager=True).gradients()
-    found = {**single, "autograd float32": Subject(net, eager=True).gradients()}
+    true = Subject(net, torch.float64).gradients()
+    found = {**single, "autograd float32": Subject(net).gradients()}
     found["exact float64"] = lowest_exact(net, torch.float64)[1].gradients()
     return {label: gradient_error(grads, true) for label, grads in found.items()}
 
@@ -279,13 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     chosen = parser.parse_args(arguments)
-    # A pipe has no width of its own; rich would squeeze the table into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = wide()
     reports = []
     for name in chosen.net or MAIN_JOB:
-        # A process a network: no memory, compiled code or allocator state is carried from one to the next.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            reports.append(pool.submit(run, name).result())
+        reports.append(alone(run, name))
         if not chosen.json:
             console.print(table_of(reports[-1]))
     if chosen.json:

@@ -1,10 +1,10 @@
 """Is the noise that `xconv_fx.calibrate` predicts the noise that codecs make?
 
-A small network is trained on handwritten digits (that of probes.py) and calibrated on a held-out batch. For each of its
-layers the input and the output gradient of that batch are caught; the input goes through every codec and back, many
-times, and the variance of the weight gradient that PyTorch computes from what comes out is compared with what the
-statistics predict, both relative to the layer's energy E. The goal is 30% for every layer and codec. A star marks what
-misses it by more than the draws' own uncertainty (two standard errors).
+A small network is trained on handwritten digits (that of harness/digits.py) and calibrated on a held-out batch. For
+each of its layers the input and the output gradient of that batch are caught; the input goes through every codec and
+back, many times, and the variance of the weight gradient that PyTorch computes from what comes out is compared with
+what the statistics predict, both relative to the layer's energy E. The goal is 30% for every layer and codec. A star
+marks what misses it by more than the draws' own uncertainty (two standard errors).
 
     python benchmarks/measured_noise.py
     python benchmarks/measured_noise.py --layout contiguous --draws 256
@@ -16,68 +16,26 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from probes import Net, digits
+from harness.codes import through
+from harness.digits import trained
+from harness.errors import Errors
+from harness.layers import Layer, caught
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import xconv_fx
 from xconv_fx.noise.expected import measured_noise
-from xconv_fx.ops import SavedAs, codec_of, fitting_probes
+from xconv_fx.ops import SavedAs, fitting_probes
 
 GOAL = 0.3
 BITS, FOLDS, PROBES = (8, 4, 2, 1), (6, 48), 16
 ORDERS = {"channels_last": (0, 2, 3, 1), "contiguous": (0, 1, 2, 3)}
-
-
-@dataclass(frozen=True)
-class Caught:
-    """A layer, its input and its output gradient."""
-
-    name: str
-    module: nn.Module
-    x: Tensor
-    dy: Tensor
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """PyTorch's weight gradient with `x` in the place of the input."""
-        weight = torch.zeros_like(self.module.weight).requires_grad_()  # type: ignore[arg-type]
-        out = torch.func.functional_call(self.module, {"weight": weight}, (x,))
-        return torch.autograd.grad(out, weight, self.dy)[0]
-
-
-def trained(steps: int) -> tuple[Net, Tensor, Tensor]:
-    """The network after training, with images and classes that it has not seen."""
-    images, classes = digits()
-    net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    for _ in range(steps):
-        picks = torch.randint(256, len(images), (32,))
-        optimizer.zero_grad()
-        F.cross_entropy(net(images[picks]), classes[picks]).backward()
-        optimizer.step()
-    return net, images[:256], classes[:256]
-
-
-def caught(net: Net, images: Tensor, classes: Tensor) -> Iterator[Caught]:
-    """Input and output gradient of every layer with weights."""
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    found: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    handles = [
-        module.register_forward_hook(lambda module, given, out, name=name: found.append((name, module, *given, out)))
-        for name, module in layers.items()
-    ]
-    loss = F.cross_entropy(net(images), classes)
-    for handle in handles:
-        handle.remove()
-    grads = torch.autograd.grad(loss, [out for *_, out in found])
-    for (name, module, x, _), dy in zip(found, grads, strict=True):
-        yield Caught(name, module, x.detach(), dy)
 
 
 def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, SavedAs]]:
@@ -98,15 +56,12 @@ def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, SavedAs]]:
         yield f"{PROBES} {kind}", SavedAs("probe", **blank, probes=PROBES, kind=kind)
 
 
-def measured(layer: Caught, held: SavedAs, draws: int) -> tuple[float, float]:
-    """The variance that the codec adds to the weight gradient, and its standard error."""
-    row, exact, losses = codec_of(held.codec), layer.gradient(layer.x), []
+def measured(layer: Layer, held: SavedAs, draws: int) -> Errors:
+    """Of the weight gradient, when the layer's input goes through the codec."""
+    errors = Errors(layer.exact)
     for _ in range(draws):
-        seed = torch.randint(2**62, (1,))
-        estimate = row.decode(row.encode(layer.x, seed, held), seed, held)
-        losses.append((layer.gradient(estimate) - exact).square().sum())
-    found = torch.stack(losses)
-    return float(found.mean()), float(found.std()) / draws**0.5
+        errors.add(layer.gradient(through(layer.x, held)))
+    return errors
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,26 +72,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=sorted(ORDERS), default="channels_last")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
-    net, images, classes = trained(chosen.steps)
-    images, classes = images[: chosen.batch], classes[: chosen.batch]
-    stats = xconv_fx.calibrate(net, F.cross_entropy, [(images, classes)])
+    network = trained(chosen.steps, 32, held_out=256)
+    images, classes = network.images[: chosen.batch], network.classes[: chosen.batch]
+    stats = xconv_fx.calibrate(network.net, F.cross_entropy, [(images, classes)])
     table = Table(
         "layer", "codec", title=f"variance of a weight gradient over E, {chosen.draws} draws, {chosen.layout}"
     )
     for column in ("predicted", "measured", "predicted / measured"):
         table.add_column(column, justify="right")
     worst, missed = 1.0, 0
-    for layer in caught(net, images, classes):
+    for layer in caught(network.net, images, classes):
         known = stats.layers[layer.name]
         order = ORDERS[chosen.layout] if layer.x.dim() == 4 else tuple(range(layer.x.dim()))
         for what, held in codecs(layer.x, order):
             predicted = measured_noise(held, known)
-            value, error = (number / known.energy for number in measured(layer, held, chosen.draws))
+            errors = measured(layer, held, chosen.draws)
+            value = errors.loss / known.energy
             ratio = predicted / value
             worst = max(worst, ratio, 1 / ratio)
-            miss = abs(predicted - value) > GOAL * value + 2 * error
+            miss = abs(predicted - value) > (GOAL + 2 * errors.doubt) * value
             missed += miss
-            cells = (f"{predicted:.3g}", f"{value:.3g} ± {error / value:.0%}", f"{ratio:.2f}{'*' * miss}")
+            cells = (f"{predicted:.3g}", f"{value:.3g} ± {errors.doubt:.0%}", f"{ratio:.2f}{'*' * miss}")
             table.add_row(layer.name, what, *cells)
         table.add_section()
     console = Console(width=100)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -54,6 +54,11 @@ class PeerNet(Net):
     """A network with its blocks: the modules that checkpointing recomputes as one, by a pattern of their full names."""
 
     blocks: str
+
+    def tiny(self) -> PeerNet:
+        """With the smallest batch that still trains: for checking that everything runs."""
+        channels, space = self.input_shape[1], self.input_shape[2:]
+        return replace(self, input_shape=(2, channels, *([64] if len(space) == 2 else [16]) * len(space)))
 
 
 class _Logits(nn.Module):

@@ -1,7 +1,7 @@
 """By what factor real activations are noisier, or less noisy, in a codec than the normal values it predicts for.
 
-Measures the priors of `xconv_fx/passes/expected_noise.py` on the inputs of the convolutions of a small network trained
-on handwritten digits (the network and the layers of probes.py; the first input is the image, the others are rectified):
+Measures the priors of `xconv_fx/noise/expected.py` on the inputs of the convolutions of a small network trained
+on handwritten digits (that of harness/digits.py; the first input is the image, the others are rectified):
 
     deviation   energy of the deviations from the channels' means of each sample, of all energy
     codes       measured over predicted noise of quantised values, for 4, 2 and 1 bits
@@ -16,7 +16,10 @@ import statistics
 from dataclasses import replace
 
 import torch
-from probes import COMPRESSIONS, Layer, bytes_of, folds, quantizers, trained_layers
+from harness.codes import COMPRESSIONS, bytes_of, folds, quantizers, through
+from harness.errors import Errors
+from harness.layers import Layer
+from probes_noise import trained_layers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,10 +31,10 @@ DRAWS = 8
 
 def measured(x: Tensor, held: SavedAs) -> float:
     """E|decoded - x|^2 / |x|^2 over a few draws."""
-    row = codec_of(held.codec)
-    seeds = [torch.randint(2**62, (1,)) for _ in range(DRAWS)]
-    errors = [(row.decode(row.encode(x, seed, held), seed, held) - x).square().sum() for seed in seeds]
-    return float(sum(errors) / DRAWS / x.square().sum())
+    errors = Errors(x)
+    for _ in range(DRAWS):
+        errors.add(through(x, held))
+    return errors.relative
 
 
 def deviation(x: Tensor) -> float:

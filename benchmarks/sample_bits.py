@@ -24,84 +24,64 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from harness.digits import train
+from harness.errors import Errors
+from harness.examples import BATCH, DIGIT_RESNETS, Digits
+from harness.gradients import gradients
+from harness.subject import compiled
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import xconv_fx
-from xconv_fx.plan.report import read_json
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from mnist_resnet import BATCH, Digits, build
-
-GROUPS = 8
 
 
-def in_groups(model: nn.Module) -> nn.Module:
-    """The network with group in the place of batch normalisation."""
-    for name, child in model.named_children():
-        norm = nn.GroupNorm(GROUPS, child.num_features) if isinstance(child, nn.BatchNorm2d) else child
-        setattr(model, name, in_groups(norm))
-    return model
+def under_preset(model: nn.Module, sample_bits: bool) -> nn.Module:
+    return compiled(model, {"codecs": "actnn:L3", "sample_bits": sample_bits})
 
 
-@dataclass(frozen=True)
-class Way:
-    """The network under the preset: how it runs, and how many bytes it holds."""
-
-    run: nn.Module
-    held: Callable[[], int]
-
-    @staticmethod
-    def of(model: nn.Module, folder: Path, sample_bits: bool) -> Way:
-        report = folder / f"{sample_bits}.json"
-        options = {"codecs": "actnn:L3", "sample_bits": sample_bits, "report": report}
-        run = torch.compile(model, backend="xconv", options=options)
-        return Way(run, lambda: sum(plan.saved_after for plan in read_json(report)))  # type: ignore[arg-type]
+def held(run: nn.Module) -> int:
+    """Bytes between forward and backward."""
+    return sum(plan.saved_after for plan in xconv_fx.plans(run))
 
 
-def gradient(run: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+def gradient(run: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Of the weights of convolutions and linear layers."""
-    run.zero_grad(set_to_none=True)
-    F.cross_entropy(run(images), labels).backward()
-    return [p.grad for p in run.parameters() if p.grad is not None and p.dim() > 1]
+    images, labels = batch
+    found = gradients(run, lambda: F.cross_entropy(run(images), labels))
+    return [gradient for gradient in found.values() if gradient.dim() > 1]
 
 
-def train(way: Way, data: Digits, seen: xconv_fx.SampleGradients, epochs: int) -> None:
-    optimiser = torch.optim.Adam(way.run.parameters(), lr=data.learning_rate)
+def batches(data: Digits, seen: xconv_fx.SampleGradients, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All batches of so many epochs; what samples' gradients are is noted while one is in use."""
     for _ in range(epochs):
         for indices in torch.randperm(len(data.train_images)).split(BATCH)[:-1]:
             with seen.batch(indices):
-                gradient(way.run, data.train_images[indices], data.train_labels[indices])
-            optimiser.step()
+                yield data.train_images[indices], data.train_labels[indices]
 
 
 def variances(
-    ways: dict[str, Way], model: nn.Module, data: Digits, seen: xconv_fx.SampleGradients, draws: int
+    ways: dict[str, nn.Module], model: nn.Module, data: Digits, seen: xconv_fx.SampleGradients, draws: int
 ) -> dict[str, Tensor]:
     """Of one batch's gradient, for each layer, by how samples share bits; relative to the energy of all of it."""
     indices = torch.randperm(len(data.train_images))[:BATCH]
     batch = data.train_images[indices], data.train_labels[indices]
-    exact, noted = gradient(model, *batch), seen.squares.clone()
-    energy = sum(float(layer.square().sum()) for layer in exact)
+    exact, noted = gradient(model, batch), seen.squares.clone()
 
     def drawn(way: str, known: bool) -> Tensor:
-        losses = []
+        errors = [Errors(layer) for layer in exact]
         for _ in range(draws):
             with seen.batch(indices) if known else contextlib.nullcontext():
-                found = gradient(ways[way].run, *batch)
+                found = gradient(ways[way], batch)
             # What this step notes is not known in training.
             seen.squares.copy_(noted)
-            losses.append([float((one - true).square().sum()) / energy for one, true in zip(found, exact, strict=True)])
-        return torch.tensor(losses).mean(0)
+            for layer, draw in zip(errors, found, strict=True):
+                layer.add(draw)
+        return torch.tensor([layer.loss for layer in errors]) / sum(layer.energy for layer in errors)
 
     return {
         "equal": drawn("equal", False),
@@ -128,14 +108,13 @@ def main() -> None:
     table = Table("normalisation", "accuracy", "bytes", "equal", "ranges", "gradients", title="variance")
     for column in ("ranges / equal", "median layer", "gradients / equal", "median layer"):
         table.add_column(column)
-    for norm, change in (("batch", lambda model: model), ("group", in_groups)):
+    for norm, build in DIGIT_RESNETS.items():
         torch.manual_seed(0)
-        model, seen = change(build()), xconv_fx.SampleGradients(len(data.train_images))
-        with tempfile.TemporaryDirectory() as folder:
-            ways = {"equal": Way.of(model, Path(folder), False), "shared": Way.of(model, Path(folder), True)}
-            train(ways["shared"], data, seen, chosen.epochs)
-            found = [variances(ways, model, data, seen, chosen.draws) for _ in range(chosen.batches)]
-            share = ways["shared"].held() / ways["equal"].held()
+        model, seen = build(), xconv_fx.SampleGradients(len(data.train_images))
+        ways = {"equal": under_preset(model, False), "shared": under_preset(model, True)}
+        train(ways["shared"], batches(data, seen, chosen.epochs), data.learning_rate)
+        found = [variances(ways, model, data, seen, chosen.draws) for _ in range(chosen.batches)]
+        share = held(ways["shared"]) / held(ways["equal"])
         means = [f"{torch.stack([each[name].sum() for each in found]).mean():.3g}" for name in found[0]]
         model.eval()
         accuracy = data.score(model)["accuracy"]

@@ -24,16 +24,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness.digits import train
+from harness.examples import DIGIT_RESNETS, Digits
 from rich.console import Console
 from rich.table import Table
-from sample_bits import in_groups
 from torch import Tensor, nn
 
 import xconv_fx
 from xconv_fx.plan.report import read_json
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from mnist_resnet import Digits, build
 
 GOAL = 0.3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,13 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def trained(data: Digits, norm: str, steps: int) -> nn.Module:
     torch.manual_seed(0)
-    model = build() if norm == "batch" else in_groups(build())
-    optimiser, generator = torch.optim.Adam(model.parameters(), lr=data.learning_rate), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        images, labels = data.batch(generator)
-        optimiser.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimiser.step()
+    model, generator = DIGIT_RESNETS[norm](), torch.Generator().manual_seed(0)
+    train(model, (data.batch(generator) for _ in range(steps)), data.learning_rate)
     return model
 
 
@@ -77,7 +70,7 @@ def compared(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norm", choices=("batch", "group"), action="append", help="default: both")
+    parser.add_argument("--norm", choices=list(DIGIT_RESNETS), action="append", help="default: both")
     parser.add_argument("--draws", type=int, default=32)
     parser.add_argument("--steps", type=int, default=300)
     chosen = parser.parse_args(arguments)
@@ -85,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     data = Digits()
     batch = data.test_images[::16], data.test_labels[::16]
     total = missed = 0
-    for norm in chosen.norm or ("batch", "group"):
+    for norm in chosen.norm or DIGIT_RESNETS:
         model = trained(data, norm, chosen.steps)
         stats = xconv_fx.calibrate(model, F.cross_entropy, [batch])
         table = Table("layer", *OPTIONS, title=f"predicted / measured noise of weight gradients, {norm} normalisation")

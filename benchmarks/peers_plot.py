@@ -1,17 +1,16 @@
-"""Draws what `peers.py --json` measured: peak against step time, and peak against the error of the gradients.
+"""Draws what `peers.py` measured: peak against step time, and peak against the error of the gradients.
 
 A row of panels a network. Peaks are relative to Inductor's, so are step times. Methods with a knob are joined by a
 line, in the order of their peaks; what lies lower and further left is better.
-
-    python benchmarks/plots.py peers.json peers.png            # or several JSON files, whose networks are all drawn
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from peers_report import NetReport, Row
 
 # Family: colour, marker, whether its rows are settings of one knob.
 STYLES = {
@@ -27,19 +26,18 @@ EXACT = ("xconv, exact codecs", "tab:orange", "*")
 ROUNDING = 1e-6
 
 
-def draw(results: dict[str, Any], path: str) -> None:
-    """Write a PNG of all networks in `results`, the content of a JSON file of `peers.py`."""
+def draw(reports: Sequence[NetReport], path: Path) -> None:
+    """Write a PNG of all these networks."""
     # Not a dependency of the package: the tables need none.
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    nets = results["nets"]
-    figure, panels = pyplot.subplots(len(nets), 2, figsize=(11, 3.6 * len(nets)), squeeze=False)
-    for net, (time, error) in zip(nets, panels, strict=True):
-        _panel(time, net, "time")
-        _panel(error, net, "error")
+    figure, panels = pyplot.subplots(len(reports), 2, figsize=(11, 3.6 * len(reports)), squeeze=False)
+    for report, (time, error) in zip(reports, panels, strict=True):
+        _panel(time, report, "time")
+        _panel(error, report, "error")
     # No network need have all the methods.
     lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, frameon=False)
@@ -48,15 +46,15 @@ def draw(results: dict[str, Any], path: str) -> None:
     pyplot.close(figure)
 
 
-def _panel(axes: Any, net: dict[str, Any], what: str) -> None:
-    base = net["rows"]["inductor"]["peak"]
+def _panel(axes: Any, report: NetReport, what: str) -> None:
+    base = report.rows["inductor"].peak
     if base:
         for family, (colour, marker, joined) in STYLES.items():
-            rows = [row for row in net["rows"].values() if row["method"]["family"] == family]
-            plain = [row for row in rows if row["method"]["codecs"] == "all"]
+            rows = [row for row in report.rows.values() if row.method.family == family]
+            plain = [row for row in rows if row.method.codecs == "all"]
             _points(axes, plain, base, what, family, colour, marker, joined)
             _points(axes, [row for row in rows if row not in plain], base, what, *EXACT, joined=False)
-    axes.set(title=net["net"], xlabel="physical peak, relative to Inductor")
+    axes.set(title=report.net, xlabel="physical peak, relative to Inductor")
     axes.set_ylabel("step time, relative to Inductor" if what == "time" else "gradient error (one draw)")
     if what == "error":
         axes.set_yscale("log")
@@ -64,22 +62,15 @@ def _panel(axes: Any, net: dict[str, Any], what: str) -> None:
 
 
 def _points(
-    axes: Any, rows: list[dict[str, Any]], base: int, what: str, label: str, colour: str, marker: str, joined: bool
+    axes: Any, rows: list[Row], base: int, what: str, label: str, colour: str, marker: str, joined: bool
 ) -> None:
-    points = sorted((row["peak"] / base, _value(row, what)) for row in rows if row["peak"] and _value(row, what))
+    points = sorted((row.peak / base, value) for row in rows if row.peak and (value := _value(row, what)))
     if points:
         line = "-" if joined else "none"
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=label, alpha=0.8)
 
 
-def _value(row: dict[str, Any], what: str) -> float | None:
+def _value(row: Row, what: str) -> float | None:
     if what == "time":
-        return row["slowdown"]
-    return max(ROUNDING, row["gradient"]["one"]) if row["gradient"] else None
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    *measured, picture = sys.argv[1:]
-    draw({"nets": [net for path in measured for net in json.loads(Path(path).read_text())["nets"]]}, picture)
+        return row.slowdown
+    return max(ROUNDING, row.gradient.one) if row.gradient else None

@@ -1,18 +1,20 @@
-"""What `peers.py` knows about a method and about a network, and the tables and the JSON that it makes of it.
+"""What `peers.py` knows about a method and about a network, its records, and the tables that it makes of them.
 
 The summary sets xconv against the best exact peer: of all exact methods but xconv, the one with the lowest peak.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
-from methods import AT_PEER, GradientError, Method
+from harness import records
+from harness.gradients import GradientError
+from nets import PEER_NETS
+from peers_methods import AT_PEER, Method
+from peers_subject import GradientNoise
 from rich.table import Table
 
 HEADINGS = ("method", "budget", "peak", "added", "OS", "time", "error", "bias", "compile", "/ Inductor", "note")
@@ -38,10 +40,22 @@ class Row:
     peer_slowdown: float | None = None
     compile_seconds: float | None = None
     compile_ratio: float | None = None
-    gradient: GradientError | None = None
+    gradient: GradientNoise | None = None
     predictions: dict[str, Any] | None = None
     smallest: int | None = None
     note: str = ""
+
+    @property
+    def over(self) -> int:
+        """Bytes by which the peak exceeds the budget."""
+        return max(0, self.peak - self.budget) if self.peak and self.budget else 0
+
+    @staticmethod
+    def from_record(data: Mapping[str, Any]) -> Row:
+        gradient = data["gradient"]
+        if gradient is not None:
+            gradient = GradientNoise(**{**gradient, "first": GradientError(**gradient["first"])})
+        return Row(**{**data, "method": Method(**data["method"]), "gradient": gradient})
 
 
 @dataclass
@@ -52,6 +66,16 @@ class NetReport:
     shape: tuple[int, ...]
     rows: dict[str, Row] = field(default_factory=dict)
     best_peer: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """With the figures of the summary."""
+        return {**asdict(self), "figures": summarise(self).figures}
+
+    @staticmethod
+    def from_record(data: Mapping[str, Any]) -> NetReport:
+        """Inverse of `to_record`."""
+        rows = {name: Row.from_record(row) for name, row in data["rows"].items()}
+        return NetReport(data["net"], tuple(data["shape"]), rows, data["best_peer"])
 
 
 @dataclass(frozen=True)
@@ -91,20 +115,20 @@ def table_of(report: NetReport) -> Table:
         table.add_column(heading, justify="left" if heading in ("method", "note") else "right", overflow="fold")
     for row in report.rows.values():
         gradient, added = row.gradient, None if row.peak is None else row.peak - (row.resident or 0)
-        note = row.note if row.smallest is None else f"infeasible, smallest {_mb(row.smallest)} MB"
-        if row.peak and row.budget and row.peak > row.budget:
-            note = f"{row.peak - row.budget:,} B OVER BUDGET {note}".strip()
+        note = row.note if row.smallest is None else f"infeasible, smallest {mb(row.smallest)} MB"
+        if row.over:
+            note = f"{row.over:,} B OVER BUDGET {note}".strip()
         table.add_row(
             row.method.name,
-            _show(row.budget if row.budget != 1 else None, _mb),
-            _show(row.peak, _mb),
-            _show(added, _mb),
-            _show(row.os_peak, _mb),
-            _show(row.slowdown, "{:.3f}".format),
-            _show(gradient and gradient.one, "{:.1e}".format),
-            _show(gradient and gradient.bias, "{:.2f}".format),
-            _show(row.compile_seconds, "{:.0f} s".format),
-            _show(row.compile_ratio, "{:.2f}".format),
+            show(row.budget if row.budget != 1 else None, mb),
+            show(row.peak, mb),
+            show(added, mb),
+            show(row.os_peak, mb),
+            show(row.slowdown, "{:.3f}".format),
+            show(gradient and gradient.one, "{:.1e}".format),
+            show(gradient and gradient.bias, "{:.2f}".format),
+            show(row.compile_seconds, "{:.0f} s".format),
+            show(row.compile_ratio, "{:.2f}".format),
             note,
         )
     return table
@@ -123,9 +147,9 @@ def summary_table(summaries: list[Summary]) -> Table:
         peer = summary.peer
         table.add_row(
             summary.net,
-            "-" if peer is None else f"{peer.method.name} {_show(peer.peak, _mb)}",
-            f"{_show(summary.lowest and summary.lowest.peak, _mb)}: {_judge(summary, 'lowest')}",
-            f"{_show(summary.exact and summary.exact.peak, _mb)}: {_judge(summary, 'exact')}",
+            "-" if peer is None else f"{peer.method.name} {show(peer.peak, mb)}",
+            f"{show(summary.lowest and summary.lowest.peak, mb)}: {_judge(summary, 'lowest')}",
+            f"{show(summary.exact and summary.exact.peak, mb)}: {_judge(summary, 'exact')}",
             *(_judge(summary, name) for name in ("time at peer", "time at 65%", "error at 65%")),
         )
     return table
@@ -153,7 +177,7 @@ def predictions_table(reports: list[NetReport]) -> Table:
             for ratio in [(1 + row.predictions["time"] / plain) / row.slowdown]
         ]
         mean = sum(factors) / len(factors) if factors else None
-        table.add_row(report.net, str(len(rows)), _range(foreseen), _range(audited), _show(mean, "{:.2f}".format))
+        table.add_row(report.net, str(len(rows)), _range(foreseen), _range(audited), show(mean, "{:.2f}".format))
     return table
 
 
@@ -169,16 +193,23 @@ def _judge(summary: Summary, name: str) -> str:
     return f"[{'green' if value <= TARGETS[name] else 'red'}]{value:.3f}[/]{'' if value <= TARGETS[name] else ' NO'}"
 
 
-def _mb(size: int) -> str:
+def mb(size: int) -> str:
     return f"{size / 1e6:.1f}"
 
 
-def _show(value: Any, show: Callable[[Any], str]) -> str:
-    return "-" if value is None else show(value)
+def show(value: Any, form: Callable[[Any], str]) -> str:
+    return "-" if value is None else form(value)
 
 
-def as_json(reports: list[NetReport], arguments: dict[str, Any]) -> str:
-    """Everything measured, the arguments of the command and the figures of the summary."""
-    nets = [{**dataclasses.asdict(report), "figures": summarise(report).figures} for report in reports]
-    about = {"torch": torch.__version__, "targets": TARGETS, "arguments": arguments}
-    return json.dumps({**about, "nets": nets}, indent=2) + "\n"
+def newest(results: Path) -> list[NetReport]:
+    """What is known of each network by all methods at full size, in the order of `PEER_NETS`."""
+    found = ((data, data["options"]) for data in records.read(results))
+    whole = {data["net"]: data for data, options in found if options["methods"] is None and not options["tiny"]}
+    return [NetReport.from_record(whole[net]) for net in PEER_NETS if net in whole]
+
+
+def within_budgets(reports: Sequence[NetReport]) -> str:
+    """How many measurements of xconv there are, and which exceeded their budgets."""
+    rows = [(report.net, row) for report in reports for row in report.rows.values() if row.budget and row.peak]
+    over = [f"{net} {row.method.name} by {row.over / (row.budget or 1):.2%}" for net, row in rows if row.over]
+    return f"{len(rows)} measurements of xconv, {len(over)} over their budgets{': ' * bool(over)}{', '.join(over)}"

@@ -1,4 +1,4 @@
-"""A process of its own for one method of training, which does what it is asked, one thing at a time.
+"""Processes of their own: for one method of training, which does what it is asked, and for one function.
 
 The caller decides who computes when, a method that crashes takes nothing else with it, and what one method compiled or
 configured cannot help or harm another: each process has an empty cache directory of Inductor's and its own settings.
@@ -11,12 +11,15 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from xconv_fx.errors import BudgetInfeasibleError
+
+T = TypeVar("T")
 
 
 class MethodError(RuntimeError):
@@ -123,3 +126,9 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
         self._pipe.close()
+
+
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What the function returns in a process of its own, from which no memory and no compiled code is carried on."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
