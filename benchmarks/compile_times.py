@@ -5,9 +5,15 @@ with empty caches of Inductor and of ours, "warm" another one after that with th
 whole process and of the compilers that it starts, imports included, on one core. "lowest" asks for a budget of one byte
 first, as people who do not know what fits do, and then compiles the budget that the refusal names.
 
-Below stands where the seconds of the cold process went: Dynamo and running the step, AOTAutograd, what is ours
+Further columns are where the seconds of the cold process went: Dynamo and running the step, AOTAutograd, what is ours
 (analyses, plans, audits), Inductor's code generation, and the C++ compiler; and how often AOTAutograd traced. The
 variants that a search compares are the batch at once, each number of slices, and another layout of volumes.
+
+Each network and budget is a line of JSON in the results, of which `--report` and README show the newest:
+
+    python benchmarks/compile_times.py                       # all there is: an hour on one core
+    python benchmarks/compile_times.py --report              # measures nothing: what is known so far
+    python benchmarks/compile_times.py --nets vgg --budgets 65% --results /tmp/compile.jsonl
 """
 
 from __future__ import annotations
@@ -21,18 +27,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import records
+from harness.console import wide
+from harness.lowest import at_lowest_budget
+from harness.subject import Subject
 from nets import PEER_NETS
-from rich.console import Console
 from rich.table import Table
 
 BUDGETS = ("80%", "65%", "40%", "lowest")
 PARTS = ("Dynamo, running", "AOTAutograd", "ours", "Inductor", "C++ compiler")
+PLAIN = "inductor"
+SOURCES = ("benchmarks/compile_times.py",)
+# README's rows.
+SHOWN = {"65%": "65%", "lowest": "lowest, with the refusal that names it"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Clock:
     """Adds up the CPU time of functions by part, each without the functions that are called within it."""
 
     def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._inner: list[float] = [0.0]
 
@@ -74,8 +87,26 @@ class Clock:
         setattr(owner, name, watched)
 
 
+@dataclass(frozen=True)
+class Record:
+    """The costs of cold processes and of the warm ones after them, one network under one budget."""
+
+    net: str
+    budget: str
+    cold: tuple[Cost, ...]
+    warm: tuple[Cost, ...]
+    commit: str
+    torch: str
+    options: dict[str, Any]
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Record:
+        costs = {when: tuple(Cost(**cost) for cost in data[when]) for when in ("cold", "warm")}
+        return Record(**{**data, **costs})
+
+
 def one(net: str, budget: str) -> Cost:
-    """What this process needs for one network under one budget ("inductor": plain `torch.compile`)."""
+    """What this process needs for one network under one budget (`PLAIN`: plain `torch.compile`)."""
     import torch
     import torch._functorch.aot_autograd as aot
     from torch._inductor import compile_fx
@@ -89,30 +120,19 @@ def one(net: str, budget: str) -> Cost:
     clock.watch(aot, "aot_stage2_compile", "AOTAutograd")
     clock.watch(compile_fx, "_compile_fx_inner", "Inductor")
     clock.watch(backend, "_compile", "ours")
-    torch.manual_seed(0)
-    spec = PEER_NETS[net]
-    model, (inputs, targets) = spec.build(), spec.batch()
+    subject = Subject(PEER_NETS[net])
 
-    def step(**options: Any) -> None:
+    def step(budget: int | str) -> None:
         torch._dynamo.reset()
-        given = {"backend": "xconv", "options": options} if options else {}
-        compiled = torch.compile(model, **given)
-        spec.loss(compiled(inputs), targets).backward()
+        subject.compile(None if budget == PLAIN else {"mem_budget": budget})
+        subject.step()
 
     refused = ""
     try:
-        if budget == "inductor":
-            step()
-        elif budget != "lowest":
-            step(mem_budget=budget)
+        if budget == "lowest":
+            at_lowest_budget(step)
         else:
-            smallest = 1
-            while not refused:
-                try:
-                    step(mem_budget=smallest)
-                    break
-                except BudgetInfeasibleError as error:
-                    smallest = error.smallest
+            step(budget)
     except BudgetInfeasibleError as error:
         refused = str(error).partition("\n")[0]
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -143,50 +163,100 @@ def middle(costs: Iterable[Cost]) -> Cost:
     return ordered[len(ordered) // 2]
 
 
-def rows(nets: list[str], budgets: list[str], repeats: int) -> Iterator[tuple[str, str, Cost, Cost]]:
-    """Network, budget, and the costs of the cold and of the warm process: those of the median of `repeats`."""
+def measurements(nets: list[str], budgets: list[str], repeats: int) -> Iterator[Record]:
+    """Of each network by Inductor and under each budget."""
+    made_by = records.made_by({"repeats": repeats}, *SOURCES)
     for net in nets:
-        for budget in ("inductor", *budgets):
-            pairs = []
+        for budget in (PLAIN, *budgets):
+            cold, warm = [], []
             for _ in range(repeats):
                 with tempfile.TemporaryDirectory() as folder:
-                    pairs.append((measured(net, budget, Path(folder)), measured(net, budget, Path(folder))))
-            cold, warm = (
-                sorted(costs, key=lambda cost: cost.seconds)[repeats // 2] for costs in zip(*pairs, strict=True)
-            )
-            print(f"{net} {budget}: {cold.seconds:.1f} s cold, {warm.seconds:.1f} s warm", file=sys.stderr, flush=True)
-            yield net, budget, cold, warm
+                    cold.append(measured(net, budget, Path(folder)))
+                    warm.append(measured(net, budget, Path(folder)))
+            taken = f"{middle(cold).seconds:.1f} s cold, {middle(warm).seconds:.1f} s warm"
+            print(f"{net} {budget}: {taken}", file=sys.stderr, flush=True)
+            yield Record(net, budget, tuple(cold), tuple(warm), **made_by)
 
 
-def show(found: list[tuple[str, str, Cost, Cost]]) -> None:
-    """Print the tables."""
-    plain = {net: (cold, warm) for net, budget, cold, warm in found if budget == "inductor"}
-    table = Table("network", "budget", "cold", "ratio", "warm", "ratio", "traces", *PARTS, "")
-    for net, budget, cold, warm in found:
-        parts = [f"{cold.parts[part]:.1f}" for part in PARTS]
-        table.add_row(
-            net, budget,
-            f"{cold.seconds:.1f} s", f"{cold.seconds / plain[net][0].seconds:.2f}x",
-            f"{warm.seconds:.1f} s", f"{warm.seconds / plain[net][1].seconds:.2f}x",
-            str(cold.traces), *parts, cold.refused,
+def newest(results: Path) -> list[Record]:
+    """What is known of each network and budget, in the order of networks."""
+    found = {(data["net"], data["budget"]): Record.from_json(data) for data in records.read(results)}
+    return sorted(found.values(), key=lambda record: list(PEER_NETS).index(record.net))
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """CPU time over Inductor's, of the cold and of the warm process: medians."""
+
+    cold: float
+    warm: float
+
+
+def ratios(found: Sequence[Record]) -> dict[tuple[str, str], Ratios]:
+    """By network and budget."""
+    plain = {record.net: record for record in found if record.budget == PLAIN}
+    return {
+        (record.net, record.budget): Ratios(
+            middle(record.cold).seconds / middle(plain[record.net].cold).seconds,
+            middle(record.warm).seconds / middle(plain[record.net].warm).seconds,
+        )
+        for record in found
+        if record.net in plain
+    }
+
+
+def table(found: Sequence[Record]) -> Table:
+    """All that is known."""
+    rows = Table("network", "budget", "cold", "ratio", "warm", "ratio", "traces", *PARTS, "")
+    over = ratios(found)
+    for record in found:
+        cold, warm, ratio = middle(record.cold), middle(record.warm), over[record.net, record.budget]
+        rows.add_row(
+            record.net, record.budget,
+            f"{cold.seconds:.1f} s", f"{ratio.cold:.2f}x", f"{warm.seconds:.1f} s", f"{ratio.warm:.2f}x",
+            str(cold.traces), *(f"{cold.parts[part]:.1f}" for part in PARTS), cold.refused,
         )  # fmt: skip
-    Console(width=180).print(table)
+    return rows
+
+
+def readme(results: Path) -> str | None:
+    """README's table: smallest and largest ratios over all networks; None before all are known."""
+    over = ratios(newest(results))
+    if not all((net, budget) in over for net in PEER_NETS for budget in SHOWN):
+        return None
+    lines = ["| budget | first process | second process |", "|---|---|---|"]
+    for budget, name in SHOWN.items():
+        of_nets = [over[net, budget] for net in PEER_NETS]
+        lines.append(f"| {name} | {_range([r.cold for r in of_nets])} | {_range([r.warm for r in of_nets])} |")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--nets", nargs="*", default=list(PEER_NETS), choices=list(PEER_NETS))
+    parse.add_argument("--budgets", nargs="*", default=list(BUDGETS))
+    parse.add_argument("--repeats", type=int, default=1)
+    records.add_arguments(parse, __file__)
+    parse.add_argument("--one", nargs=2, metavar=("NET", "BUDGET"), help="measure in this process, and print JSON")
+    return parse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="*", default=list(PEER_NETS), choices=list(PEER_NETS))
-    parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--one", nargs=2, metavar=("NET", "BUDGET"), help="measure in this process, and print JSON")
-    given = parser.parse_args()
+    given = parser().parse_args()
     if given.one:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        cost = one(*given.one)
-        print(json.dumps({"parts": cost.parts, "traces": cost.traces, "refused": cost.refused}))
+        print(json.dumps(asdict(one(*given.one))))
         return
-    show(list(rows(given.nets, given.budgets, given.repeats)))
+    found = newest(given.results) if given.report else list[Record]()
+    for record in [] if given.report else measurements(given.nets, given.budgets, given.repeats):
+        records.append(given.results, asdict(record))
+        found.append(record)
+    wide(180).print(table(found))
 
 
 if __name__ == "__main__":

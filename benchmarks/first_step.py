@@ -1,4 +1,4 @@
-"""What the check of the first step costs: `python benchmarks/first_step.py` prints a table.
+"""What the check of the first step costs: `python benchmarks/first_step.py` prints a table and keeps its records.
 
 Two copies of a network are compiled under the same budget, one with `verify="off"` and one with the default. Steps are
 interleaved: one that is not checked, one whose memory is measured (as the first after compiling is), and the one after
@@ -8,71 +8,112 @@ it, which only counts calls. "measured" and "after" are medians of the ratios to
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
-import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from harness import records
+from harness.console import wide
+from harness.subject import Subject
 from nets import MAIN_JOB
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from xconv_fx.runtime.first_step import StepCheck
 from xconv_fx.step.front_door import _watch
 
+SOURCES = ("benchmarks/first_step.py",)
+NETS = ("resnet", "vgg")
 
-def check_of(compiled: nn.Module) -> StepCheck:
+
+@dataclass(frozen=True)
+class Record:
+    """Seconds of an unchecked step, and ratios to it of measured steps and of those after them."""
+
+    net: str
+    seconds: float
+    measured: tuple[float, ...]
+    after: tuple[float, ...]
+    commit: str
+    torch: str
+    options: dict[str, Any]
+
+
+def check_of(subject: Subject) -> StepCheck:
     """The check of a compiled model, whose steps have run."""
-    (session,) = _watch(compiled).sessions.values()
+    (session,) = _watch(subject.run).sessions.values()
     return session.verifier.check
 
 
-def timed(model: nn.Module, inputs: Tensor) -> float:
-    """Seconds of one step."""
-    model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    model(inputs).square().mean().backward()
-    return time.perf_counter() - start
+def compiled(net: str, budget: str, verify: str) -> Subject:
+    """The network after three steps under the budget."""
+    subject = Subject(MAIN_JOB[net])
+    subject.compile({"mem_budget": budget, "codecs": "exact", "verify": verify})
+    for _ in range(3):
+        subject.step()
+    return subject
 
 
-def ratios(name: str, budget: str, rounds: int) -> tuple[float, list[float], list[float]]:
-    """Seconds of an unchecked step, and ratios to it of measured steps and of those after them."""
-    net = MAIN_JOB[name]
-    torch.manual_seed(0)
-    model = net.build()
-    inputs, _ = net.batch()
-    found: dict[str, nn.Module] = {}
-    for verify in ("off", "replan"):
-        options = {"mem_budget": budget, "codecs": "exact", "verify": verify}
-        found[verify] = torch.compile(copy.deepcopy(model), backend="xconv", options=options)  # type: ignore[assignment]
-        for _ in range(3):
-            timed(found[verify], inputs)
-    check = check_of(found["replan"])
+def measure(net: str, budget: str, rounds: int, made_by: dict[str, Any]) -> Record:
+    off, on = (compiled(net, budget, verify) for verify in ("off", "replan"))
+    check = check_of(on)
     unchecked, measured, after = [], [], []
     for _ in range(rounds):
-        unchecked.append(timed(found["off"], inputs))
+        unchecked.append(off.step())
         check.again()
-        measured.append(timed(found["replan"], inputs) / unchecked[-1])
-        after.append(timed(found["replan"], inputs) / unchecked[-1])
+        measured.append(on.step() / unchecked[-1])
+        after.append(on.step() / unchecked[-1])
     check.stop()
-    return statistics.median(unchecked), measured, after
+    return Record(net, statistics.median(unchecked), tuple(measured), tuple(after), **made_by)
+
+
+def measurements(nets: Sequence[str], budget: str, rounds: int) -> Iterator[Record]:
+    options = {"budget": budget, "rounds": rounds, "threads": torch.get_num_threads()}
+    made_by = records.made_by(options, *SOURCES)
+    for net in nets:
+        yield measure(net, budget, rounds, made_by)
+
+
+def newest(results: Path) -> list[Record]:
+    """What is known of each network."""
+    return list({data["net"]: Record(**data) for data in records.read(results)}.values())
+
+
+def readme(results: Path) -> str | None:
+    """README's table: medians; None before all networks are known."""
+    found = {record.net: record for record in newest(results)}
+    if not all(net in found for net in NETS):
+        return None
+    lines = ["| network | a measured step | the one after it |", "|---|---|---|"]
+    for net in NETS:
+        cells = (f"{statistics.median(ratios):.2f}" for ratios in (found[net].measured, found[net].after))
+        lines.append(f"| {net} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(found: Sequence[Record]) -> Table:
+    rows = Table("network", "budget", "threads", "step", "measured", "after")
+    for record in found:
+        spread = [f"{statistics.median(r):.3f} ({min(r):.2f} to {max(r):.2f})" for r in (record.measured, record.after)]
+        options = (record.options["budget"], str(record.options["threads"]))
+        rows.add_row(record.net, *options, f"{1e3 * record.seconds:.0f} ms", *spread)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", nargs="*", choices=list(MAIN_JOB), default=["resnet", "vgg"])
+    parser.add_argument("--net", nargs="*", choices=list(MAIN_JOB), default=list(NETS))
     parser.add_argument("--budget", default="70%")
     parser.add_argument("--rounds", type=int, default=25)
+    records.add_arguments(parser, __file__)
     given = parser.parse_args()
-    table = Table(
-        "network", "step", "measured", "after", title=f"budget {given.budget}, {torch.get_num_threads()} threads"
-    )
-    for name in given.net:
-        seconds, measured, after = ratios(name, given.budget, given.rounds)
-        spread = [f"{statistics.median(r):.3f} ({min(r):.2f} to {max(r):.2f})" for r in (measured, after)]
-        table.add_row(name, f"{1e3 * seconds:.0f} ms", *spread)
-    Console().print(table)
+    found = newest(given.results) if given.report else list[Record]()
+    for record in [] if given.report else measurements(given.net, given.budget, given.rounds):
+        records.append(given.results, asdict(record))
+        found.append(record)
+    wide(100).print(table(found))
 
 
 if __name__ == "__main__":
