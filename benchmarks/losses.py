@@ -4,7 +4,7 @@ The unit is the model's result in float32, the precision that losses compute in.
 between the model's forward and its backward: the result, until nobody holds it, what the loss makes of it, and the
 gradients that go back to the model. "kept" is what is still alive when the model's own backward begins, besides these
 gradients. In `loss(model(x)).backward()` nobody holds the result but the loss; a program that keeps it in a variable
-takes one more where it is not saved anyway. The allowances of `xconv_fx/passes/loss.py` are set by this table.
+takes one more where it is not saved anyway. The allowances of `xconv_fx/planner/loss.py` are set by this table.
 """
 
 from __future__ import annotations
