@@ -26,6 +26,10 @@ from xconv_fx.step.front_door import _watch
 
 SOURCES = ("benchmarks/first_step.py",)
 NETS = ("resnet", "vgg")
+ABOUT = (
+    "`python benchmarks/first_step.py` measures what that costs: the time of a step that is measured, and of the one",
+    'after it, over that of a step under `verify="off"`, in networks of `benchmarks/nets.py`:',
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,11 @@ def newest(results: Path) -> list[Record]:
 
 
 def readme(results: Path) -> str | None:
-    """README's table: medians; None before all networks are known."""
+    """README's table of medians, with what it says; None before all networks are known."""
     found = {record.net: record for record in newest(results)}
     if not all(net in found for net in NETS):
         return None
-    lines = ["| network | a measured step | the one after it |", "|---|---|---|"]
+    lines = [*ABOUT, "", "| network | a measured step | the one after it |", "|---|---|---|"]
     for net in NETS:
         cells = (f"{statistics.median(ratios):.2f}" for ratios in (found[net].measured, found[net].after))
         lines.append(f"| {net} | {' | '.join(cells)} |")

@@ -41,6 +41,23 @@ def peers(net: str, **options: object) -> str:
     return json.dumps({**record, "best_peer": "checkpoint", "options": {**OPTIONS, **options}}) + "\n"
 
 
+def cost(seconds: float) -> dict[str, Any]:
+    return {"parts": {"ours": seconds}, "traces": 1, "refused": ""}
+
+
+def compiling(net: str, budget: str, cold: float, warm: float) -> str:
+    """A record of compile_times.py, of three repeats."""
+    seconds = {"cold": (cold, cold / 2, 9 * cold), "warm": (warm, warm / 2, 9 * warm)}
+    record = {"net": net, "budget": budget, "commit": "abc", "torch": "2", "options": {"repeats": 3}}
+    return json.dumps({**record, **{when: [cost(each) for each in taken] for when, taken in seconds.items()}}) + "\n"
+
+
+def stepping(net: str, measured: tuple[float, ...]) -> str:
+    """A record of first_step.py."""
+    made_by = {"commit": "abc", "torch": "2", "options": {}}
+    return json.dumps({"net": net, "seconds": 1.0, "measured": measured, "after": (1.0, 1.02, 1.01), **made_by}) + "\n"
+
+
 def test_tables_are_what_the_records_say():
     done = tables("--check")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,6 +87,20 @@ def test_methods_are_compared_once_all_networks_are_known(tmp_path):
         "| MONAI's 3D U-Net, 2x3x8x8 | 100.0 | 80.0 (checkpoint) | 60.0 (0.75) | 36.0 (0.45) | 0.86 | 0.93, 1.2e-03 |"
         in readme.read_text().splitlines()
     )
+
+
+def test_costs_are_medians(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    budgets = {"inductor": (20, 8), "65%": (30, 8), "lowest": (40, 12)}
+    lines = [compiling(net, budget, *taken) for net in NETS for budget, taken in budgets.items()]
+    (tmp_path / "compile_times.jsonl").write_text("".join((*lines, compiling("vgg", "65%", 50, 16))))
+    (tmp_path / "first_step.jsonl").write_text(stepping("vgg", (1.9, 1.8, 2.7)) + stepping("resnet", (2.0,)))
+    assert tables("--readme", readme, "--records", tmp_path).returncode == 0
+    written = readme.read_text().splitlines()
+    assert "  | 65% | 1.5 to 2.5 | 1.0 to 2.0 |" in written
+    assert "  | lowest, with the refusal that names it | 2.0 to 2.0 | 1.5 to 1.5 |" in written
+    assert "| vgg | 1.90 | 1.01 |" in written
 
 
 def test_every_table_has_its_place(tmp_path):
