@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.measure import interleaved_times
 from xconv_fx.ops import SavedAs, codec_of, fitting_probes, fixed, layout, lowering
 from xconv_fx.units import format_size
@@ -58,13 +59,13 @@ TENSORS = {
 }
 QUICK = ("channels_last", "odd")
 
-# Name, and the fields of `SavedAs` besides those that say which tensor.
+# Name, and the fields of `CodecSpec`.
 CODECS: dict[str, dict[str, Any]] = {
     "bitmask": {"codec": "bitmask"},
     **{f"quantize {bits}": {"codec": "quantize", "bits": bits} for bits in (8, 4, 2, 1)},
     **{f"fixed {bits}": {"codec": "fixed", "bits": bits} for bits in (8, 4, 2)},
-    "probe": {"codec": "probe"},
-    **{f"probe {bits}": {"codec": "probe", "bits": bits} for bits in (4, 2)},
+    "probe": {"codec": "probe", "kind": "fold"},
+    **{f"probe {bits}": {"codec": "probe", "kind": "fold", "bits": bits} for bits in (4, 2)},
 }
 
 
@@ -89,12 +90,12 @@ def held_as(shape: Shape, dtype: torch.dtype, fields: dict[str, Any]) -> SavedAs
         if fields["codec"] == "probe"
         else None
     )
-    return SavedAs(size=shape.size, dtype=dtype, order=shape.order, probes=probes, **fields)
+    return SavedAs(CodecSpec(probes=probes, **fields), shape.size, dtype, shape.order)
 
 
 def side(held: SavedAs, seed: Tensor) -> Tensor:
     """What both directions read besides: the seed, or the scales of channels of mean 0 and deviation 1."""
-    if held.codec != "fixed":
+    if held.spec.codec != "fixed":
         return seed
     mean = torch.zeros(1, held.size[1])
     return fixed.scales(mean, mean + 1, mean + SHIFT, mean + 1, fixed.bits_of(held))
@@ -102,16 +103,16 @@ def side(held: SavedAs, seed: Tensor) -> Tensor:
 
 def build(held: SavedAs, x: Tensor, seed: Tensor) -> Kernels:
     """Compiles and runs both directions once. A mask is applied to `x` itself."""
-    row, seed = codec_of(held.codec), side(held, seed)
+    row, seed = codec_of(held.spec.codec), side(held, seed)
 
     def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        if held.codec == "fixed":
+        if held.spec.codec == "fixed":
             return fixed.encode(x, seed, held, x + SHIFT > 0)
-        return row.encode(x > 0 if held.codec == "bitmask" else x, seed, held)
+        return row.encode(x > 0 if held.spec.codec == "bitmask" else x, seed, held)
 
     def decode(payload: tuple[Tensor, ...], seed: Tensor, gradient: Tensor) -> Tensor:
         decoded = row.decode(payload, seed, held)
-        return torch.where(decoded, gradient, 0) if held.codec == "bitmask" else decoded
+        return torch.where(decoded, gradient, 0) if held.spec.codec == "bitmask" else decoded
 
     torch._dynamo.reset()
     fast_encode, fast_decode = (torch.compile(function, dynamic=False, fullgraph=True) for function in (encode, decode))

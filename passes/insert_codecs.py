@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import fixed
 from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.ops.seed import DEFAULT
@@ -28,6 +29,7 @@ from .residuals import Residual, physical_order
 
 aten = torch.ops.aten
 
+BITS = CodecSpec("bitmask")
 SKETCHES = ("quantize", "probe")
 APPROXIMATE = (*SKETCHES, "fixed")
 
@@ -59,15 +61,6 @@ def rewrite(
 def _element(seeds: Tensor, number: int) -> Tensor:
     """One of the seeds, in a dim of its own. Taken where it is read: at the start of a graph, it raised the peak."""
     return seeds if len(seeds) == 1 else seeds[number : number + 1]
-
-
-def held_for(residual: Residual, choice: Choice) -> SavedAs:
-    """The codec's parameters that a choice stands for."""
-    return SavedAs(
-        choice.codec, residual.shape, residual.value.dtype, residual.order,
-        bits=choice.bits, probes=choice.probes, kind=choice.kind or "fold", means=choice.means,
-        by_sample=choice.by_sample,
-    )  # fmt: skip
 
 
 class _Writer:
@@ -111,7 +104,7 @@ class _Writer:
         elif residual.backward.users:
             if choice.codec == "bitmask" and residual.value.dtype != torch.bool:
                 return  # Its masks are read from bits; weight gradients read the tensor itself.
-            self.hold(residual, held_for(residual, choice))
+            self.hold(residual, residual.saved_as(choice.spec))
         self.pair.uncross(residual.forward, residual.backward)
 
     def is_approximate(self, name: str) -> bool:
@@ -123,7 +116,7 @@ class _Writer:
 
     def hold(self, residual: Residual, held: SavedAs) -> None:
         """Encode after the producer, cross with the payload, decode before every reader."""
-        codec = codec_of(held.codec)
+        codec = codec_of(held.spec.codec)
         if residual.name in self.fixed:
             words, table, held = self.fix(residual.name)
             for reader in list(residual.backward.users):
@@ -142,7 +135,7 @@ class _Writer:
 
     def encode(self, node: fx.Node, held: SavedAs, seeds: list[fx.Node], number: int = 0) -> list[fx.Node]:
         """The payload's placeholders in the backward; `number` is the place of its seed among all."""
-        codec = codec_of(held.codec)
+        codec = codec_of(held.spec.codec)
 
         def encode(x: Tensor, *seeds: Tensor) -> tuple[Tensor, ...]:
             if not seeds:
@@ -151,16 +144,16 @@ class _Writer:
 
         with self.forward.inserting_before(max([node, *seeds]).next):
             payload = inline(self.forward, encode, [node, *seeds], origin_meta(node))
-        return [self.pair.cross(part, f"{node.name}_{held.codec}") for part in payload]
+        return [self.pair.cross(part, f"{node.name}_{held.spec.codec}") for part in payload]
 
     def decode(
         self, payload: list[fx.Node], held: SavedAs, side: list[fx.Node], old: fx.Node, reader: fx.Node, number: int = 0
     ) -> None:
         """Give `reader` a decoded value in the place of `old`. `side` are all seeds, or for "fixed" its table."""
-        codec = codec_of(held.codec)
+        codec = codec_of(held.spec.codec)
 
         def decode(*values: Tensor) -> Tensor:
-            last = _element(values[-1], number) if held.codec in SKETCHES else values[-1]
+            last = _element(values[-1], number) if held.spec.codec in SKETCHES else values[-1]
             return codec.decode(values[: len(payload)], last, held)
 
         with self.backward.inserting_before(reader):
@@ -199,9 +192,9 @@ class _Writer:
         """The backward's placeholders for codes and table of a normalised residual, made once, and what they are."""
         if name not in self.scaled:
             residual, norm = self.residuals[name], self.fixed[name]
-            held = held_for(residual, self.how[name])
-            assert held.bits is not None
-            table = self.append(functools.partial(norm.scales, held.bits), norm.mean, norm.rstd, *norm.coefficients)
+            held = residual.saved_as(self.how[name].spec)
+            scales = functools.partial(norm.scales, fixed.bits_of(held))
+            table = self.append(scales, norm.mean, norm.rstd, *norm.coefficients)
             read = [residual.forward, table]
             if norm.activation is not None:
                 read.append(self.append(lambda z: aten.gt.Scalar(z, 0), norm.activation))
@@ -248,7 +241,7 @@ class _Writer:
             assert value is not None
             if len(order) != value.dim():  # Between it and the residual lies a change of shape.
                 order = physical_order(value, channels_last=False)
-            held = SavedAs("bitmask", tuple(int(n) for n in value.shape), torch.bool, order)
+            held = SavedAs(BITS, tuple(int(n) for n in value.shape), torch.bool, order)
             (words,) = self.encode(boolean, held, [])
             self.packed[boolean] = (words, held)
         return self.packed[boolean]

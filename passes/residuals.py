@@ -24,6 +24,8 @@ import torch
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.ops.codec import SavedAs
 from xconv_fx.ops.conv import ConvBackward
 
 from .graph import (
@@ -94,6 +96,10 @@ class Residual:
     @property
     def source(self) -> str:
         return source_of(self.forward)
+
+    def saved_as(self, spec: CodecSpec) -> SavedAs:
+        """The residual as it is held by a codec."""
+        return SavedAs(spec, self.shape, self.value.dtype, self.order)
 
 
 def find_residuals(pair: Pair) -> dict[str, Residual]:

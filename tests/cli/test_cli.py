@@ -12,12 +12,15 @@ import torch
 
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import FAILED, INFEASIBLE, OK
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import BudgetInfeasibleError, UnsupportedModelError, UsageError
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.plan.report import read_json
 from xconv_fx.tools.workload import InputSpec
 
-ROWS = tuple(Choice(f"r{i}", f"layer{i}", "relu", (4, 4), "float32", (), "keep", 64 + i, 64 + i) for i in range(30))
+ROWS = tuple(
+    Choice(f"r{i}", f"layer{i}", "relu", (4, 4), "float32", (), CodecSpec("keep"), 64 + i, 64 + i) for i in range(30)
+)
 PLAN = Plan("cpu", 2000, 5000, 1500, "mm", 0, ROWS)
 INPUT = ["--input", "1x3x8x8"]
 

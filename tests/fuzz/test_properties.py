@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import bitmask, layout, quantize
 from xconv_fx.options.budget import Budget, parse_size
 from xconv_fx.plan import Choice, Plan
@@ -96,11 +97,14 @@ def test_a_percentage_is_at_most_its_share(percent, baseline):
 NAMES = st.text(max_size=12)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 COUNTS = st.integers(0, 2**60)
+SPECS = st.builds(
+    CodecSpec, codec=NAMES, probes=st.none() | COUNTS, bits=st.none() | COUNTS, kind=st.none() | NAMES,
+    means=st.booleans(), by_sample=NAMES,
+)  # fmt: skip
 CHOICES = st.builds(
     Choice, residual=NAMES, layer=NAMES, source=NAMES, shape=st.lists(st.integers(0, 2**31), max_size=5).map(tuple),
-    dtype=NAMES, uses=st.lists(NAMES, max_size=3).map(tuple), codec=NAMES, bytes_before=COUNTS, bytes_after=COUNTS,
-    probes=st.none() | COUNTS, bits=st.none() | COUNTS, kind=st.none() | NAMES, means=st.booleans(), noise=NUMBERS,
-    time=NUMBERS, readers=st.lists(NAMES, max_size=2).map(tuple),
+    dtype=NAMES, uses=st.lists(NAMES, max_size=3).map(tuple), spec=SPECS, bytes_before=COUNTS, bytes_after=COUNTS,
+    noise=NUMBERS, time=NUMBERS, readers=st.lists(NAMES, max_size=2).map(tuple),
 )  # fmt: skip
 PLANS = st.builds(
     Plan, device=NAMES, budget=st.none() | COUNTS, baseline_peak=COUNTS, predicted_peak=COUNTS, peak_at=NAMES,

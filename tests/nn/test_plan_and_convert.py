@@ -10,6 +10,7 @@ from torch import nn
 
 import xconv_fx
 from xconv_fx import nn as xnn
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.nn.assignment import ByPlan
 from xconv_fx.nn.sketch import Sketch
@@ -19,8 +20,9 @@ from xconv_fx.plan import Choice, Plan
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
-def choice(layer, codec, readers, **more):
-    return Choice("r", layer, "relu", (4, 8), "float32", (), codec, 100, more.pop("held", 10), readers=readers, **more)
+def choice(layer, codec, readers, held=10, **parameters):
+    spec = CodecSpec(codec, **parameters)
+    return Choice("r", layer, "relu", (4, 8), "float32", (), spec, 100, held, readers=readers)
 
 
 def plan(*choices, **more):
@@ -100,8 +102,8 @@ def test_one_setting_for_a_layer_that_is_used_twice():
     many = choice("b", "quantize", ("x", "y"), bits=4, held=20)
     dense = choice("c", "probe", ("z",), probes=8, kind="gaussian")
     given = ByPlan([plan(few, many, dense)])
-    assert given.sketch(["x"]) == given.sketch(["y"]) == Sketch(bits=4)
-    assert given.sketch(["other", "z"]) == Sketch(8, "gaussian", means=False)
+    assert given.sketch(["x"]) == given.sketch(["y"]) == Sketch.of(bits=4)
+    assert given.sketch(["other", "z"]) == Sketch.of(8, "gaussian", means=False)
     assert isinstance(ByPlan([plan(few, choice("d", "keep", ("x",)))]).sketch(["x"]), str)
 
 

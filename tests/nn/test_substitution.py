@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import xconv_fx.nn  # registers the ops
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import OptionError
 from xconv_fx.plan import Choice, Plan
 
@@ -103,7 +104,8 @@ def test_a_plan(graph):
     module, _, _ = graph
 
     def choice(layer, codec, reader, **more):
-        return Choice("r", layer, "relu", (2, 4), "float32", (), codec, 100, 10, readers=(reader,), **more)
+        spec = CodecSpec(codec, **more)
+        return Choice("r", layer, "relu", (2, 4), "float32", (), spec, 100, 10, readers=(reader,))
 
     plan = Plan("cpu", None, 10, 5, "mm", 0, (
         choice("body.1", "probe", "up", probes=9, kind="fold", bits=4), choice("stem", "keep", "body.0"),

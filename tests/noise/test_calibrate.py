@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import xconv_fx
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.ops import SavedAs, codec_of, fixed
 
@@ -82,7 +83,7 @@ def test_errors_of_a_normalised_input_reach_the_layer_before(bits):
     middle = conv(x).detach().requires_grad_()
     out = norm(middle)
     dy = torch.autograd.grad(LOSS(model[2:](out), y), out)[0]
-    held = SavedAs("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=bits)
+    held = SavedAs(CodecSpec("quantize", bits=bits), tuple(middle.shape), middle.dtype, (0, 2, 3, 1))
     mean, rstd = middle.detach().mean((0, 2, 3)), (middle.detach().var((0, 2, 3), correction=0) + norm.eps).rsqrt()
 
     def gradient(value: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def test_the_noise_of_an_input_that_is_replayed_from_codes():
 
     exact = gradient(middle)
     for bits, predicted in dict(known.replays)["1"]:
-        held = SavedAs("quantize", tuple(middle.shape), middle.dtype, (0, 2, 3, 1), bits=bits)
+        held = SavedAs(CodecSpec("quantize", bits=bits), tuple(middle.shape), middle.dtype, (0, 2, 3, 1))
         losses = []
         for seed in torch.randint(2**62, (24, 1)):
             estimate = codec_of("quantize").decode(codec_of("quantize").encode(middle, seed, held), seed, held)
@@ -157,7 +158,7 @@ def in_fixed_point(norm: nn.Module, x: Tensor, bits: int) -> tuple[Tensor, Tenso
     deviation, z = (variance + norm.eps).sqrt(), norm(x)
     shift, slope = (value.view(1, -1, 1, 1).expand_as(x) for value in (norm.bias, norm.weight))
     table = fixed.scales(*(value[:, :, 0, 0] for value in (mean, deviation, shift, slope)), bits)
-    held = SavedAs("fixed", tuple(x.shape), x.dtype, (0, 1, 2, 3), bits=bits)
+    held = SavedAs(CodecSpec("fixed", bits=bits), tuple(x.shape), x.dtype, (0, 1, 2, 3))
     decoded = codec_of("fixed").decode(fixed.encode(x, table, held, z > 0), table, held)
     return decoded, torch.where(z > 0, slope * (decoded - mean) / deviation + shift, 0)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.noise.expected import measured_noise
 from xconv_fx.noise.layer import Measurement, Source, measure_normalisation, measure_weighted
 from xconv_fx.noise.moments import Bilinear, deviation, sample_noise
@@ -66,7 +66,7 @@ def layer():
 
 
 LAST, FIRST = (0, 2, 3, 1), (0, 1, 2, 3)
-FOLDED = {"codec": "probe", "order": LAST}
+FOLDED = {"codec": "probe", "kind": "fold", "order": LAST}
 HELD = [
     *({"codec": "quantize", "bits": bits, "order": LAST} for bits in (8, 4, 2, 1)),
     {"codec": "quantize", "bits": 2, "order": FIRST},
@@ -84,13 +84,13 @@ HELD = [
 def test_predicted_variance_is_that_of_draws(layer, way):
     module, x, dy, known = layer
     way = dict(way)
-    held = SavedAs(way.pop("codec"), tuple(x.shape), x.dtype, way.pop("order"))
+    held = SavedAs(CodecSpec(way.pop("codec")), tuple(x.shape), x.dtype, way.pop("order"))
     if terms := way.pop("terms", None):
-        held = replace(held, probes=fitting_probes(x.shape, held.order, math.prod(x.shape[1:]) // terms))
-    held = replace(held, **way)
+        held = held.varied(probes=fitting_probes(x.shape, held.order, math.prod(x.shape[1:]) // terms))
+    held = held.varied(**way)
     exact, losses = weight_gradient(module, x, dy).detach(), []
     for seed in torch.randint(2**62, (24, 1)):
-        estimate = codec_of(held.codec).decode(codec_of(held.codec).encode(x, seed, held), seed, held)
+        estimate = codec_of(held.spec.codec).decode(codec_of(held.spec.codec).encode(x, seed, held), seed, held)
         losses.append(float((weight_gradient(module, estimate, dy).detach() - exact).square().sum()) / known.energy)
     measured, error = torch.tensor(losses).mean().item(), torch.tensor(losses).std().item() / len(losses) ** 0.5
     assert error < 0.15 * measured, "too few draws to tell"

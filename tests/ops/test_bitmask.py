@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import BITMASK, SavedAs, codec_of, layout, names, register
 
 CASES = [
@@ -23,7 +24,7 @@ def mask_of(size, order):
 @pytest.mark.parametrize(("size", "order"), CASES, ids=str)
 def test_round_trip_is_exact_and_in_order(size, order):
     mask = mask_of(size, order)
-    held = SavedAs("bitmask", size, torch.bool, order)
+    held = SavedAs(CodecSpec("bitmask"), size, torch.bool, order)
     payload = BITMASK.encode(mask, torch.tensor([1]), held)
     decoded = BITMASK.decode(payload, torch.tensor([1]), held)
     assert torch.equal(decoded, mask) and decoded.stride() == mask.stride()
@@ -33,7 +34,7 @@ def test_round_trip_is_exact_and_in_order(size, order):
 
 
 def test_an_activation_takes_one_bit_an_element():
-    held = SavedAs("bitmask", (16, 64, 64, 64), torch.bool, (0, 2, 3, 1))
+    held = SavedAs(CodecSpec("bitmask"), (16, 64, 64, 64), torch.bool, (0, 2, 3, 1))
     assert BITMASK.payload_bytes(held) == 16 * 64 * 64 * 64 // 8
 
 

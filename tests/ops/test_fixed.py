@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import FIXED, SavedAs, fixed, layout, lowering
 
 SIZE, ORDER = (4, 24, 9, 13), (0, 2, 3, 1)
@@ -22,7 +23,7 @@ BETAS = (0.0, 0.3, -1.45, 2.9, 1.0, -1.0, 1.0, -1.0, 0.5, 0.0, 7.0, 0.1)
 
 
 def held_as(size, order, dtype=torch.float32, bits=4):
-    return SavedAs("fixed", size, dtype, order, bits=bits)
+    return SavedAs(CodecSpec("fixed", bits=bits), size, dtype, order)
 
 
 def normal(size, order, dtype=torch.float32):
@@ -145,4 +146,4 @@ def test_other_widths_are_refused():
     with pytest.raises(ValueError, match="bits=3: codec 'fixed' has 8, 4, 2"):
         fixed.scales(torch.zeros(1, 2), torch.ones(1, 2), None, None, 3)
     with pytest.raises(ValueError, match="bits=0"):
-        FIXED.payload_bytes(SavedAs("fixed", (4, 4), torch.float32, (0, 1)))
+        FIXED.payload_bytes(SavedAs(CodecSpec("fixed"), (4, 4), torch.float32, (0, 1)))

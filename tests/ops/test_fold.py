@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import PROBE, SavedAs, counter_rng, fitting_probes, layout
 from xconv_fx.ops.fold import STREAM
 
@@ -19,9 +20,8 @@ IMAGE = ((4, 32, 16, 16), (0, 2, 3, 1))
 
 
 def held_as(size, order, fold=4, dtype=torch.float32, **options):
-    return SavedAs(
-        "probe", size, dtype, order, probes=fitting_probes(size, order, -(-math.prod(size[1:]) // fold)), **options
-    )
+    probes = fitting_probes(size, order, -(-math.prod(size[1:]) // fold))
+    return SavedAs(CodecSpec("probe", probes=probes, kind="fold", **options), size, dtype, order)
 
 
 def round_trip(x, held, seed=7):
@@ -113,7 +113,7 @@ def test_signs_of_samples_and_terms_are_uncorrelated():
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthogonal"])
 def test_dense_projections_go_through_the_same_row(kind):
     size, order = (2, 3, 4, 4), (0, 2, 3, 1)
-    held = SavedAs("probe", size, torch.float32, order, probes=12, kind=kind)
+    held = SavedAs(CodecSpec("probe", probes=12, kind=kind), size, torch.float32, order)
     x = normal(size, order)
     payload = PROBE.encode(x, torch.tensor([1]), held)
     assert sum(part.nbytes for part in payload) == PROBE.payload_bytes(held)
@@ -132,11 +132,12 @@ def test_operators_pass_opcheck(size, order, dtype):
 def test_wrong_arguments_are_named():
     size, order = (2, 3, 4), (0, 1, 2)
     with pytest.raises(ValueError, match="probes=None"):
-        PROBE.payload_bytes(SavedAs("probe", size, torch.float32, order))
-    with pytest.raises(ValueError, match=r"kind='sparse'.*fold, gaussian"):
-        PROBE.payload_bytes(SavedAs("probe", size, torch.float32, order, probes=2, kind="sparse"))
+        PROBE.payload_bytes(SavedAs(CodecSpec("probe", kind="fold"), size, torch.float32, order))
+    for kind in ("sparse", None):
+        with pytest.raises(ValueError, match=rf"kind={kind!r}.*fold, gaussian"):
+            PROBE.payload_bytes(SavedAs(CodecSpec("probe", probes=2, kind=kind), size, torch.float32, order))
     with pytest.raises(ValueError, match="means=True"):
-        held = SavedAs("probe", (2, 6), torch.float32, (0, 1), probes=2, means=True)
+        held = SavedAs(CodecSpec("probe", probes=2, kind="fold", means=True), (2, 6), torch.float32, (0, 1))
         PROBE.encode(torch.ones(2, 6), torch.tensor([1]), held)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import QUANTIZE, SavedAs, layout
 from xconv_fx.ops.quantize import group_noise, normal_noise
 
@@ -18,7 +19,7 @@ IMAGE = ((4, 64, 16, 16), (0, 2, 3, 1))
 
 
 def held_as(size, order, dtype=torch.float32, bits=4):
-    return SavedAs("quantize", size, dtype, order, bits=bits)
+    return SavedAs(CodecSpec("quantize", bits=bits), size, dtype, order)
 
 
 def round_trip(x, held, seed=7):
@@ -120,7 +121,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="floating-point"):
         torch.ops.xconv.quantize(torch.ones(4, dtype=torch.int32), torch.tensor([1]), 4, (0,))
     with pytest.raises(ValueError, match="bits=None"):
-        QUANTIZE.payload_bytes(SavedAs("quantize", (4,), torch.float32, (0,)))
+        QUANTIZE.payload_bytes(SavedAs(CodecSpec("quantize"), (4,), torch.float32, (0,)))
 
 
 @pytest.mark.parametrize("block", [1, 100])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import QUANTIZE, SavedAs, layout, lowering, samples
 from xconv_fx.ops.sample_gradients import SampleGradients
 
@@ -33,7 +34,7 @@ def values(size, order, dtype=torch.float32):
 
 
 def held_as(size, order, dtype=torch.float32, bits=2):
-    return SavedAs("quantize", size, dtype, order, bits=bits, by_sample="apart")
+    return SavedAs(CodecSpec("quantize", bits=bits, by_sample="apart"), size, dtype, order)
 
 
 def noise(weights, widths):

@@ -7,7 +7,7 @@ import torch
 from helpers.tracing import trace
 from torch import nn
 
-from xconv_fx.ops.codec import SavedAs
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.options import Options
 from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.passes.trained_layers import TrainedLayers
@@ -56,8 +56,7 @@ def test_a_normalisations_codes_are_noise_of_its_scale_and_of_the_layer_before()
     residuals = find_residuals(pair)
     noises = Sensitivities(residuals, None, pair)
     residual = residuals["convolution"]
-    held = SavedAs("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
-    added = noises.coded(residual, held)
+    added = noises.coded(residual, CodecSpec("quantize", bits=2))
     relative = dict(noises.relative(added))
     assert relative["1"] == pytest.approx(added.noise), "the scale's own gradient is a sum over what is in codes"
     assert relative["0"] == pytest.approx(0.05 * added.noise), "what travels reaches the convolution"
@@ -97,8 +96,7 @@ def test_noise_that_reaches_no_layers_weights_counts(part, asked):
     residuals = find_residuals(pair)
     noises = Sensitivities(residuals, None, pair)
     residual = next(r for r in residuals.values() if r.uses == {"other"})
-    held = SavedAs("quantize", size=residual.shape, dtype=torch.float32, order=residual.order, bits=2)
-    added = noises.coded(residual, held)
+    added = noises.coded(residual, CodecSpec("quantize", bits=2))
     assert added.noise > 0 and added.total == pytest.approx(added.noise)
     assert dict(noises.relative(added)) == {"other gradients": pytest.approx(added.noise)}
 

@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.plan.log import log, publish
 
-PLAN = Plan("cpu", None, 10, 5, "mm", 0, (Choice("relu", "net.act", "relu", (2, 2), "float32", (), "keep", 16, 16),))
+PLAN = Plan(
+    "cpu", None, 10, 5, "mm", 0, (Choice("relu", "net.act", "relu", (2, 2), "float32", (), CodecSpec("keep"), 16, 16),)
+)
 
 SCRIPT = """
 {first}

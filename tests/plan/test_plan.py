@@ -7,12 +7,14 @@ import json
 
 import pytest
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.plan import FORMAT, Choice, Plan
 
 SHAPE = (4, 8, 16, 16)
+CODES = CodecSpec("quantize", bits=4)
 CHOICES = (
-    Choice("relu", "encoder.act", "relu", SHAPE, "float32", ("bn",), "quantize", 32768, 4352, bits=4, noise=0.03),
-    Choice("gt", "encoder.act", "gt", SHAPE, "bool", ("where",), "bitmask", 8192, 1024, time=1e-5),
+    Choice("relu", "encoder.act", "relu", SHAPE, "float32", ("bn",), CODES, 32768, 4352, noise=0.03),
+    Choice("gt", "encoder.act", "gt", SHAPE, "bool", ("where",), CodecSpec("bitmask"), 8192, 1024, time=1e-5),
 )
 PLAN = Plan("cpu", 10**6, 2 * 10**6, 900_000, "convolution_backward", 100, CHOICES, notes=("a note",))
 

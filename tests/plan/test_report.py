@@ -8,6 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.plan.report import Name, as_text, read_json, render, to_json, write_json
 
@@ -15,8 +16,9 @@ MB = 10**6
 SHAPE = (4, 16, 96, 96, 96)
 
 
-def _choice(residual: str, layer: str, codec: str, before: int, after: int, shape=SHAPE, **more) -> Choice:
-    return Choice(residual, layer, "relu", shape, "float32", ("weight_grad",), codec, before, after, **more)
+def _choice(residual, layer, codec, before, after, shape=SHAPE, noise=0.0, **parameters) -> Choice:
+    spec = CodecSpec(codec, **parameters)
+    return Choice(residual, layer, "relu", shape, "float32", ("weight_grad",), spec, before, after, noise)
 
 
 CHOICES = (

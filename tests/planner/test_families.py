@@ -9,10 +9,11 @@ import torch
 from helpers.tracing import run_joint, run_pair, trace
 from torch import nn
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import codec as table
-from xconv_fx.ops.codec import USES, Codec, SavedAs, register
+from xconv_fx.ops.codec import USES, Codec, register
 from xconv_fx.planner import storage
-from xconv_fx.planner.storage import Family, families, geometry
+from xconv_fx.planner.storage import Family, families
 
 # The example of CONTRIBUTING.md: a lossless codec for values that are whole numbers of 16 bits.
 
@@ -32,7 +33,7 @@ def int16() -> Codec:
 
 def offer(residual, context):
     if residual.name.startswith("round"):
-        yield context.coded(residual, SavedAs("int16", **geometry(residual)))
+        yield context.coded(residual, CodecSpec("int16"))
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.noise.expected import DEVIATION, expected_noise
 from xconv_fx.ops import SavedAs, codec_of
 from xconv_fx.planner.probe_ladder import RUNGS, SUM_BITS, probe_candidates
 
-IMAGES = SavedAs("probe", (4, 16, 32, 32), torch.float32, (0, 2, 3, 1))
+IMAGES = SavedAs(CodecSpec("probe"), (4, 16, 32, 32), torch.float32, (0, 2, 3, 1))
 TINY = replace(IMAGES, size=(4, 32, 7, 7))
 ROWS = replace(IMAGES, size=(4, 4096), order=(0, 1))
 
@@ -35,7 +36,7 @@ def test_every_rung_is_filled_and_not_exceeded(blank):
 def test_a_rung_offers_the_parameters_of_least_expected_noise():
     for held in probe_candidates(IMAGES, ("fold",))[:4]:
         others = [
-            replace(held, bits=bits, means=means, probes=probes)
+            held.varied(bits=bits, means=means, probes=probes)
             for bits in SUM_BITS
             for means in (True, False)
             for probes in range(16, 16 * 1024, 16 * 8)
@@ -46,14 +47,14 @@ def test_a_rung_offers_the_parameters_of_least_expected_noise():
 
 
 def test_means_are_held_where_they_are_small():
-    assert all(held.means for held in probe_candidates(IMAGES, ("fold",))[:5])
-    assert not any(held.means for held in probe_candidates(TINY, ("fold",)))
-    assert not any(held.means for held in probe_candidates(ROWS, ("fold",)))
+    assert all(held.spec.means for held in probe_candidates(IMAGES, ("fold",))[:5])
+    assert not any(held.spec.means for held in probe_candidates(TINY, ("fold",)))
+    assert not any(held.spec.means for held in probe_candidates(ROWS, ("fold",)))
 
 
 def test_dense_kinds_fill_the_same_payloads():
     found = probe_candidates(IMAGES, ("gaussian", "orthogonal"))
-    assert {held.kind for held in found} == {"gaussian", "orthogonal"}
+    assert {held.spec.kind for held in found} == {"gaussian", "orthogonal"}
     assert taken(found[0]) == 4 * math.prod(IMAGES.size) // RUNGS[0]
 
 
@@ -63,7 +64,7 @@ def test_nothing_is_offered_where_samples_are_not_outermost_or_few_sums_are_left
 
 
 def test_priors_apply_to_rectified_values_alone():
-    codes = replace(IMAGES, codec="quantize", bits=2)
+    codes = IMAGES.varied(codec="quantize", bits=2)
     assert expected_noise(codes, rectified=False) == codec_of("quantize").noise(codes)
     assert expected_noise(codes, rectified=True) < expected_noise(codes, rectified=False)
     sums = replace(IMAGES, probes=1024, means=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers.tracing import trace
 from torch import nn
 
 import xconv_fx
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import OptionError
 from xconv_fx.noise.expected import expected_noise, measured_noise
 from xconv_fx.ops.codec import SavedAs
@@ -99,23 +98,23 @@ def test_statistics_of_other_layers_are_refused(pair, stats):
         posed_of(pair, others)
 
 
-BLANK = SavedAs("probe", (2, 8, 16, 16), torch.float32, (0, 2, 3, 1), probes=128)
+BLANK = SavedAs(CodecSpec("probe", probes=128, kind="fold"), (2, 8, 16, 16), torch.float32, (0, 2, 3, 1))
 
 
 def test_factors_between_measured_numbers_of_terms_are_interpolated(stats):
     known = stats.layers["5"]
     folds = known.layouts["channels_last"].folds
-    plain = expected_noise(replace(BLANK, bits=None), rectified=False)
+    plain = expected_noise(BLANK.varied(bits=None), rectified=False)
     between = next(fold.folding for fold in folds if fold.terms == 16)
     assert measured_noise(BLANK, known) == pytest.approx(plain * between)
-    many = replace(BLANK, probes=2)
+    many = BLANK.varied(probes=2)
     assert measured_noise(many, known) == pytest.approx(1023 * folds[-1].folding), "beyond the last, as the last"
 
 
 def test_what_was_not_measured_of_a_layer_is_a_prior():
     bare = LayerStatistics((4, 8), 1, {"contiguous": Layout(((4, 0.5),))}, energy=1.0, sgd=1.0)
     for kind in ("fold", "gaussian"):
-        held = replace(BLANK, kind=kind)
+        held = BLANK.varied(kind=kind)
         assert measured_noise(held, bare) == expected_noise(held, rectified=True)
 
 

@@ -9,12 +9,13 @@ import pytest
 from torch import fx, nn
 
 from xconv_fx import hooks
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.options import Options
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.runtime.session import GraphKey, GraphRecord, Session
 
-CHOICE = Choice("relu", "1", "relu", (8,), "float32", ("mask",), "bitmask", bytes_before=100, bytes_after=10)
+CHOICE = Choice("relu", "1", "relu", (8,), "float32", ("mask",), CodecSpec("bitmask"), bytes_before=100, bytes_after=10)
 PLAN = Plan("cpu", None, 0, 0, "", 0, (CHOICE,))
 HALF = Budget(fraction=0.5)
 

@@ -6,7 +6,7 @@ sums in few bits. Their results and their input and bias gradients are exact, th
 holds one bit an element, and is exact. They run the compiler's codecs (`ops/sketched_layers.py`, `ops/masked_relu.py`).
 
 Each is a subclass of the layer that it replaces, with the same constructor and the same state dict. Sketching layers
-take four more keyword arguments, those of `sketch.Sketch`; they are attributes that may be set between steps:
+take four more keyword arguments, those of `sketch.Sketch.of`; they are attributes that may be set between steps:
 
 * `probes`: random sums a sample, at most one a value; None holds every value.
 * `kind`: "fold" (one pass over the input, the least noise), "gaussian", "rademacher" or "orthogonal" as in the paper.
@@ -42,7 +42,7 @@ from .sketch import PLAIN_BITS, Sketch
 ops = torch.ops.xconv
 
 # What `BitReLU` holds.
-RELU_HOLDS = Sketch(bits=1)
+RELU_HOLDS = Sketch.of(bits=1)
 
 
 class Sketching(nn.Module):
@@ -68,11 +68,11 @@ class Sketching(nn.Module):
     @property
     def sketch(self) -> Sketch:
         """The four settings as one value."""
-        return Sketch(self.probes, self.kind, self.bits, self.means)
+        return Sketch.of(self.probes, self.kind, self.bits, self.means)
 
     @sketch.setter
     def sketch(self, sketch: Sketch) -> None:
-        self.probes, self.kind, self.bits, self.means = sketch.probes, sketch.kind, sketch.bits, sketch.means
+        self.probes, self.kind, self.bits, self.means = sketch.settings
 
     @property
     def is_plain(self) -> bool:

@@ -60,7 +60,8 @@ class ByPattern:
         count = next((count for count in counts if count is not None), None)
         if count is None and self.probes.patterns:
             return "no name or pattern in `probes` matches"
-        return Sketch(count, self.base.kind, self.base.bits, self.base.means)
+        _, kind, bits, means = self.base.settings
+        return Sketch.of(count, kind, bits, means)
 
     def why_whole(self, names: Sequence[str]) -> str:
         return ""
@@ -118,8 +119,5 @@ _LEFT = {
 
 
 def _sketch_of(choice: Choice) -> Sketch:
-    """The drop-in layer's setting for an input that the plan holds as codes or probes."""
-    bits = choice.bits or PLAIN_BITS
-    if choice.codec == "quantize":
-        return Sketch(bits=bits)
-    return Sketch(choice.probes, choice.kind or "fold", bits, choice.means)
+    """The drop-in layer's setting for an input that the plan holds as codes, which have one width there, or probes."""
+    return Sketch.of(bits=choice.bits or PLAIN_BITS) if choice.codec == "quantize" else Sketch(choice.spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.errors import OptionError, join_clauses, nearest
 from xconv_fx.options import Probes
 from xconv_fx.options.codecs import PROBE_KINDS
@@ -18,17 +19,21 @@ BITS = (PLAIN_BITS, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is held of an input in its place.
+    """What is held of an input in its place, by the codec "probe" or "quantize"; of a plain layer it is "keep"."""
 
-    `probes` random sums of every sample of a `kind` of `PROBE_KINDS`, or with None the values themselves; each of them
-    in `bits` bits, with 32 as it is. `means` (None: where the compiler would) holds the mean of every channel exactly,
-    and sums the deviations from it. Without `probes` and below 32 bits the input itself is held: a plain layer.
-    """
+    spec: CodecSpec
 
-    probes: int | None = None
-    kind: str = "fold"
-    bits: int = PLAIN_BITS
-    means: bool | None = None
+    @staticmethod
+    def of(probes: int | None = None, kind: str = "fold", bits: int = PLAIN_BITS, means: bool | None = None) -> Sketch:
+        """What the four settings of a layer stand for.
+
+        `probes` random sums of every sample of a `kind` of `PROBE_KINDS`, or with None the values themselves; each of
+        them in `bits` bits, with 32 as it is. `means` (None: where the compiler would) holds the mean of every channel
+        exactly, and sums the deviations from it. With neither `probes` nor `bits` below 32 the input itself is held.
+        """
+        width = None if bits == PLAIN_BITS else bits
+        codec = "probe" if probes is not None else "keep" if width is None else "quantize"
+        return Sketch(CodecSpec(codec, probes=probes, bits=width, kind=kind, means=means))
 
     @staticmethod
     def parse(probes: Any = None, kind: Any = "fold", bits: Any = PLAIN_BITS, means: Any = None) -> Sketch:
@@ -43,21 +48,28 @@ class Sketch:
             raise OptionError("bits", bits, f"write one of {', '.join(map(str, BITS))}; {PLAIN_BITS} rounds nothing")
         if means is not None and not isinstance(means, bool):
             raise OptionError("means", means, "write True, False, or None for what the compiler does")
-        return Sketch(count, kind, bits, means)
+        return Sketch.of(count, kind, bits, means)
 
     @property
     def plain(self) -> bool:
         """Whether the input itself is held."""
-        return self.probes is None and self.bits == PLAIN_BITS
+        return self.spec.codec == "keep"
+
+    @property
+    def settings(self) -> tuple[int | None, str, int, bool | None]:
+        """The settings `probes`, `kind`, `bits` and `means` of a layer."""
+        return self.spec.probes, self.spec.kind or "fold", self.spec.bits or PLAIN_BITS, self.spec.means
 
     @property
     def recipe(self) -> tuple[int, str, int, bool | None]:
-        """The arguments `probes`, `kind`, `bits` and `means` of the ops in `ops/sketched_layers.py`."""
-        return self.probes or 0, self.kind, self.bits, self.means
+        """The arguments of the same names of the ops in `ops/sketched_layers.py`."""
+        probes, kind, bits, means = self.settings
+        return probes or 0, kind, bits, means
 
     def __str__(self) -> str:
-        width = "" if self.bits == PLAIN_BITS else f"{self.bits} bit" + "s" * (self.bits > 1)
-        if self.probes is None:
+        probes, kind, bits, _ = self.settings
+        width = "" if bits == PLAIN_BITS else f"{bits} bit" + "s" * (bits > 1)
+        if probes is None:
             return f"{width} an element" if width else "everything"
-        kind = "" if self.kind == "fold" else f"{self.kind} "
-        return f"{self.probes} {kind}probe" + "s" * (self.probes > 1) + (f" in {width}" if width else "")
+        kind = "" if kind == "fold" else f"{kind} "
+        return f"{probes} {kind}probe" + "s" * (probes > 1) + (f" in {width}" if width else "")

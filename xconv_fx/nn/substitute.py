@@ -86,7 +86,7 @@ def _sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
 def _assignment(plan: Any, base: Sketch) -> Assignment:
     plans = (plan,) if isinstance(plan, Plan) else getattr(plan, "plans", plan)
     if isinstance(plans, (tuple, list)) and plans and all(isinstance(item, Plan) for item in plans):
-        if base != Sketch():
+        if base != Sketch.of():
             raise OptionError("bits, kind, means", str(base), "a plan says this itself; leave them out")
         return ByPlan(plans)
     if isinstance(plan, bool) or not isinstance(plan, (int, Mapping)):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -34,28 +33,28 @@ DEVIATION = 0.7
 
 def expected_noise(held: SavedAs, *, rectified: bool) -> float:
     """E|decoded - x|^2 / E|x|^2; `rectified` says whether x is taken for the result of a ReLU or the like."""
-    predict = codec_of(held.codec).noise
-    if held.codec != "probe":
+    predict = codec_of(held.spec.codec).noise
+    if held.spec.codec != "probe":
         return predict(held) * (RECTIFIED if rectified else 1.0)
-    folding = predict(replace(held, bits=None))
-    share = DEVIATION if held.means and rectified else 1.0
+    folding = predict(held.varied(bits=None))
+    share = DEVIATION if held.spec.means and rectified else 1.0
     return share * (folding + HEAVY_TAILS * (predict(held) - folding))
 
 
 def measured_noise(held: SavedAs, layer: LayerStatistics) -> float:
     """The variance that the codec adds to the gradient of a layer that was measured, over the layer's energy E."""
     layout = layer.layout(held.order)
-    if held.codec != "probe":
+    if held.spec.codec != "probe":
         return dict(layout.codes)[bits_of(held)]
     predict = codec_of("probe").noise
-    folding = predict(replace(held, bits=None))
+    folding = predict(held.varied(bits=None))
     rounding = predict(held) - folding
-    if held.kind != "fold":
+    if held.spec.kind != "fold":
         return _dense(held, layer, folding, rounding)
-    folds = layout.deviations if held.means else layout.folds
+    folds = layout.deviations if held.spec.means else layout.folds
     if not folds:  # Too small for sums: never offered, but a user may ask for it.
         return expected_noise(held, rectified=True)
-    terms = math.prod(held.size[1:]) / (held.probes or 1)
+    terms = math.prod(held.size[1:]) / (held.spec.probes or 1)
     noise = folding * _at(terms, folds, lambda fold: fold.folding)
     if rounding:
         noise += rounding * _at(terms, folds, lambda fold: _nearest(fold.rounding, bits_of(held)))
@@ -64,7 +63,7 @@ def measured_noise(held: SavedAs, layer: LayerStatistics) -> float:
 
 def _dense(held: SavedAs, layer: LayerStatistics, folding: float, rounding: float) -> float:
     """One projection serves all samples: pairs of them count by how many other samples there are for each."""
-    spread = layer.deviation if held.means else layer.plain
+    spread = layer.deviation if held.spec.means else layer.plain
     if spread is None:
         return expected_noise(held, rectified=True)
     others = (held.size[0] - 1) / max(1, layer.samples - 1)

@@ -24,13 +24,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import SavedAs, codec_of, layout
 from xconv_fx.ops.conv import left_over
 from xconv_fx.ops.fold import FEWEST, fold_noise
@@ -136,14 +137,13 @@ def spread(layer: Bilinear, x: Tensor, dy: Tensor, own: Tensor, energy: float) -
 def codes(x: Tensor, reach: Tensor, order: Sequence[int]) -> Pairs:
     """(bits, v): the noise of rounding x (N, ...) to codes, whose elements have the weights D, relative to E."""
     energy = float((x.square() * reach).sum())
-    blank = _blank("quantize", x, order)
     seeds = _seeds(x, DRAWS)
-    return tuple((bits, _rounding(x, reach, replace(blank, bits=bits), seeds) / energy) for bits in BITS)
+    return tuple((bits, _rounding(x, reach, _codes(x, bits, order), seeds) / energy) for bits in BITS)
 
 
 def rounding_errors(x: Tensor, bits: int, draws: int) -> Iterator[Tensor]:
     """Errors of x (N, ...) in codes of so many bits, in the compiler's usual layout."""
-    held = _blank("quantize", x, [*orders(x).values()][-1], bits=bits)
+    held = _codes(x, bits, [*orders(x).values()][-1])
     for _ in range(draws):
         yield _error(x, held, _seed(x))
 
@@ -162,8 +162,8 @@ def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel
         weights = _summed(reach, order, plan)
         disturbed = float((_summed(x.square(), order, plan) * weights).sum() - (x.square() * reach).sum())
         pairs = _pairs_in_sums(x.shape, order, plan, channel)
-        blank = _blank("probe", x, order, probes=plan.probes)
-        rounding = _rounding_of_sums(x, weights, blank)
+        held = _held(CodecSpec("probe", probes=plan.probes, kind="fold"), x, order)
+        rounding = _rounding_of_sums(x, weights, held)
         closed = {bits: length / plan.probes * group_noise((len(x), plan.probes), (0, 1), bits) for bits in SUM_BITS}
         yield Fold(
             length / plan.probes,
@@ -172,8 +172,12 @@ def folds(x: Tensor, reach: Tensor, order: Sequence[int], shared: float, channel
         )
 
 
-def _blank(name: str, x: Tensor, order: Sequence[int], **parameters: Any) -> SavedAs:
-    return SavedAs(name, tuple(x.shape), x.dtype, tuple(order), **parameters)
+def _held(spec: CodecSpec, x: Tensor, order: Sequence[int]) -> SavedAs:
+    return SavedAs(spec, tuple(x.shape), x.dtype, tuple(order))
+
+
+def _codes(x: Tensor, bits: int, order: Sequence[int]) -> SavedAs:
+    return _held(CodecSpec("quantize", bits=bits), x, order)
 
 
 def _seed(x: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ def _rounding(x: Tensor, weights: Tensor, held: SavedAs, seeds: Sequence[Tensor]
 
 def _error(x: Tensor, held: SavedAs, seed: Tensor) -> Tensor:
     """What is off in x after a round trip through its codec."""
-    row = codec_of(held.codec)
+    row = codec_of(held.spec.codec)
     return row.decode(row.encode(x, seed, held), seed, held) - x
 
 
@@ -204,8 +208,7 @@ def _rounding_of_sums(x: Tensor, weights: Tensor, held: SavedAs) -> dict[int, fl
     for seed in seeds:
         (sums,) = codec_of("probe").encode(x, seed, held)
         for bits in SUM_BITS:
-            blank = _blank("quantize", sums, (0, 1), bits=bits)
-            noise[bits] += _rounding(sums, weights, blank, [seed]) / len(seeds)
+            noise[bits] += _rounding(sums, weights, _codes(sums, bits, (0, 1)), [seed]) / len(seeds)
     return noise
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import SavedAs, codec_of, fixed
 
 from .moments import BATCH_NORM, INSTANCE_NORM
@@ -101,7 +102,7 @@ class Normalisation:
             shift = torch.zeros_like(slope) if bias is None else self._by_channel(bias)
             positive = self.result > 0
         table = fixed.scales(middle, deviation, shift, slope, bits)
-        held = SavedAs("fixed", tuple(x.shape), x.dtype, tuple(range(x.dim())), bits=bits)
+        held = SavedAs(CodecSpec("fixed", bits=bits), tuple(x.shape), x.dtype, tuple(range(x.dim())))
         return codec_of("fixed").decode(fixed.encode(x, table, held, positive), table, held) - x
 
     def _parameter(self, name: str) -> Tensor | None:

@@ -7,10 +7,13 @@ consist of traceable operators only. Adding a codec means writing one file that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from xconv_fx.codec_spec import CodecSpec
 
 # How `bits` are shared out among samples: all have the same, or so many on average, in a network that computes samples
 # apart or one that mixes them, as batch normalisation does.
@@ -22,21 +25,18 @@ USES = ("mask", "weight_grad", "norm", "other")
 class SavedAs:
     """How one residual is held: all that encoding and decoding need to know before the program runs.
 
-    `size` is the logical shape, `order` its dimensions from the outermost in memory to the innermost. `bits`,
-    `by_sample` (one of `BY_SAMPLE`), `probes` (sums a sample), `kind` (which random projections) and `means` (channel
-    means held exactly) are read by the codecs that have them.
+    `spec` says by which codec, `size` is the logical shape, `order` its dimensions from the outermost in memory to the
+    innermost.
     """
 
-    codec: str
+    spec: CodecSpec
     size: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
-    _: KW_ONLY
-    bits: int | None = None
-    by_sample: str = ""
-    probes: int | None = None
-    kind: str = "fold"
-    means: bool = False
+
+    def varied(self, **parameters: Any) -> SavedAs:
+        """The same tensor, held with other parameters of its codec."""
+        return replace(self, spec=replace(self.spec, **parameters))
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,8 @@ def _checked(bits: int) -> int:
 
 
 def bits_of(held: SavedAs) -> int:
-    """`held.bits`. Raises `ValueError` when it is none that the codec has."""
-    return _checked(held.bits or 0)
+    """`held.spec.bits`. Raises `ValueError` when it is none that the codec has."""
+    return _checked(held.spec.bits or 0)
 
 
 @functools.lru_cache(maxsize=8)

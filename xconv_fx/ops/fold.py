@@ -133,21 +133,23 @@ def fitted(size: Sequence[int], probes: int, kind: str, means: bool | None = Non
     return min(probes, length), wanted and len(size) > 2
 
 
-def _probes_of(held: SavedAs) -> int:
-    if held.probes is None:
-        raise ValueError(f"probes=None: codec {held.codec!r} needs the number of sums a sample")
-    if held.kind not in KINDS:
-        raise ValueError(f"kind={held.kind!r}: must be one of {', '.join(KINDS)}")
-    return held.probes
+def _probes_of(held: SavedAs) -> tuple[int, str]:
+    """The number and the kind of the projections of a sample. Raises `ValueError` when one is missing or unknown."""
+    if held.spec.probes is None:
+        raise ValueError(f"probes=None: codec {held.spec.codec!r} needs the number of sums a sample")
+    if held.spec.kind not in KINDS:
+        raise ValueError(f"kind={held.spec.kind!r}: must be one of {', '.join(KINDS)}")
+    return held.spec.probes, held.spec.kind
 
 
 def _sums(held: SavedAs) -> int:
     """Sums a sample."""
-    return dense.sums_held(held.kind, _probes_of(held), held.size)
+    probes, kind = _probes_of(held)
+    return dense.sums_held(kind, probes, held.size)
 
 
 def _stores_codes(held: SavedAs) -> bool:
-    return held.bits not in (None, PLAIN_BITS)
+    return held.spec.bits not in (None, PLAIN_BITS)
 
 
 def _pixel_dims(held: SavedAs) -> list[int]:
@@ -157,15 +159,15 @@ def _pixel_dims(held: SavedAs) -> list[int]:
 
 
 def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
-    probes, wide = _probes_of(held), layout.accumulator(held.dtype)
+    (probes, kind), wide = _probes_of(held), layout.accumulator(held.dtype)
     means: tuple[Tensor, ...] = ()
-    if held.means:
+    if held.spec.means:
         mean = torch.ops.aten.mean.dim(x, _pixel_dims(held), True, dtype=wide)
         x, means = torch.ops.aten.sub.Tensor(x, mean), (mean,)
-    if held.kind == "fold":
+    if kind == "fold":
         sums = torch.ops.xconv.fold.default(x, seed, probes, list(held.order))
     else:
-        sums = dense.dense_encode(x, seed, probes, held.kind)
+        sums = dense.dense_encode(x, seed, probes, kind)
     if not _stores_codes(held):
         return (sums, *means)
     return (*torch.ops.xconv.quantize.default(sums, seed, bits_of(held), [0, 1]), *means)
@@ -173,24 +175,24 @@ def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
 
 def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     wide = layout.accumulator(held.dtype)
-    stored = payload[:-1] if held.means else payload
+    stored = payload[:-1] if held.spec.means else payload
     sums = stored[0]
     if _stores_codes(held):
         size = [held.size[0], _sums(held)]
         sums = torch.ops.xconv.dequantize.default(*stored, size, [0, 1], bits_of(held), wide)
-    inner = wide if held.means else held.dtype
-    if held.kind == "fold":
+    inner = wide if held.spec.means else held.dtype
+    if held.spec.kind == "fold":
         x = torch.ops.xconv.unfold.default(sums, seed, list(held.size), list(held.order), inner)
     else:
-        x = dense.dense_decode(sums, seed, list(held.size), held.kind, inner)
-    if held.means:
+        x = dense.dense_decode(sums, seed, list(held.size), held.spec.kind, inner)
+    if held.spec.means:
         return torch.ops.prims.convert_element_type.default(torch.ops.aten.add.Tensor(x, payload[-1]), held.dtype)
     return x
 
 
 def _payload_bytes(held: SavedAs) -> int:
     wide = layout.accumulator(held.dtype)
-    means = math.prod(held.size[:2]) * wide.itemsize if held.means else 0
+    means = math.prod(held.size[:2]) * wide.itemsize if held.spec.means else 0
     sums = (held.size[0], _sums(held))
     if _stores_codes(held):
         return means + code_bytes(sums, (0, 1), bits_of(held), wide)
@@ -204,12 +206,12 @@ def fold_noise(plan: layout.Folding) -> float:
 
 
 def _noise(held: SavedAs) -> float:
-    probes = _probes_of(held)
+    probes, kind = _probes_of(held)
     length = math.prod(held.size[1:])
-    if held.kind == "fold":
+    if kind == "fold":
         noise = fold_noise(layout.folding(held.size, held.order, probes))
     else:
-        noise = dense.dense_noise(held.kind, probes, length, held.size[1])
+        noise = dense.dense_noise(kind, probes, length, held.size[1])
     if _stores_codes(held):
         sums = _sums(held)
         noise += length / sums * group_noise((held.size[0], sums), (0, 1), bits_of(held))
@@ -218,7 +220,7 @@ def _noise(held: SavedAs) -> float:
 
 def _traffic(held: SavedAs) -> int:
     # x is read once more when its means come first.
-    passes = 3 if held.means else 2
+    passes = 3 if held.spec.means else 2
     return passes * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xconv_fx.codec_spec import CodecSpec
+
 from .bitmask import BITMASK
 from .codec import SavedAs
 from .layout import order_of
@@ -26,7 +28,7 @@ ops = torch.ops.xconv
 
 
 def _held(x: Tensor) -> SavedAs:
-    return SavedAs("bitmask", tuple(x.shape), torch.bool, order_of(x.shape, x.stride()))
+    return SavedAs(CodecSpec("bitmask"), tuple(x.shape), torch.bool, order_of(x.shape, x.stride()))
 
 
 def _relu(x: Tensor) -> Tensor:

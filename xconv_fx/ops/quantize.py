@@ -244,8 +244,8 @@ def code_bytes(size: Sequence[int], order: Sequence[int], bits: int, dtype: torc
 
 
 def bits_of(held: SavedAs) -> int:
-    """`held.bits`. Raises `ValueError` when it is missing."""
-    if held.bits is None:
-        raise ValueError(f"bits=None: codec {held.codec!r} needs one of {', '.join(map(str, layout.CODE_BITS))}")
-    layout.check_bits(held.bits)
-    return held.bits
+    """`held.spec.bits`. Raises `ValueError` when it is missing."""
+    if held.spec.bits is None:
+        raise ValueError(f"bits=None: codec {held.spec.codec!r} needs one of {', '.join(map(str, layout.CODE_BITS))}")
+    layout.check_bits(held.spec.bits)
+    return held.spec.bits

@@ -13,21 +13,21 @@ from .quantize import bits_of, code_bytes, group_noise
 
 
 def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
-    if held.by_sample:
-        return samples.encode(x, seed, bits_of(held), list(held.order), held.by_sample == "mixed")
+    if held.spec.by_sample:
+        return samples.encode(x, seed, bits_of(held), list(held.order), held.spec.by_sample == "mixed")
     return tuple(torch.ops.xconv.quantize.default(x, seed, bits_of(held), list(held.order)))
 
 
 def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     codes, ranges, *widths = payload
     order = list(held.order)
-    if held.by_sample:
+    if held.spec.by_sample:
         return torch.ops.xconv.dequantize_samples.default(codes, ranges, *widths, list(held.size), order, held.dtype)
     return torch.ops.xconv.dequantize.default(codes, ranges, list(held.size), order, bits_of(held), held.dtype)
 
 
 def _payload_bytes(held: SavedAs) -> int:
-    if held.by_sample:
+    if held.spec.by_sample:
         return samples.payload_bytes(held.size, held.order, bits_of(held), held.dtype)
     return code_bytes(held.size, held.order, bits_of(held), held.dtype)
 

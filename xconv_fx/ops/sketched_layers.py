@@ -42,6 +42,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xconv_fx.codec_spec import CodecSpec
+
 from .codec import SavedAs, codec_of
 from .conv import input_gradient, weight_gradient
 from .dense import KINDS as DENSE_KINDS
@@ -68,10 +70,9 @@ def _recipe(x: Tensor, probes: int, kind: str, bits: int, means: bool | None) ->
 
 
 def _held(x: Tensor, probes: int, kind: str, bits: int, means: bool) -> SavedAs:
-    size, order = tuple(x.shape), sample_order(x)
-    if probes == 0:
-        return SavedAs("quantize", size, x.dtype, order, bits=bits)
-    return SavedAs("probe", size, x.dtype, order, bits=bits, probes=probes, kind=kind, means=means)
+    probe = CodecSpec("probe", bits=bits, probes=probes, kind=kind, means=means)
+    spec = probe if probes else CodecSpec("quantize", bits=bits)
+    return SavedAs(spec, tuple(x.shape), x.dtype, sample_order(x))
 
 
 def _encode(
@@ -91,7 +92,7 @@ def _encode(
     held = _held(x, *recipe)
 
     def encode(seed: Tensor) -> Sequence[Tensor]:
-        return codec_of(held.codec).encode(x, seed, held)
+        return codec_of(held.spec.codec).encode(x, seed, held)
 
     if drawn is not None:
         return *shared(source, weight, drawn, held, encode), drawn
@@ -105,7 +106,7 @@ def _decode(payload: Sequence[Tensor], seed: Tensor, held: SavedAs, like: Tensor
         return like.new_zeros(held.size)
     if not payload:
         raise RuntimeError("xconv: a weight gradient was asked for, but the forward held no sketch of the input")
-    return codec_of(held.codec).decode(tuple(payload), seed, held)
+    return codec_of(held.spec.codec).decode(tuple(payload), seed, held)
 
 
 def _hold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -247,9 +248,9 @@ def _convolution_estimate(
     grad_out: Tensor, payload: Sequence[Tensor], seed: Tensor, weight: Tensor | None, ctx: Any
 ) -> Tensor:
     held: SavedAs = ctx.held
-    if held.kind in DENSE_KINDS and len(payload) == 1:
+    if held.spec.kind in DENSE_KINDS and len(payload) == 1:
         # Plain sums of dense probes: with fewer probes than samples there is a form that decodes nothing.
-        sketch = (payload[0], seed, held.kind, held.size)
+        sketch = (payload[0], seed, held.spec.kind, held.size)
         return ops.dense_weight_gradient(grad_out, *sketch, ctx.weight_size, *ctx.geometry)
     x = _decode(payload, seed, held, grad_out)
     return weight_gradient(grad_out, x, ctx.weight_size, *ctx.geometry, like=weight)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xconv_fx.codec_spec import CodecSpec
+
 FORMAT = 1
 
 
@@ -21,14 +23,11 @@ class Choice:
 
     `residual` is the name of its node in the joint graph, `layer` the path of the module that produced it, `source`
     the operation that did; `uses` are the kinds of operation of the backward that read it, `readers` the layers whose
-    weight gradients do. `codec` is one of `xconv_fx.options.codecs.CODECS`; `probes` is set for "probe", `bits` where
-    what is held has fewer bits than the tensor.
+    weight gradients do. `spec` says how it is held; its codec is one of `xconv_fx.options.codecs.CODECS`.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
-    masks). `probes` is a probe codec's sums a sample, `kind` its projections, `means` whether channel means are held
-    exactly; `bits` the width of codes or of a probe's values, with `by_sample` the mean over a batch's samples.
-    `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for lossless
-    codecs); `time` the predicted extra seconds a step.
+    masks). `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
+    lossless codecs); `time` the predicted extra seconds a step.
     """
 
     residual: str
@@ -37,17 +36,24 @@ class Choice:
     shape: tuple[int, ...]
     dtype: str
     uses: tuple[str, ...]
-    codec: str
+    spec: CodecSpec
     bytes_before: int
     bytes_after: int
-    probes: int | None = None
-    bits: int | None = None
-    kind: str | None = None
-    means: bool = False
-    by_sample: str = ""
     noise: float = 0.0
     time: float = 0.0
     readers: tuple[str, ...] = ()
+
+    @property
+    def codec(self) -> str:
+        return self.spec.codec
+
+    @property
+    def bits(self) -> int | None:
+        return self.spec.bits
+
+    @property
+    def probes(self) -> int | None:
+        return self.spec.probes
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans give equal text."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + "\n"
+        data = {"format": FORMAT, **vars(self), "choices": [_row(choice) for choice in self.choices]}
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -146,9 +153,21 @@ class Plan:
             raise ValueError(f"not a plan: {error}") from error
 
 
+_SPEC = tuple(field.name for field in dataclasses.fields(CodecSpec))
+
+
+def _row(choice: Choice) -> dict[str, Any]:
+    """A choice as JSON has it: the fields of its `spec` lie among its own."""
+    row = {**vars(choice), **vars(choice.spec)}
+    del row["spec"]
+    return row
+
+
 def _choice(row: dict[str, Any]) -> Choice:
-    lists: dict[str, Any] = {name: tuple(row[name]) for name in ("shape", "uses", "readers") if name in row}
-    return Choice(**{**row, **lists})
+    spec = CodecSpec(**{name: row[name] for name in _SPEC if name in row})
+    rest = {name: value for name, value in row.items() if name not in _SPEC}
+    lists: dict[str, Any] = {name: tuple(rest[name]) for name in ("shape", "uses", "readers") if name in rest}
+    return Choice(**{**rest, **lists}, spec=spec)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import ceil, prod
 
 from xconv_fx.noise.expected import expected_noise
@@ -32,7 +31,7 @@ def prior(held: SavedAs) -> float:
 
 
 def probe_candidates(blank: SavedAs, kinds: Sequence[str], noise: Callable[[SavedAs], float] = prior) -> list[SavedAs]:
-    """Probes of the given `kinds` for the tensor of `blank`, a `SavedAs` without parameters; the largest payload first.
+    """Probes of the given `kinds` for the tensor of `blank`, one without parameters; the largest payload first.
 
     `noise` says what is expected of a way to hold it.
     """
@@ -42,29 +41,29 @@ def probe_candidates(blank: SavedAs, kinds: Sequence[str], noise: Callable[[Save
     found: dict[SavedAs, None] = {}
     for rung in RUNGS:
         if "fold" in kinds:
-            choices = [_folds(replace(blank, bits=bits, means=means), 4 * prod(blank.size) // rung)
+            choices = [_folds(blank.varied(kind="fold", bits=bits, means=means), 4 * prod(blank.size) // rung)
                        for bits, means in itertools.product(SUM_BITS, (True, False))]  # fmt: skip
             fitting = [held for held in choices if held is not None]
             found.update(dict.fromkeys([min(fitting, key=noise)] if fitting else []))
         elif ceil(length / rung) >= FEWEST:
-            found.update((replace(blank, probes=ceil(length / rung), kind=kind), None) for kind in kinds)
+            found.update((blank.varied(probes=ceil(length / rung), kind=kind), None) for kind in kinds)
     return list(found)
 
 
 def _folds(held: SavedAs, room: int) -> SavedAs | None:
     """The folds of the most sums in at most `room` bytes; None when these are too few."""
-    if held.means and len(held.size) < 3:
+    if held.spec.means and len(held.size) < 3:
         return None
     length = prod(held.size[1:])
     limit = length
     for _ in range(_ROUNDS):
         if limit < FEWEST:
             return None
-        held = replace(held, probes=fitting_probes(held.size, held.order, limit))
-        taken = codec_of(held.codec).payload_bytes(held)
+        held = held.varied(probes=fitting_probes(held.size, held.order, limit))
+        taken = codec_of(held.spec.codec).payload_bytes(held)
         if taken <= room:
             return held
-        means = taken - codec_of(held.codec).payload_bytes(replace(held, means=False))
-        assert held.probes is not None
-        limit = min(held.probes - 1, int(held.probes * (room - means) / (taken - means)))
+        means = taken - codec_of(held.spec.codec).payload_bytes(held.varied(means=False))
+        assert held.spec.probes is not None
+        limit = min(held.spec.probes - 1, int(held.spec.probes * (room - means) / (taken - means)))
     return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.cost_model.noise import SCALE, Use
 from xconv_fx.errors import OptionError
 from xconv_fx.noise.expected import expected_noise, measured_noise
@@ -58,15 +59,15 @@ class _Reading:
 
     def use_of(self, held: SavedAs, noise: float) -> Use:
         """The use of a residual that is held so, with this noise."""
-        if held.codec == "fixed":
-            return self.fixed.get(held.bits or 0, self.use)
+        if held.spec.codec == "fixed":
+            return self.fixed.get(held.spec.bits or 0, self.use)
         squares = dict(self.squares)
         reaches = tuple((layer, share + noise * squares.get(layer, 0.0)) for layer, share in self.use.reaches)
         return Use(self.use.kind, reaches)
 
     def noise(self, held: SavedAs, rectified: bool) -> float:
         """Relative noise energy of a residual that is held so, as this use sees it."""
-        if self.known is None or held.codec == "fixed":
+        if self.known is None or held.spec.codec == "fixed":
             return expected_noise(held, rectified=rectified)
         return measured_noise(held, self.known)
 
@@ -188,22 +189,23 @@ class Sensitivities:
         hint = "measure the module that is compiled, with xconv calibrate or xconv_fx.calibrate"
         raise OptionError("stats", others, f"none of these layers is in the graph, which has {some}; {hint}")
 
-    def coded(self, residual: Residual, held: SavedAs) -> NoiseContribution:
+    def coded(self, residual: Residual, spec: CodecSpec) -> NoiseContribution:
         """What holding the residual so adds."""
-        rectified = held.codec != "fixed" and residual.uses <= {"weight_grad", "mask"}
+        held = residual.saved_as(spec)
+        rectified = held.spec.codec != "fixed" and residual.uses <= {"weight_grad", "mask"}
         readings = self.readings[residual.name]
         noises = [(reading, reading.noise(held, rectified)) for reading in readings]
         return _sum([(reading.use_of(held, noise), noise) for reading, noise in noises])
 
-    def replayed(self, residual: Residual, sources: Sequence[tuple[Residual, SavedAs]]) -> NoiseContribution:
+    def replayed(self, residual: Residual, sources: Sequence[tuple[Residual, CodecSpec]]) -> NoiseContribution:
         """What replaying the residual from sources that are held so adds.
 
         By the prior it is as noisy as the noisiest of them.
         """
-        prior = max(expected_noise(held, rectified=False) for _, held in sources)
+        prior = max(expected_noise(source.saved_as(spec), rectified=False) for source, spec in sources)
         noises = []
         for reading in self.readings[residual.name]:
-            found = [_replayed(reading.known, source, held) for source, held in sources]
+            found = [_replayed(reading.known, source, spec) for source, spec in sources]
             known = [noise for noise in found if noise is not None]
             noises.append((reading.use, sum(known) if len(known) == len(found) else prior))
         return _sum(noises)
@@ -227,11 +229,11 @@ class Sensitivities:
         return self.relative(NoiseContribution(layers=tuple(row for found in added for row in found.layers)))
 
 
-def _replayed(reader: LayerStatistics | None, source: Residual, held: SavedAs) -> float | None:
+def _replayed(reader: LayerStatistics | None, source: Residual, spec: CodecSpec) -> float | None:
     """The noise of a reader's input that is replayed from a source that is held so; None if it was not measured."""
-    replays = () if reader is None else reader.fixed if held.codec == "fixed" else reader.replays
+    replays = () if reader is None else reader.fixed if spec.codec == "fixed" else reader.replays
     known = {norm: dict(noises) for norm, noises in replays if noises}
-    return next((known[norm][bits_of(held)] for norm in source.norms if norm in known), None)
+    return next((known[norm][bits_of(source.saved_as(spec))] for norm in source.norms if norm in known), None)
 
 
 def _sum(noises: list[tuple[Use, float]]) -> NoiseContribution:

@@ -97,7 +97,8 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
             )
         known = [_held_as(candidate.choice) for candidate in row]
         if _held_as(choice) not in known:
-            how = " ".join(f"{name}={value}" for name, value in zip(_HELD_AS, _held_as(choice), strict=True) if value)
+            said = {"shape": choice.shape, "dtype": choice.dtype, **vars(choice.spec)}
+            how = " ".join(f"{name}={value}" for name, value in said.items() if value)
             raise ValueError(f"these options do not let {residual.name} be held as it says: {how}")
         found.append(known.index(_held_as(choice)))
     if wanted:
@@ -105,12 +106,9 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
     return tuple(found)
 
 
-# What a choice says of how a value is held.
-_HELD_AS = ("shape", "dtype", "codec", "probes", "bits", "kind", "means", "by_sample")
-
-
 def _held_as(choice: Choice) -> tuple[object, ...]:
-    return tuple(getattr(choice, name) for name in _HELD_AS)
+    """What a choice says of how a value is held."""
+    return choice.shape, choice.dtype, choice.spec
 
 
 def plan_of(
@@ -225,7 +223,7 @@ def _unprobed(planning: PlanningProblem, options: Options) -> tuple[str, ...]:
 
 def _by_sample(chosen: Sequence[StorageCandidate]) -> tuple[str, ...]:
     """A note of what has codes of another width for each sample."""
-    shared = sum(bool(candidate.choice.by_sample) for candidate in chosen)
+    shared = sum(bool(candidate.choice.spec.by_sample) for candidate in chosen)
     return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
 
 

@@ -10,17 +10,17 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from torch import fx
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import samples
-from xconv_fx.ops.codec import SavedAs, codec_of
+from xconv_fx.ops.codec import codec_of
 from xconv_fx.options import Options
 from xconv_fx.passes.find_norms import Norm
 from xconv_fx.passes.graph import is_elementwise, is_reduction, numel
@@ -117,62 +117,51 @@ class Context:
     def candidate(
         self,
         residual: Residual,
-        codec: str,
+        spec: CodecSpec,
         size: int,
         *,
         decoded: bool,
         traffic: int,
         added: NoiseContribution = EXACT,
     ) -> StorageCandidate:
-        """The residual held by this codec in so many bytes, from where it is produced to where it is last read.
+        """The residual held so in so many bytes, from where it is produced to where it is last read.
 
         With `decoded`, the tensor stands in memory wherever an extern kernel reads it. Encoding and decoding move
         `traffic` bytes.
         """
         line = self.timeline
-        loads = [(line.produced(residual, codec == "keep"), line.last(residual), size)]
+        loads = [(line.produced(residual, spec.codec == "keep"), line.last(residual), size)]
         if decoded:
             loads += [(step, step, residual.bytes) for step in line.materialised(residual)]
         time = seconds(0, traffic, self.machine) if traffic else 0.0
         dtype = str(residual.value.dtype).removeprefix("torch.")
         choice = Choice(
             residual.name, residual.layer, residual.source, residual.shape, dtype,
-            tuple(sorted(residual.uses)), codec, residual.bytes, size, noise=added.noise, time=time,
+            tuple(sorted(residual.uses)), spec, residual.bytes, size, noise=added.noise, time=time,
             readers=residual.readers,
         )  # fmt: skip
         layers = self.noises.relative(added)
-        return StorageCandidate(choice, Option(codec, tuple(loads), added.total, time, layers=layers), added)
+        return StorageCandidate(choice, Option(spec.codec, tuple(loads), added.total, time, layers=layers), added)
 
-    def coded(self, residual: Residual, held: SavedAs) -> StorageCandidate:
+    def coded(self, residual: Residual, spec: CodecSpec) -> StorageCandidate:
         """The residual as a codec of the table holds it, and bits for its masks, which codes would change."""
-        codec = codec_of(held.codec)
+        codec, held = codec_of(spec.codec), residual.saved_as(spec)
         masks = 0 if codec.lossless else len(residual.masks) * packed_bytes(residual.forward)
-        candidate = self.candidate(
+        return self.candidate(
             residual,
-            held.codec,
+            spec,
             codec.payload_bytes(held) + masks,
             decoded=True,
-            added=EXACT if codec.lossless else self.noises.coded(residual, held),
+            added=EXACT if codec.lossless else self.noises.coded(residual, spec),
             traffic=codec.traffic(held) + 2 * masks,
         )
-        kind = held.kind if held.codec == "probe" else None
-        choice = replace(
-            candidate.choice, bits=held.bits, probes=held.probes, kind=kind, means=held.means, by_sample=held.by_sample
-        )
-        return replace(candidate, choice=choice)
 
 
-def geometry(residual: Residual) -> dict[str, Any]:
-    """What `SavedAs` says of the tensor itself."""
-    return {"size": residual.shape, "dtype": residual.value.dtype, "order": residual.order}
-
-
-def codes(residual: Residual, bits: int, context: Context) -> SavedAs:
+def codes(residual: Residual, bits: int, context: Context) -> CodecSpec:
     """Codes of so many bits, of the same width for all samples or, by the options, so many on average."""
-    held = geometry(residual)
     if not context.options.shares_samples or not samples.shareable(residual.shape, residual.order, bits):
-        return SavedAs("quantize", **held, bits=bits)
-    return SavedAs("quantize", **held, bits=bits, by_sample="apart" if context.apart else "mixed")
+        return CodecSpec("quantize", bits=bits)
+    return CodecSpec("quantize", bits=bits, by_sample="apart" if context.apart else "mixed")
 
 
 def may_be_noisy(residual: Residual, context: Context) -> bool:
@@ -218,7 +207,7 @@ def families() -> tuple[Family, ...]:
 
 def candidates(residual: Residual, context: Context) -> tuple[StorageCandidate, ...]:
     """All ways to hold a residual: as it is, and what families offer."""
-    keep = context.candidate(residual, "keep", residual.bytes, decoded=False, traffic=0)
+    keep = context.candidate(residual, CodecSpec("keep"), residual.bytes, decoded=False, traffic=0)
     row = [keep]
     for family in families():
         offered = list(family.offer(residual, context))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xconv_fx.ops.codec import SavedAs
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops.fold import fitted
 from xconv_fx.options.codecs import XCONV_PROBES
 from xconv_fx.passes.residuals import Residual
 
-from ..storage import Context, Family, StorageCandidate, geometry
+from ..storage import Context, Family, StorageCandidate
 
 
 def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
@@ -19,7 +19,7 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
         kinds = context.options.codecs.kinds
         kind = "fold" if "fold" in kinds or not kinds else kinds[0]
         probes, means = fitted(residual.shape, asked, kind)
-        yield context.coded(residual, SavedAs("probe", **geometry(residual), probes=probes, kind=kind, means=means))
+        yield context.coded(residual, CodecSpec("probe", probes=probes, kind=kind, means=means))
 
 
 def _asked(residual: Residual, context: Context) -> int | None:

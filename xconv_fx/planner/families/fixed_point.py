@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from xconv_fx.ops.codec import SavedAs, codec_of
+from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.ops.codec import codec_of
 from xconv_fx.passes.residuals import Residual
 
-from ..storage import Context, Family, StorageCandidate, geometry, packed_bytes
+from ..storage import Context, Family, StorageCandidate, packed_bytes
 
 
 def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
@@ -20,17 +20,16 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
     if masks and "bitmask" not in context.options.codecs:
         return
     for bits in context.options.codecs.fixed_bits:
-        held = fixed_point(residual, bits)
-        codec = codec_of(held.codec)
+        spec = fixed_point(bits)
+        codec, held = codec_of(spec.codec), residual.saved_as(spec)
         size = codec.payload_bytes(held) + norm.table_bytes + len(masks) * packed_bytes(residual.forward)
-        added = context.noises.coded(residual, held)
-        candidate = context.candidate(residual, "fixed", size, decoded=True, traffic=codec.traffic(held), added=added)
-        yield replace(candidate, choice=replace(candidate.choice, bits=bits))
+        added = context.noises.coded(residual, spec)
+        yield context.candidate(residual, spec, size, decoded=True, traffic=codec.traffic(held), added=added)
 
 
-def fixed_point(residual: Residual, bits: int) -> SavedAs:
+def fixed_point(bits: int) -> CodecSpec:
     """Fixed point of so many bits."""
-    return SavedAs("fixed", **geometry(residual), bits=bits)
+    return CodecSpec("fixed", bits=bits)
 
 
 FAMILY = Family(offer, rank=3)

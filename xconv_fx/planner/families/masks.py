@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.passes.residuals import Residual
 
 from ..storage import Context, Family, StorageCandidate, packed_bytes
+
+BITS = CodecSpec("bitmask")
 
 
 def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
@@ -18,7 +21,7 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
     if residual.uses == {"mask"}:
         count = 1 if residual.value.dtype.itemsize == 1 else len(residual.masks)
         size = count * packed_bytes(residual.forward)
-        yield context.candidate(residual, "bitmask", size, decoded=False, traffic=residual.bytes + 2 * size)
+        yield context.candidate(residual, BITS, size, decoded=False, traffic=residual.bytes + 2 * size)
     if residual.uses == {"mask", "weight_grad"} and not codecs.preset:
         yield from _masks_apart(residual, context)
 
@@ -35,7 +38,7 @@ def _masks_apart(residual: Residual, context: Context) -> Iterator[StorageCandid
     if last >= line.last(residual):
         return
     masks = len(residual.masks) * packed_bytes(residual.forward)
-    held = context.candidate(residual, "bitmask", masks, decoded=False, traffic=2 * masks)
+    held = context.candidate(residual, BITS, masks, decoded=False, traffic=2 * masks)
     tensor = (line.produced(residual, kept=True), last, residual.bytes)
     option = replace(held.option, loads=(tensor, *held.option.loads))
     yield replace(held, choice=replace(held.choice, bytes_after=residual.bytes + masks), option=option)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.passes.graph import arguments
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
@@ -18,6 +19,8 @@ from ..storage import Context, Family, StorageCandidate, codes, packed_bytes
 from .fixed_point import fixed_point
 
 aten = torch.ops.aten
+
+RECOMPUTE = CodecSpec("recompute")
 
 
 def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
@@ -52,7 +55,7 @@ def _from_codes(
     unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
     if norms and ("bitmask" in allowed or not unsigned):
         for bits in allowed.fixed_bits:
-            added = noises.replayed(residual, [(source, fixed_point(source, bits)) for source in normed])
+            added = noises.replayed(residual, [(source, fixed_point(bits)) for source in normed])
             yield _replay(residual, chain, "signed", context, bits, added, len(unsigned))
 
 
@@ -67,7 +70,7 @@ def _replay(
 ) -> StorageCandidate:
     """The residual made again from others; `name` and `bits` say from which, `masks` how many it needs."""
     size = chain.extra_bytes + masks * packed_bytes(residual.forward)
-    candidate = context.candidate(residual, "recompute", size, decoded=True, traffic=chain.traffic, added=added)
+    candidate = context.candidate(residual, RECOMPUTE, size, decoded=True, traffic=chain.traffic, added=added)
     line = context.timeline
     last, sources = line.last(residual), [context.residuals[source] for source in chain.sources]
     extended = tuple((line.last(source) + 1, last, source.bytes) for source in sources if line.last(source) < last)
@@ -80,7 +83,7 @@ def _rerun(
     residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
 ) -> StorageCandidate:
     """Run the convolution again before its result is first read; from then on it is held like any value."""
-    candidate = context.candidate(residual, "recompute", chain.extra_bytes, decoded=False, traffic=0)
+    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, decoded=False, traffic=0)
     followers = (r for name, r in context.residuals.items() if residual.name in _cheap_sources(name, context))
     line = context.timeline
     first = min(step for r in (residual, *followers) for step in line.read(r))
