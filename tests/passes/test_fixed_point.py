@@ -15,6 +15,7 @@ from torch import nn
 from xconv_fx.ops.fixed import SPAN
 from xconv_fx.passes.find_norms import find_norms
 from xconv_fx.passes.residuals import find_residuals
+from xconv_fx.planner.requirement import StorageKind
 
 BITS = 4
 # Dims over which a norm of (2, 8, 18, 18) reduces once it is seen as (2, 8 / group, group, 324).
@@ -42,12 +43,16 @@ def traced(norm, activation=nn.ReLU):
     return trace(net(norm, activation), torch.randn(*SHAPE, dtype=torch.float64))
 
 
+def is_fixed(candidate):
+    """Whether the residual is in fixed point, or is made again from that."""
+    return candidate.choice.codec == "fixed" or candidate.kind is StorageKind.RECOMPUTED_FROM_SIGNED_CODES
+
+
 def forced(traced, codecs):
     """The job in which everything is held in fixed point, or made again from that, that may be."""
     job = traced.planning(mem_budget="100%", codecs=codecs)
-    names = [[candidate.option.name for candidate in row] for row in job.planning.candidates]
-    choice = tuple(max(map(row.index, {"fixed", "signed", "keep"}.intersection(row))) for row in names)
-    return job.chosen(choice)
+    rows = job.planning.candidates
+    return job.chosen(tuple(max(place for place, c in enumerate(row) if place == 0 or is_fixed(c)) for row in rows))
 
 
 def held(job):
@@ -253,5 +258,4 @@ def test_what_is_found_and_what_is_legal():
 
 def test_nothing_is_offered_unless_it_is_named():
     job = traced(NORMS["batch"][0]).planning(mem_budget="100%")
-    assert "signed" not in {candidate.option.name for row in job.planning.candidates for candidate in row}
-    assert "fixed" not in {candidate.option.name for row in job.planning.candidates for candidate in row}
+    assert not any(is_fixed(candidate) for row in job.planning.candidates for candidate in row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.storage import way
 from helpers.tracing import trace
 from torch import nn
 
@@ -48,7 +49,7 @@ def posed_of(pair, outside=0, corrections=None, **options):
 def names(planning, residual):
     """The options of one residual, with the widths of codes."""
     row = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))[residual]
-    return [candidate.option.name + str(candidate.choice.bits or "") for candidate in row]
+    return [way(candidate) for candidate in row]
 
 
 def turn(planning):
@@ -112,18 +113,18 @@ LEGAL = [
     ("relu", "relu", {"codecs": ["quantize:2"]}, {"keep"}),  # Without "bitmask" its sign cannot be held.
     ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "bitmask", "quantize2"}),
     ("relu", "relu", {"codecs": ["probe:gaussian", "bitmask"]}, {"keep", "bitmask", "probe"}),
-    ("norm", "convolution", {}, {"keep", "rerun", "quantize1", "quantize2", "quantize4", "quantize8"}),
+    ("norm", "convolution", {}, {"keep", "recomputed_convolution", "quantize1", "quantize2", "quantize4", "quantize8"}),
     ("norm", "convolution", {"codecs": "bitmask"}, {"keep"}),
-    ("norm", "relu", {"codecs": "exact"}, {"keep", "bitmask", "recompute"}),
+    ("norm", "relu", {"codecs": "exact"}, {"keep", "bitmask", "recomputed_elementwise"}),
     (
         "norm",
         "relu",
         {"codecs": ["recompute", "quantize:4", "bitmask"]},
-        {"keep", "bitmask", "recompute", "replay", "quantize4"},
+        {"keep", "bitmask", "recomputed_elementwise", "recomputed_from_codes", "quantize4"},
     ),
-    ("norm", "relu", {"codecs": ["recompute", "quantize:4"]}, {"keep", "recompute"}),
-    ("silu", "convolution", {}, {"keep", "rerun"}),
-    ("silu", "div", {"codecs": "exact"}, {"keep", "recompute"}),
+    ("norm", "relu", {"codecs": ["recompute", "quantize:4"]}, {"keep", "recomputed_elementwise"}),
+    ("silu", "convolution", {}, {"keep", "recomputed_convolution"}),
+    ("silu", "div", {"codecs": "exact"}, {"keep", "recomputed_elementwise"}),
     ("pool", "le", {}, {"keep", "bitmask"}),
 ]
 
@@ -138,10 +139,10 @@ def test_replaying_needs_its_sources(pairs):
     source = [r.name for r in planning.residuals].index("convolution")
     offered = names(planning, "convolution")
     row = dict(zip(names(planning, "relu"), planning.candidates[1 - source], strict=True))
-    ((item, allowed),) = row["recompute"].option.needs
-    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "rerun"})
-    ((item, allowed),) = row["replay"].option.needs
-    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "rerun", "quantize4"})
+    ((item, allowed),) = row["recomputed_elementwise"].option.needs
+    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "recomputed_convolution"})
+    ((item, allowed),) = row["recomputed_from_codes"].option.needs
+    assert (item, {offered[i] for i in allowed}) == (source, {"keep", "recomputed_convolution", "quantize4"})
     assert row["keep"].option.needs == row["quantize4"].option.needs == ()
 
 
@@ -149,17 +150,17 @@ def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
     layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)]
     planning = posed_of(trace(nn.Sequential(*layers), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
     order = [r.name for r in planning.residuals]
-    rows = {name: {c.option.name: c.option for c in row} for name, row in zip(order, planning.candidates, strict=True)}
-    offered = {name: [c.option.name for c in row] for name, row in zip(order, planning.candidates, strict=True)}
-    assert rows["convolution"]["rerun"].needs == (), "the network's input is there anyway"
+    rows = {name: {way(c): c.option for c in row} for name, row in zip(order, planning.candidates, strict=True)}
+    offered = {name: [way(c) for c in row] for name, row in zip(order, planning.candidates, strict=True)}
+    assert rows["convolution"]["recomputed_convolution"].needs == (), "the network's input is there anyway"
     needs = {
         order[item]: {offered[order[item]][i] for i in allowed}
-        for item, allowed in rows["convolution_1"]["rerun"].needs
+        for item, allowed in rows["convolution_1"]["recomputed_convolution"].needs
     }
-    assert needs == {"relu": {"keep", "recompute"}, "convolution": {"keep"}}
-    assert rows["convolution_1"]["rerun"].time > rows["relu_1"]["recompute"].time > 0
+    assert needs == {"relu": {"keep", "recomputed_elementwise"}, "convolution": {"keep"}}
+    assert rows["convolution_1"]["recomputed_convolution"].time > rows["relu_1"]["recomputed_elementwise"].time > 0
     # From where it is first read, by itself or by what is replayed from it, its result is held in full.
-    first, last, size = rows["convolution_1"]["rerun"].loads[1]
+    first, last, size = rows["convolution_1"]["recomputed_convolution"].loads[1]
     labels = planning.problem.labels
     assert first < last and size == 2 * 8 * 16 * 16 * 4
     assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
@@ -175,7 +176,7 @@ def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
             strict=True,
         )
     )
-    kept, replayed = row["keep"], row["recompute"]
+    kept, replayed = row["keep"], row["recomputed_elementwise"]
     assert replayed.choice.bytes_after < 1000 < kept.choice.bytes_after == kept.choice.bytes_before
     assert replayed.option.noise == 0 and replayed.option.time > 0
 
@@ -204,7 +205,7 @@ def test_codes_hold_less_and_add_noise(pairs):
 
 def test_a_decoded_tensor_exists_where_an_extern_kernel_reads_it(pairs):
     planning = posed_of(pairs["relu"], codecs=["quantize:4", "bitmask"])
-    coded = next(candidate for candidate in planning.candidates[0] if candidate.option.name == "quantize")
+    coded = next(candidate for candidate in planning.candidates[0] if candidate.choice.codec == "quantize")
     decoded = [load for load in coded.option.loads if load[2] == coded.choice.bytes_before]
     assert [(first, last) for first, last, _ in decoded] == [(first, first) for first, _, _ in decoded]
     assert {planning.problem.labels[first] for first, _, _ in decoded} == {"convolution_backward_default"}

@@ -19,6 +19,7 @@ from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner import solve
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.problem import build_problem
+from xconv_fx.planner.requirement import StorageKind
 
 
 def build() -> nn.Sequential:
@@ -118,13 +119,19 @@ def test_what_was_not_measured_of_a_layer_is_a_prior():
         assert measured_noise(held, bare) == expected_noise(held, rectified=True)
 
 
+def narrowest(candidate):
+    """The fewest bits of codes that it can be recomputed from."""
+    ((_, required),) = candidate.requires
+    return min(spec.bits for spec in required.specs)
+
+
 def test_a_replay_is_as_noisy_as_the_codes_that_it_is_made_from(pair, stats):
     """Of each width that its source may have; by the prior as noisy as the source, else as measured."""
     for known in (None, stats):
         planning = posed_of(pair, known, codecs="quantize,recompute,bitmask")
         rows = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))
         source = [r.name for r in planning.residuals].index("convolution")
-        replays = {c.bits: c for c in rows["relu"] if c.option.name == "replay"}
+        replays = {narrowest(c): c for c in rows["relu"] if c.kind is StorageKind.RECOMPUTED_FROM_CODES}
         codes = candidates(planning, "convolution")
         assert set(replays) == {2, 4, 8}
         for bits, replay in replays.items():
@@ -144,7 +151,7 @@ def test_fixed_point_adds_what_was_measured(pair, stats):
     for known in (None, stats):
         planning = posed_of(pair, known, codecs="fixed:2,fixed:4,fixed:8,bitmask")
         rows = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))
-        replays = {c.bits: c for c in rows["relu"] if c.option.name == "signed"}
+        replays = {narrowest(c): c for c in rows["relu"] if c.kind is StorageKind.RECOMPUTED_FROM_SIGNED_CODES}
         held = candidates(planning, "convolution", "fixed")
         assert set(replays) == set(held) == {2, 4, 8}
         for bits in held:

@@ -28,6 +28,7 @@ from xconv_fx.passes.residuals import Residual
 from xconv_fx.reproducible import effort
 
 from .problem import PlanningProblem
+from .requirement import StorageKind
 from .storage import StorageCandidate
 
 AVERAGE_BITS = 2
@@ -77,18 +78,20 @@ def _bits_of_row(residual: Residual, row: Sequence[StorageCandidate]) -> list[in
         best = codecs.index("bitmask") if "bitmask" in codecs else 0
         return [0 if place == best else None for place in range(len(row))]
     return [
-        (candidate.choice.bits or 0) * numel(residual.forward)
-        if candidate.option.name in ("quantize", "replay")
-        else None
-        for candidate in row
+        (candidate.choice.bits or 0) * numel(residual.forward) if _is_of_codes(candidate) else None for candidate in row
     ]
+
+
+def _is_of_codes(candidate: StorageCandidate) -> bool:
+    """Whether the residual is in codes, or is recomputed from them."""
+    return candidate.choice.codec == "quantize" or candidate.kind is StorageKind.RECOMPUTED_FROM_CODES
 
 
 def average_bits(planning: PlanningProblem, choice: Sequence[int]) -> Fraction | None:
     """Bits an element of what is held in codes or made again from them; None when nothing is."""
     total = elements = 0
     for residual, row, place in zip(planning.residuals, planning.candidates, choice, strict=True):
-        if row[place].option.name in ("quantize", "replay"):
+        if _is_of_codes(row[place]):
             total += (row[place].choice.bits or 0) * numel(residual.forward)
             elements += numel(residual.forward)
     return Fraction(total, elements) if elements else None

@@ -29,6 +29,7 @@ from xconv_fx.passes.rematerialize import RecomputeSubgraph
 from xconv_fx.passes.residuals import Residual
 from xconv_fx.plan import Choice
 
+from .requirement import Requirement, StorageKind
 from .sensitivities import EXACT, NoiseContribution, Sensitivities
 
 
@@ -36,14 +37,15 @@ from .sensitivities import EXACT, NoiseContribution, Sensitivities
 class StorageCandidate:
     """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
 
-    A value that is replayed from codes needs them to have so many `bits`; a "replay" does with more
-    (`dependencies.py`).
+    `requires` lists the residuals that it is recomputed from, with what they must be held as; `dependencies.py` makes
+    needs of the option of that, once all candidates are known.
     """
 
     choice: Choice
     option: Option
+    kind: StorageKind
     added: NoiseContribution = EXACT
-    bits: int = 0
+    requires: tuple[tuple[str, Requirement], ...] = ()
 
 
 def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidate, ...]]) -> tuple[Item, ...]:
@@ -120,6 +122,7 @@ class Context:
         spec: CodecSpec,
         size: int,
         *,
+        kind: StorageKind = StorageKind.CODED,
         decoded: bool,
         traffic: int,
         added: NoiseContribution = EXACT,
@@ -130,7 +133,7 @@ class Context:
         `traffic` bytes.
         """
         line = self.timeline
-        loads = [(line.produced(residual, spec.codec == "keep"), line.last(residual), size)]
+        loads = [(line.produced(residual, kind is StorageKind.KEPT), line.last(residual), size)]
         if decoded:
             loads += [(step, step, residual.bytes) for step in line.materialised(residual)]
         time = seconds(0, traffic, self.machine) if traffic else 0.0
@@ -140,8 +143,8 @@ class Context:
             tuple(sorted(residual.uses)), spec, residual.bytes, size, noise=added.noise, time=time,
             readers=residual.readers,
         )  # fmt: skip
-        layers = self.noises.relative(added)
-        return StorageCandidate(choice, Option(spec.codec, tuple(loads), added.total, time, layers=layers), added)
+        option = Option(spec.codec, tuple(loads), added.total, time, layers=self.noises.relative(added))
+        return StorageCandidate(choice, option, kind, added)
 
     def coded(self, residual: Residual, spec: CodecSpec) -> StorageCandidate:
         """The residual as a codec of the table holds it, and bits for its masks, which codes would change."""
@@ -207,7 +210,9 @@ def families() -> tuple[Family, ...]:
 
 def candidates(residual: Residual, context: Context) -> tuple[StorageCandidate, ...]:
     """All ways to hold a residual: as it is, and what families offer."""
-    keep = context.candidate(residual, CodecSpec("keep"), residual.bytes, decoded=False, traffic=0)
+    keep = context.candidate(
+        residual, CodecSpec("keep"), residual.bytes, kind=StorageKind.KEPT, decoded=False, traffic=0
+    )
     row = [keep]
     for family in families():
         offered = list(family.offer(residual, context))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from xconv_fx.passes.graph import arguments
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
 from xconv_fx.passes.residuals import Residual
 
+from ..requirement import EXACT_VALUES, KEPT, NEAR, Requirement, StorageKind
 from ..sensitivities import EXACT, NoiseContribution
 from ..storage import Context, Family, StorageCandidate, codes, packed_bytes
 from .fixed_point import fixed_point
@@ -31,59 +32,83 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
     sources = [context.residuals[name] for name in chain.sources]
     if chain.reruns:
         if "recompute" in allowed:
-            yield _rerun(residual, chain, sources, context)
+            yield _convolution(residual, chain, sources, context)
         return
     if "recompute" in allowed:
-        yield _replay(residual, chain, "recompute", context)
+        requires = dict.fromkeys(chain.sources, EXACT_VALUES)
+        yield _elementwise(residual, chain, StorageKind.RECOMPUTED_ELEMENTWISE, requires, context)
     if sources and chain.masks is not None and not any("nonlinear" in r.uses for r in (residual, *sources)):
-        yield from _from_codes(residual, chain, sources, context)
+        masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}
+        if {"recompute", "quantize", "bitmask"} <= allowed.names:
+            yield from _from_codes(residual, chain, sources, len(masks), context)
+        yield from _from_signed_codes(residual, chain, sources, masks.values(), context)
 
 
 def _from_codes(
-    residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
+    residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], masks: int, context: Context
 ) -> Iterator[StorageCandidate]:
-    allowed, noises = context.options.codecs, context.noises
-    assert chain.masks is not None, "what is not affine in its sources is not made of codes"
-    masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}.values()
-    if {"recompute", "quantize", "bitmask"} <= allowed.names:
-        for bits in (b for b in allowed.bits if b > 1):  # One bit is too coarse.
-            added = noises.replayed(residual, [(source, codes(source, bits, context)) for source in sources])
-            yield _replay(residual, chain, "replay", context, bits, added, len(masks))
+    kind = StorageKind.RECOMPUTED_FROM_CODES
+    for bits in (b for b in context.options.codecs.bits if b > 1):  # One bit is too coarse.
+        added = context.noises.replayed(residual, [(source, codes(source, bits, context)) for source in sources])
+        requires = {source.name: _in_codes(source, bits, context) for source in sources}
+        yield _elementwise(residual, chain, kind, requires, context, added, masks)
+
+
+def _from_signed_codes(
+    residual: Residual,
+    chain: RecomputeSubgraph,
+    sources: Sequence[Residual],
+    masks: Iterable[fx.Node],
+    context: Context,
+) -> Iterator[StorageCandidate]:
     # Other sources count as exact, although they may be in codes as well.
     normed = [source for source in sources if source.name in context.norms]
     norms = [context.norms[source.name] for source in normed]
     unsigned = [mask for mask in masks if all(norm.tells(mask) is None for norm in norms)]
-    if norms and ("bitmask" in allowed or not unsigned):
-        for bits in allowed.fixed_bits:
-            added = noises.replayed(residual, [(source, fixed_point(bits)) for source in normed])
-            yield _replay(residual, chain, "signed", context, bits, added, len(unsigned))
+    if not norms or (unsigned and "bitmask" not in context.options.codecs):
+        return
+    kind = StorageKind.RECOMPUTED_FROM_SIGNED_CODES
+    for bits in context.options.codecs.fixed_bits:
+        spec = fixed_point(bits)
+        added = context.noises.replayed(residual, [(source, spec) for source in normed])
+        requires = {source.name: _in_codes(source, bits, context) for source in sources}
+        requires |= {source.name: Requirement(specs=frozenset({spec})) for source in normed}
+        yield _elementwise(residual, chain, kind, requires, context, added, len(unsigned))
 
 
-def _replay(
+def _in_codes(source: Residual, bits: int, context: Context) -> Requirement:
+    """Exact values, or codes of so many bits or more."""
+    wide = (width for width in context.options.codecs.bits if width >= bits)
+    return Requirement(EXACT_VALUES.kinds, frozenset(codes(source, width, context) for width in wide))
+
+
+def _elementwise(
     residual: Residual,
     chain: RecomputeSubgraph,
-    name: str,
+    kind: StorageKind,
+    requires: Mapping[str, Requirement],
     context: Context,
-    bits: int = 0,
     added: NoiseContribution = EXACT,
     masks: int = 0,
 ) -> StorageCandidate:
-    """The residual made again from others; `name` and `bits` say from which, `masks` how many it needs."""
+    """The residual recomputed from others, which must be what `requires` says; `masks` is how many it needs."""
     size = chain.extra_bytes + masks * packed_bytes(residual.forward)
-    candidate = context.candidate(residual, RECOMPUTE, size, decoded=True, traffic=chain.traffic, added=added)
+    candidate = context.candidate(
+        residual, RECOMPUTE, size, kind=kind, decoded=True, traffic=chain.traffic, added=added
+    )
     line = context.timeline
     last, sources = line.last(residual), [context.residuals[source] for source in chain.sources]
     extended = tuple((line.last(source) + 1, last, source.bytes) for source in sources if line.last(source) < last)
-    # A source's own options are not known yet: `needs` is filled in by `link`, once all rows exist.
-    option = replace(candidate.option, name=name, loads=candidate.option.loads + extended)
-    return replace(candidate, option=option, bits=bits)
+    option = replace(candidate.option, loads=candidate.option.loads + extended)
+    return replace(candidate, option=option, requires=tuple(requires.items()))
 
 
-def _rerun(
+def _convolution(
     residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
 ) -> StorageCandidate:
     """Run the convolution again before its result is first read; from then on it is held like any value."""
-    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, decoded=False, traffic=0)
+    kind = StorageKind.RECOMPUTED_CONVOLUTION
+    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
     followers = (r for name, r in context.residuals.items() if residual.name in _cheap_sources(name, context))
     line = context.timeline
     first = min(step for r in (residual, *followers) for step in line.read(r))
@@ -91,8 +116,15 @@ def _rerun(
     loads += [(first, first, source.bytes) for source in sources]
     loads += [(line.last(s) + 1, first, s.bytes) for s in sources if line.last(s) < first]
     time = seconds(chain.flops, chain.traffic, context.machine, str(residual.value.dtype))
-    option = replace(candidate.option, name="rerun", loads=tuple(loads), time=time)
-    return replace(candidate, choice=replace(candidate.choice, time=time), option=option)
+    option = replace(candidate.option, loads=tuple(loads), time=time)
+    requires = tuple(_few_steps_away(chain, context).items())
+    return replace(candidate, choice=replace(candidate.choice, time=time), option=option, requires=requires)
+
+
+def _few_steps_away(chain: RecomputeSubgraph, context: Context) -> dict[str, Requirement]:
+    """What a convolution that is run again requires: its sources near, and kept what these are recomputed from."""
+    behind = [far for name in chain.sources if name in context.chains for far in context.chains[name].sources]
+    return {**dict.fromkeys(chain.sources, NEAR), **dict.fromkeys(behind, KEPT)}
 
 
 def _cheap_sources(name: str, context: Context) -> tuple[str, ...]:
