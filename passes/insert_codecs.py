@@ -30,8 +30,6 @@ from .residuals import Residual, physical_order
 aten = torch.ops.aten
 
 BITS = CodecSpec("bitmask")
-SKETCHES = ("quantize", "probe")
-APPROXIMATE = (*SKETCHES, "fixed")
 
 
 def rewrite(
@@ -61,6 +59,11 @@ def rewrite(
 def _element(seeds: Tensor, number: int) -> Tensor:
     """One of the seeds, in a dim of its own. Taken where it is read: at the start of a graph, it raised the peak."""
     return seeds if len(seeds) == 1 else seeds[number : number + 1]
+
+
+def _is_seeded(choice: Choice) -> bool:
+    """Whether its codec draws."""
+    return choice.codec != "recompute" and codec_of(choice.codec).seeded
 
 
 class _Writer:
@@ -110,9 +113,9 @@ class _Writer:
     def is_approximate(self, name: str) -> bool:
         """Whether the residual is held approximately, or replayed from one that is."""
         choice = self.how.get(name)
-        if choice is None or choice.codec != "recompute":
-            return choice is not None and choice.codec in APPROXIMATE
-        return any(self.is_approximate(source) for source in self.chains[name].sources)
+        if choice is not None and choice.codec == "recompute":
+            return any(self.is_approximate(source) for source in self.chains[name].sources)
+        return choice is not None and not codec_of(choice.codec).lossless
 
     def hold(self, residual: Residual, held: SavedAs) -> None:
         """Encode after the producer, cross with the payload, decode before every reader."""
@@ -127,7 +130,7 @@ class _Writer:
             for reader in list(residual.backward.users):
                 self.decode([words], held, [], residual.backward, reader)
             return
-        seeds = [] if codec.lossless else [self.drawn(residual.value.device)]
+        seeds = [self.drawn(residual.value.device)] if codec.seeded else []
         number = self.sketches.get(residual.name, 0)
         payload = self.encode(residual.forward, held, [forward for forward, _ in seeds], number)
         for reader in list(residual.backward.users):
@@ -153,7 +156,7 @@ class _Writer:
         codec = codec_of(held.spec.codec)
 
         def decode(*values: Tensor) -> Tensor:
-            last = _element(values[-1], number) if held.spec.codec in SKETCHES else values[-1]
+            last = _element(values[-1], number) if codec.seeded else values[-1]
             return codec.decode(values[: len(payload)], last, held)
 
         with self.backward.inserting_before(reader):
@@ -166,7 +169,7 @@ class _Writer:
         They are drawn at once, but as layers that run one after the other would draw them (`xconv_fx.nn`): one for each
         layer that reads such a residual, of which the first is taken. What no layer reads comes after.
         """
-        drawing = [r for name, r in self.residuals.items() if name in self.how and self.how[name].codec in SKETCHES]
+        drawing = [r for name, r in self.residuals.items() if name in self.how and _is_seeded(self.how[name])]
         drawing.sort(key=lambda residual: residual.forward)
         draws = sorted(((number, r.name) for r in drawing for number in r.reads), key=lambda draw: draw[0])
         names = [name for _, name in draws] + [r.name for r in drawing if not r.reads]

@@ -46,7 +46,7 @@ class Codec:
     `legal_uses` are the uses (of `USES`) of a residual in the backward that stay right, or unbiased, under this codec.
     `encode(x, seed, held)` gives the payload and `decode(payload, seed, held)` the tensor back, with strides dense in
     `held.order`; `seed` is an int64 tensor with one element, the same for both, or for "fixed" its table of scales.
-    `payload_bytes(held)` is exact.
+    `seeded` says that it is a seed. `payload_bytes(held)` is exact.
     `noise(held)` predicts E|decoded - x|^2 / E|x|^2 for x of independent normal values. `traffic(held)` is the bytes
     that encode and decode read and write, each as kernels of their own.
     """
@@ -59,6 +59,7 @@ class Codec:
     payload_bytes: Callable[[SavedAs], int]
     noise: Callable[[SavedAs], float]
     traffic: Callable[[SavedAs], int]
+    seeded: bool = False
 
 
 _CODECS: dict[str, Codec] = {}

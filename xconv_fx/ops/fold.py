@@ -234,5 +234,6 @@ PROBE = register(
         payload_bytes=_payload_bytes,
         noise=_noise,
         traffic=_traffic,
+        seeded=True,
     )
 )

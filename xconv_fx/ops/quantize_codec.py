@@ -47,5 +47,6 @@ QUANTIZE = register(
         payload_bytes=_payload_bytes,
         noise=lambda held: group_noise(held.size, held.order, bits_of(held)),
         traffic=_traffic,
+        seeded=True,
     )
 )
