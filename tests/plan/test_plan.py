@@ -31,6 +31,12 @@ def test_json_is_deterministic_and_carries_its_format():
     assert list(json.loads(text)) == sorted(json.loads(text))
 
 
+def test_parameters_of_codecs_lie_among_the_keys_of_a_choice():
+    row = json.loads(PLAN.to_json())["choices"][0]
+    assert (row["codec"], row["bits"], row["probes"], row["kind"], row["means"]) == ("quantize", 4, None, None, False)
+    assert "spec" not in row
+
+
 def test_sums():
     assert (PLAN.saved_before, PLAN.saved_after) == (40960, 5376)
 

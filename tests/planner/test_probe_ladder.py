@@ -13,7 +13,7 @@ from xconv_fx.noise.expected import DEVIATION, expected_noise
 from xconv_fx.ops import SavedAs, codec_of
 from xconv_fx.planner.probe_ladder import RUNGS, SUM_BITS, probe_candidates
 
-IMAGES = SavedAs(CodecSpec("probe"), (4, 16, 32, 32), torch.float32, (0, 2, 3, 1))
+IMAGES = SavedAs(CodecSpec("probe", kind="fold"), (4, 16, 32, 32), torch.float32, (0, 2, 3, 1))
 TINY = replace(IMAGES, size=(4, 32, 7, 7))
 ROWS = replace(IMAGES, size=(4, 4096), order=(0, 1))
 
@@ -67,9 +67,9 @@ def test_priors_apply_to_rectified_values_alone():
     codes = IMAGES.varied(codec="quantize", bits=2)
     assert expected_noise(codes, rectified=False) == codec_of("quantize").noise(codes)
     assert expected_noise(codes, rectified=True) < expected_noise(codes, rectified=False)
-    sums = replace(IMAGES, probes=1024, means=True)
+    sums = IMAGES.varied(probes=1024, means=True)
     assert expected_noise(sums, rectified=True) == pytest.approx(DEVIATION * codec_of("probe").noise(sums))
-    assert expected_noise(replace(sums, bits=2), rectified=True) > expected_noise(sums, rectified=True)
+    assert expected_noise(sums.varied(bits=2), rectified=True) > expected_noise(sums, rectified=True)
 
 
 def test_the_noise_of_rectified_values_is_as_expected():
