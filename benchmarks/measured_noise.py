@@ -16,7 +16,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import xconv_fx
+from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.noise.expected import measured_noise
 from xconv_fx.ops import SavedAs, fitting_probes
 
@@ -42,18 +42,19 @@ def codecs(x: Tensor, order: tuple[int, ...]) -> Iterator[tuple[str, SavedAs]]:
     """What the layer's input is held as, with names."""
     blank: dict[str, Any] = {"size": tuple(x.shape), "dtype": x.dtype, "order": order}
     for bits in BITS:
-        yield f"quantize, {bits} bits", SavedAs("quantize", **blank, bits=bits)
+        yield f"quantize, {bits} bits", SavedAs(CodecSpec("quantize", bits=bits), **blank)
     length = math.prod(x.shape[1:])
     for terms in FOLDS:
         if length // terms < 8:
             continue
-        fold = SavedAs("probe", **blank, probes=fitting_probes(x.shape, order, length // terms))
-        ways = [("", fold), (", 4 bits", replace(fold, bits=4)), (", 2 bits", replace(fold, bits=2))]
+        probes = fitting_probes(x.shape, order, length // terms)
+        fold = SavedAs(CodecSpec("probe", probes=probes, kind="fold"), **blank)
+        ways = [("", fold), (", 4 bits", fold.varied(bits=4)), (", 2 bits", fold.varied(bits=2))]
         if x.dim() > 2:
-            ways += [(", means", replace(fold, means=True)), (", means, 2 bits", replace(fold, means=True, bits=2))]
+            ways += [(", means", fold.varied(means=True)), (", means, 2 bits", fold.varied(means=True, bits=2))]
         yield from ((f"fold of {terms}{how}", held) for how, held in ways)
     for kind in ("gaussian", "rademacher", "orthogonal"):
-        yield f"{PROBES} {kind}", SavedAs("probe", **blank, probes=PROBES, kind=kind)
+        yield f"{PROBES} {kind}", SavedAs(CodecSpec("probe", probes=PROBES, kind=kind), **blank)
 
 
 def measured(layer: Layer, held: SavedAs, draws: int) -> Errors:

@@ -13,7 +13,6 @@ on handwritten digits (that of harness/digits.py; the first input is the image, 
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 import torch
 from harness.codes import COMPRESSIONS, bytes_of, folds, quantizers, through
@@ -43,8 +42,8 @@ def deviation(x: Tensor) -> float:
 
 def rounding_of_sums(x: Tensor, held: SavedAs) -> float:
     """Measured over predicted noise that the codes add to the sums."""
-    exact = replace(held, bits=None)
-    share = deviation(x) if held.means else 1.0
+    exact = held.varied(bits=None)
+    share = deviation(x) if held.spec.means else 1.0
     predict = codec_of("probe").noise
     return (measured(x, held) - measured(x, exact)) / share / (predict(held) - predict(exact))
 

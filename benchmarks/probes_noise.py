@@ -125,7 +125,7 @@ def quantize_table(layers: list[Layer], draws: int, console: Console) -> None:
     table = Table(title="Codes without probes: relative squared error", title_justify="left")
     table.add_column("layer input")
     for held in quantizers(layers[0].x):
-        table.add_column(f"{held.bits} bit{'s' * (held.bits != 1)}", justify="right")
+        table.add_column(f"{held.spec.bits} bit{'s' * (held.spec.bits != 1)}", justify="right")
     for layer in layers:
         cells = []
         for held in quantizers(layer.x):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ EXACT, FEW = "the input: exact", f"{FEW_PROBES} Gaussian probes"
 
 def probed_convolution(held: SavedAs) -> Callable[..., Tensor]:
     """`convolution(x, weight, bias, seed)` that holds a payload for its backward, in the two halves of the backend."""
-    row = codec_of(held.codec)
+    row = codec_of(held.spec.codec)
 
     class Probed(torch.autograd.Function):
         @staticmethod
@@ -74,7 +73,7 @@ def step_of(
 
 def timed_ways(x: Tensor, compressions: Sequence[int]) -> dict[str, Callable[..., Tensor]]:
     """The exact layer, the layer with a few dense probes, and with folds of whole image rows and of whole pixels."""
-    dense = replace(blank(x, "probe"), kind="gaussian", probes=FEW_PROBES)
+    dense = blank(x, "probe").varied(kind="gaussian", probes=FEW_PROBES)
     ways = {EXACT: exact_convolution, FEW: probed_convolution(dense)}
     _, channels, _, width = x.shape
     for unit, name in ((width * channels, "rows"), (channels, "pixels")):
