@@ -50,12 +50,12 @@ def test_a_budget_is_kept_with_bits_by_sample(net, compile_model):
     given = {"mem_budget": "60%", "codecs": "bitmask,quantize:2,quantize:4"}
     compiled = compile_model(copy.deepcopy(model), sample_bits=True, **given)
     gradients(compiled.model, x)
-    assert any(choice.spec.by_sample for choice in compiled.plan.choices)
+    assert any(choice.by_sample for choice in compiled.plan.choices)
     assert training_peak(compiled.model, x, lambda out: out.sum()).bytes <= compiled.plan.budget
     assert compiled.plan.audited_peak <= compiled.plan.budget
     other = compile_model(copy.deepcopy(model), **given)
     gradients(other.model, x)
-    assert not any(choice.spec.by_sample for choice in other.plan.choices)
+    assert not any(choice.by_sample for choice in other.plan.choices)
 
 
 def test_a_budget_is_audited(net, compile_model):

@@ -183,11 +183,11 @@ def test_bits_are_shared_out_among_samples(trained):
     assert taken(shared) == taken(even)
     assert shared.plan.saved_after <= 1.01 * even.plan.saved_after
     for choice in shared.plan.choices:
-        assert choice.spec.by_sample == (
+        assert choice.by_sample == (
             "mixed" if (choice.codec, choice.bits) in (("quantize", 2), ("quantize", 4)) else ""
         )
     assert any("shared out among the samples" in note for note in shared.plan.notes)
-    assert not any(choice.spec.by_sample for choice in even.plan.choices)
+    assert not any(choice.by_sample for choice in even.plan.choices)
 
 
 @pytest.mark.parametrize(("apart", "left"), [(True, 0.1), (False, 0.8)], ids=["apart", "mixed"])
@@ -204,7 +204,7 @@ def test_samples_with_larger_gradients_get_more_bits(trained, apart, left):
     seen = xconv_fx.SampleGradients(len(logits))
     seen.squares[:] = upstream[0].square().sum(1)
     shared, even = (traced.job(codecs="actnn:L3", batch=batch_of, sample_bits=by) for by in (None, False))
-    assert {choice.spec.by_sample for choice in shared.plan.choices} == {"", "apart" if apart else "mixed"}
+    assert {choice.by_sample for choice in shared.plan.choices} == {"", "apart" if apart else "mixed"}
     torch.manual_seed(0)
     with seen.batch(range(len(logits))):
         known = relative_variance(shared, traced, upstream, draws=12)
@@ -280,11 +280,11 @@ def test_xconv_probes_convolutions_and_keeps_the_rest(trained):
     assert {choice.codec for choice in job.plan.choices} == {"keep", "probe", "bitmask"}
     for choice in job.plan.choices:
         if choice.codec == "probe":
-            assert choice.spec.kind == "gaussian" and choice.probes == 8 and "weight_grad" in choice.uses
+            assert choice.kind == "gaussian" and choice.probes == 8 and "weight_grad" in choice.uses
         else:
             assert choice.codec == ("bitmask" if choice.uses == ("mask",) else "keep")
     (other,) = {
-        c.spec.kind for c in traced.job(codecs="xconv:independent", probes=3).plan.choices if c.codec == "probe"
+        c.kind for c in traced.job(codecs="xconv:independent", probes=3).plan.choices if c.codec == "probe"
     }
     assert other == "independent"
 

@@ -91,13 +91,13 @@ def test_fixed_probes_are_used_whatever_the_budget(traced):
     for budget in ("1GB", "80%"):
         plan = planned(traced, probes={"5": 16}, mem_budget=budget)
         (choice,) = (choice for choice in plan.choices if choice.codec == "probe" and choice.layer == "4")
-        assert (choice.probes, choice.spec.kind, choice.bits, choice.spec.means) == (16, "fold", None, True)
+        assert (choice.probes, choice.kind, choice.bits, choice.means) == (16, "fold", None, True)
 
 
 def test_probes_for_every_layer(traced):
     plan = planned(traced, probes=8, codecs=["probe:gaussian", "bitmask"], mem_budget="1GB")
     probed = [choice for choice in plan.choices if choice.codec == "probe"]
-    assert {(choice.probes, choice.spec.kind, choice.spec.means) for choice in probed} == {(8, "gaussian", False)}
+    assert {(choice.probes, choice.kind, choice.means) for choice in probed} == {(8, "gaussian", False)}
     assert {choice.layer for choice in probed} == {"2", "4"}
 
 

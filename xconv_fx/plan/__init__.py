@@ -55,6 +55,18 @@ class Choice:
     def probes(self) -> int | None:
         return self.spec.probes
 
+    @property
+    def kind(self) -> str | None:
+        return self.spec.kind
+
+    @property
+    def means(self) -> bool:
+        return bool(self.spec.means)
+
+    @property
+    def by_sample(self) -> str:
+        return self.spec.by_sample
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -124,7 +124,7 @@ def _cells(choice: Choice) -> dict[str, Text | Name | str]:
 
 def codec_name(choice: Choice) -> str:
     """The codec as the `codecs` option writes it; "fold" is what every probe is unless it says otherwise."""
-    return choice.codec if choice.spec.kind in (None, "fold") else f"{choice.codec}:{choice.spec.kind}"
+    return choice.codec if choice.kind in (None, "fold") else f"{choice.codec}:{choice.kind}"
 
 
 def _sum_row(label: str, choices: Sequence[Choice], columns: Sequence[str]) -> list[Name | str]:

@@ -223,7 +223,7 @@ def _unprobed(planning: PlanningProblem, options: Options) -> tuple[str, ...]:
 
 def _by_sample(chosen: Sequence[StorageCandidate]) -> tuple[str, ...]:
     """A note of what has codes of another width for each sample."""
-    shared = sum(bool(candidate.choice.spec.by_sample) for candidate in chosen)
+    shared = sum(bool(candidate.choice.by_sample) for candidate in chosen)
     return (f"bits of {shared} residuals are shared out among the samples of a batch",) if shared else ()
 
 

@@ -107,7 +107,7 @@ def _layers(check: Check) -> dict[str, str]:
 
 def _held(choice: Choice) -> Held:
     bits = "" if choice.bits is None else f":{choice.bits}"
-    probes = "" if choice.probes is None else f":{choice.spec.kind}x{choice.probes}"
+    probes = "" if choice.probes is None else f":{choice.kind}x{choice.probes}"
     return Held(
         layer=choice.layer,
         # Nodes are numbered through the graph: a new layer would rename all that come after it.
