@@ -104,8 +104,12 @@ class BudgetLostWarning(UserWarning):
     """What `BudgetLostError` is where `torch.compile` itself was called, which falls back to eager code by design."""
 
 
+class UntestedTorchWarning(UserWarning):
+    """The installed torch is of a version that was not tested, and passed a trial."""
+
+
 class UnsupportedTorchError(XConvError):
-    """The installed torch is not one this package's private hooks were checked against.
+    """The installed torch is not one that this package works on.
 
     `found` is the installed version, `supported` a requirement such as `">=2.13,<2.14"`, `reason` what is missing.
     """

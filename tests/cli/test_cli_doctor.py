@@ -11,6 +11,7 @@ from xconv_fx import hooks
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import OK
 from xconv_fx.cli.doctor import BROKEN
+from xconv_fx.hooks.private_parts import Fault, Private
 from xconv_fx.tools import doctor
 
 
@@ -48,11 +49,20 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-def test_another_torch(capsys, monkeypatch):
-    monkeypatch.setattr("xconv_fx.hooks.version.CHECKED", ("2.99.0",))
+def test_another_torch(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XCONV_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr("xconv_fx.hooks.version.TESTED", ("2.99",))
+    found = findings(capsys, "--quick", code=OK)["hooks"]
+    assert found["status"] == "note" and "this version was not tested" in found["detail"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_torch_without_what_is_needed(capsys, monkeypatch):
+    gone = Fault(Private("torch._dynamo", "reset", "hooks/dynamo.py"), "is not there")
+    monkeypatch.setattr(hooks, "probe", lambda: (gone,))
     found = findings(capsys, "--quick", code=BROKEN)
-    assert found["hooks"]["status"] == "broken" and found["hooks"]["fix"] == "pip install torch==2.99.0"
-    assert "training" not in found
+    assert "hooks/dynamo.py: torch._dynamo.reset is not there" in found["hooks"]["detail"]
+    assert found["hooks"]["fix"] == "pip install 'torch>=2.13,<2.14'" and "training" not in found
 
 
 @pytest.mark.usefixtures("quick")

@@ -12,25 +12,11 @@ import torch
 from torch import fx, nn
 
 from xconv_fx import hooks
-from xconv_fx.errors import UnsupportedTorchError
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 aten = torch.ops.aten
-
-
-@pytest.mark.parametrize("version", [*hooks.CHECKED, hooks.CHECKED[-1] + "+cu126"])
-def test_checked_versions(version, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", version)
-    hooks.require_checked_torch()
-
-
-@pytest.mark.parametrize("version", ["2.12.1", "2.13.1", "3.0.0.dev20270101"])
-def test_other_versions_are_refused_by_name(version, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(UnsupportedTorchError, match=hooks.CHECKED[-1]):
-        hooks.require_checked_torch()
 
 
 def test_deduplication():

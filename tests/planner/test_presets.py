@@ -283,9 +283,7 @@ def test_xconv_probes_convolutions_and_keeps_the_rest(trained):
             assert choice.kind == "gaussian" and choice.probes == 8 and "weight_grad" in choice.uses
         else:
             assert choice.codec == ("bitmask" if choice.uses == ("mask",) else "keep")
-    (other,) = {
-        c.kind for c in traced.job(codecs="xconv:independent", probes=3).plan.choices if c.codec == "probe"
-    }
+    (other,) = {c.kind for c in traced.job(codecs="xconv:independent", probes=3).plan.choices if c.codec == "probe"}
     assert other == "independent"
 
 

@@ -1,7 +1,6 @@
 """Every private PyTorch interface that xconv-fx leans on, in one place: a module for each of torch's subsystems.
 
-Checked against the versions in `CHECKED`; on another version `require_checked_torch` says so before anything is
-compiled, instead of failing somewhere inside a graph.
+Tested on the versions in `TESTED`. On another one `probe` says what is not as it was, before anything is compiled.
 """
 
 from __future__ import annotations
@@ -73,9 +72,11 @@ from .inductor import setting as setting
 from .inductor import settings_of as settings_of
 from .interception import dispatch_modes as dispatch_modes
 from .kernels import Deferred as Deferred
+from .private_parts import needed as needed
+from .private_parts import probe as probe
 from .releases import early_releases as early_releases
-from .version import CHECKED as CHECKED
-from .version import require_checked_torch as require_checked_torch
+from .version import TESTED as TESTED
+from .version import is_tested as is_tested
 
 
 def __getattr__(name: str) -> Any:

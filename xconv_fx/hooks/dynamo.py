@@ -33,6 +33,7 @@ def watch_calls(backend: Callable[..., Any], wrap: Callable[[Any, Compiled], Com
 
     make = OptimizeContext.__call__
 
+    @functools.wraps(make)
     def __call__(self: Any, function: Any) -> Any:
         compiled = make(self, function)
         call = call_of(self)
@@ -84,6 +85,7 @@ def watch_frames(note: Callable[[str | None], None]) -> None:
 
     convert = ConvertFrameAssert.__call__
 
+    @functools.wraps(convert)
     def __call__(self: Any, frame: Any, *arguments: Any, **keywords: Any) -> Any:
         known = len(graph_break_reasons)
         note(None)

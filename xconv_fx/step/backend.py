@@ -1,7 +1,7 @@
 """The `torch.compile` backend: `torch.compile(model, backend="xconv", options={"mem_budget": "8GB"})`.
 
 One call compiles one graph: parse the options, choose a way to run the step within the budget (`compiler/search.py`),
-plan it, let Inductor generate code, and audit the peak of that code before any of it runs (`compiler/attempt.py`).
+plan it, let Inductor generate code, and audit the peak of that code before any of it runs (`compiler/generate.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from xconv_fx.runtime.session import GraphKey, Session
 from xconv_fx.stack_room import with_stack_room
 
 from .together import plan_together
+from .torch_version import require_usable_torch
 
 
 @surfaced_by_dynamo
@@ -40,10 +41,10 @@ def xconv(
     """Compile one graph under a memory budget. `options` are those of `xconv_fx.options.Options`.
 
     Raises `OptionError` for a wrong option, `BudgetInfeasibleError` for a budget that no plan meets,
-    `UnsupportedModelError` for what cannot be planned, and `UnsupportedTorchError` on a torch that the private hooks
-    were not checked on: all before any step runs.
+    `UnsupportedModelError` for what cannot be planned, and `UnsupportedTorchError` on a torch whose private parts are
+    not as they were: all before any step runs.
     """
-    hooks.require_checked_torch()
+    require_usable_torch()
     chosen = Options.parse(options, mode)
     chosen.check_effect()
     lowering.install()

@@ -37,6 +37,7 @@ from xconv_fx.stack_room import with_stack_room
 from .backend import plan_graph
 from .graphs import Collector, StepGraphs
 from .together import Finder, placed, share
+from .torch_version import require_usable_torch
 
 # Plans one graph that Dynamo traced, for these inputs; what it returns is true if the graph has a backward.
 Planner = Callable[[fx.GraphModule, list[Any]], object]
@@ -121,7 +122,7 @@ class FakeTrainingStep:
         loss: str | Callable[..., Tensor] = "mean",
         targets: Sequence[Any] = (),
     ) -> None:
-        hooks.require_checked_torch()
+        require_usable_torch()
         if loss not in ("mean", "sum") and not callable(loss):
             raise ValueError(f"loss={loss!r}: write 'mean', 'sum' or a callable of the output and the targets")
         lowering.install()

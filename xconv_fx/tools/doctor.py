@@ -91,14 +91,17 @@ def _torch() -> Finding:
 
 def _hooks() -> Finding:
     from xconv_fx import hooks
-    from xconv_fx.errors import UnsupportedTorchError
-    from xconv_fx.hooks import version
+    from xconv_fx.hooks.version import SUPPORTED, TESTED
 
-    try:
-        hooks.require_checked_torch()
-    except UnsupportedTorchError as error:
-        return Finding("hooks", BROKEN, str(error).partition(". What")[0], f"pip install torch=={version.CHECKED[-1]}")
-    return Finding("hooks", OK, f"the private interfaces were checked on torch {', '.join(version.CHECKED)}")
+    faults = hooks.probe()
+    if faults:
+        detail = "; ".join(map(str, faults))
+        return Finding("hooks", BROKEN, detail, f"pip install 'torch{SUPPORTED}'")
+    number = len({private.path for private in hooks.needed()})
+    detail = f"{number} private parts of torch are there and take what they are given"
+    if hooks.is_tested():
+        return Finding("hooks", OK, f"{detail}; tested on torch {', '.join(TESTED)}")
+    return Finding("hooks", NOTE, f"{detail}, but this version was not tested", f"pip install 'torch{SUPPORTED}'")
 
 
 def _backend() -> Finding:

@@ -35,8 +35,6 @@ from .. import fold, layout, materialize, pool, quantize  # noqa: F401 (`materia
 from . import fixed, loops, samples, words
 from .loops import Index, Value
 
-CHECKED_VERSION = "2.13.0"
-
 
 def install() -> None:
     """Teaches Inductor the codec operators. Calling it again changes nothing."""

@@ -1,0 +1,86 @@
+"""What the package needs of torch's private parts is read off its sources, and missed by name."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+import torch._functorch.aot_autograd as aot
+from torch._inductor.codecache import PyCodeCache
+
+from xconv_fx.hooks import private_parts
+from xconv_fx.hooks.private_parts import needed, probe
+
+# Raised by torch 2.13 itself, while it imports Inductor.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
+def named(source):
+    return {private.path for private in private_parts._Names("some.py").of(ast.parse(source))}
+
+
+def test_the_installed_torch_has_all():
+    assert probe() == ()
+
+
+def test_what_the_package_itself_replaces_counts_as_it_was():
+    from xconv_fx.step import backend
+
+    assert backend.xconv and probe() == ()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "torch._inductor.compile_fx.compile_fx",  # imported within a function
+        "torch._functorch.aot_autograd.aot_stage1_graph_capture",  # replaced
+        "torch._inductor.codegen.cpp.stride_at_vec_range",
+        "torch._functorch.config.patch",  # an attribute of a module
+        "torch._inductor.lowering.register_lowering",  # of the lowerings
+    ],
+)
+def test_what_is_needed(path):
+    assert path in {private.path for private in needed()}
+
+
+def test_names_are_followed_to_what_they_stand_for():
+    assert named("import torch._a.b as c\nc.d.e(c.f)") == {"torch._a.b", "torch._a.b.d.e", "torch._a.b.f"}
+    assert named("from torch._a import b as c\nmock.patch.object(c, 'd', 1)") == {"torch._a.b", "torch._a.b.d"}
+    assert named("import torch\ntorch._a.b()\ntorch.nn.Linear(1, 1)") == {"torch._a.b"}
+    assert named("from torch.fx import graph\nmock.patch.object(graph, 'tree', 1)") == {"torch.fx.graph.tree"}
+
+
+def test_what_is_done_without_is_not_needed():
+    assert not named("try:\n    from torch._a import b\nexcept ImportError:\n    b = None")
+    assert named("try:\n    from torch._a import b\nexcept ValueError:\n    b = None") == {"torch._a.b"}
+
+
+def test_what_is_gone_is_named_with_its_user(monkeypatch):
+    monkeypatch.delattr(PyCodeCache, "load_by_key_path")
+    (fault,) = probe()
+    assert str(fault) == "hooks/kernels.py: torch._inductor.codecache.PyCodeCache.load_by_key_path is not there"
+
+
+def test_a_parameter_that_is_gone(monkeypatch):
+    monkeypatch.setattr(aot, "aot_stage1_graph_capture", lambda aot_state: None)
+    (fault,) = probe()
+    assert fault.private.name == "aot_stage1_graph_capture" and "has no parameter" in fault.reason
+
+
+def test_a_parameter_that_must_be_given(monkeypatch):
+    trace = aot.aot_stage1_graph_capture
+    monkeypatch.setattr(aot, "aot_stage1_graph_capture", lambda aot_state, orig_flat_fn, more: trace)
+    (fault,) = probe()
+    assert fault.reason == "must be given more"
+    monkeypatch.setattr(aot, "aot_stage1_graph_capture", lambda aot_state, orig_flat_fn, more=1: trace)
+    assert probe() == ()
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13.0"), reason="the signatures are those of torch 2.13.0")
+def test_signatures_are_recorded_of_all(monkeypatch, tmp_path):
+    """`python -c "from xconv_fx.hooks import private_parts; private_parts.write_signatures()"` renews the file."""
+    recorded = private_parts._SIGNATURES.read_text()
+    monkeypatch.setattr(private_parts, "_SIGNATURES", tmp_path / "signatures.json")
+    private_parts.write_signatures()
+    assert private_parts._SIGNATURES.read_text() == recorded
