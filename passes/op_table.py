@@ -56,6 +56,7 @@ ROWS = (
     Row("sub.Scalar div.Scalar", "linear"),
     Row("neg where.self", "linear affine"),
     Row("mul.Tensor", "bilinear step"),
+    Row("addcmul", "bilinear"),
     Row("div.Tensor", "step"),
     Row("relu", "affine"),
     Row("le lt ge gt eq ne logical_not bitwise_not", "comparison"),

@@ -123,11 +123,14 @@ LINEAR = {
     "weight gradient": lambda x, g: g.t() @ x,
     "selected": lambda x, g: torch.where(g > 0, x, g),
     "divided": lambda x, g: x / g,
+    "added product": lambda x, g: torch.addcmul(g, x, g, value=2),
+    "what a product is added to": lambda x, g: torch.addcmul(x, g, g),
     "scaled by a mean": lambda x, g: g * (x - x.mean()) * (g * x).mean(),
     "unread": lambda x, g: (g, torch.exp(x))[0],
 }
 NONLINEAR = {
     "square": lambda x, g: g * x * x,
+    "added square": lambda x, g: torch.addcmul(g, x, x),
     "exponential": lambda x, g: g * torch.exp(x),
     "comparison": lambda x, g: g * (x > 0),
     "condition and value": lambda x, g: torch.where(x > 0, x, g),
