@@ -48,7 +48,7 @@ def volumes_channels_last(gm: fx.GraphModule, draws_as_aten: bool = False) -> No
         relaid.meta = dict(node.meta)
         node.replace_all_uses_with(relaid, delete_user_cb=lambda user, own=relaid: user is not own)
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    for result in dict.fromkeys(node for node in output.all_input_nodes if _is_volume_on_cpu(node)):
+    for result in dict.fromkeys(node for node in output.all_input_nodes if _has_order(node)):
         with gm.graph.inserting_before(output):
             restored = gm.graph.call_function(_as_before, (result, _strides(result)))
         output.replace_input_with(result, restored)
@@ -67,23 +67,27 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class _AsBefore(torch.autograd.Function):
-    """A contiguous copy of a channels-last volume, whose gradient is laid out channels-last.
+    """A copy with dimensions in another order in memory, of a volume whose gradient is laid out channels-last.
 
     Convolutions would otherwise copy the caller's gradient into their layout one by one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.contiguous()
+    def forward(ctx: Any, x: Tensor, order: list[int]) -> Tensor:
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return x.permute(order).contiguous().permute(back)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return channels_last(grads[0])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return channels_last(grads[0]) if grads[0].dim() == 5 else grads[0], None
 
 
 def _as_before(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`x` with the strides that the caller expects."""
-    restored: Tensor = x if x.stride() == stride else _AsBefore.apply(x)  # type: ignore[no-untyped-call]
+    if x.stride() == stride:
+        return x
+    order = sorted(range(x.dim()), key=lambda dim: (-stride[dim], dim))
+    restored: Tensor = _AsBefore.apply(x, order)  # type: ignore[no-untyped-call]
     return restored
 
 
@@ -98,6 +102,19 @@ def _value(node: Any) -> Any:
 def _is_volume_on_cpu(node: Any) -> bool:
     value = _value(node)
     return isinstance(value, Tensor) and value.dim() == 5 and value.device.type == "cpu" and value.is_floating_point()
+
+
+def _has_order(node: Any) -> bool:
+    """Whether this is a value of three dimensions or more that lies on the CPU without gaps."""
+    value = _value(node)
+    if not isinstance(value, Tensor) or value.dim() < 3 or value.device.type != "cpu":
+        return False
+    expected = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _changes(node: fx.Node) -> bool:

@@ -21,7 +21,8 @@ from torch import fx
 
 from xconv_fx import hooks
 
-from .graph import arguments, inline, is_primal, nbytes, origin_meta, output_node, tensor_of
+from .graph import arguments, inline, is_primal, is_view, nbytes, origin_meta, output_node, storage_root, tensor_of
+from .op_table import has
 from .partition import Pair
 
 aten = torch.ops.aten
@@ -57,7 +58,7 @@ def _is_relaid(value: torch.Tensor) -> bool:
 def late_layout(pair: Pair) -> None:
     """Copy contiguous images where convolutions read them; rewrites both halves in place."""
     images = {node.name for node in relaid_operands(pair.forward, 0) if node.meta["val"].is_contiguous()}
-    last = hooks.channels_last_convolutions(pair.forward)
+    last, relaid = hooks.channels_last_convolutions(pair.forward), bool(images)
     for half in (pair.forward, pair.backward):
         for place, target in ((0, aten.convolution.default), (1, aten.convolution_backward.default)):
             for node in half.graph.find_nodes(op="call_function", target=target):
@@ -66,32 +67,79 @@ def late_layout(pair: Pair) -> None:
                     _lay_out_before(half.graph, node, image, lambda x: x.clone(memory_format=torch.channels_last))
                 elif last and is_primal(image) and _is_single(image.meta["val"]):
                     _lay_out_before(half.graph, node, image, _single_channel_last)
+                    relaid = True
     for name, (image, placeholder) in pair.saved().items():
         if name in images:
             _save_as_matrix(pair, image, placeholder)
-    if images:
+    if relaid:
         _results_as_traced(pair)
     for half in (pair.forward, pair.backward):
         half.recompile()
 
 
 def _results_as_traced(pair: Pair) -> None:
-    """Have the results lie as they were traced, contiguous, whatever the layout of what they are computed from becomes.
+    """Have the results lie as they were traced, whatever the layout of what they are computed from becomes.
 
     Inductor takes a graph's layouts from running it on fakes once more, and would return what a convolution of a
-    channels-last copy gives. A result that the backward reads is saved as it is returned: one tensor, not two.
+    channels-last copy gives. Results that are views are made anew, of what they are views of as that was traced. A
+    result that the backward reads is saved as it is returned: one tensor, not two.
     """
     graph, output = pair.forward.graph, output_node(pair.forward.graph)
     values: list[Any] = list(arguments(output)[0])
     as_traced: dict[Any, fx.Node] = {}
     for node in dict.fromkeys(values[: pair.results]):
-        value = tensor_of(node) if isinstance(node, fx.Node) and not is_primal(node) else None
-        if value is not None and value.dim() == 4 and value.is_contiguous() and _is_relaid(value):
+        if isinstance(node, fx.Node) and not is_primal(_viewed(node)):
             with graph.inserting_before(output):
-                (as_traced[node],) = inline(
-                    graph, lambda x: x.clone(memory_format=torch.contiguous_format), [node], origin_meta(node)
-                )
+                _lie_as_traced(graph, node, as_traced)
     output.args = (tuple(as_traced.get(value, value) for value in values),)
+    for old in reversed(as_traced):
+        if not old.users:
+            graph.erase_node(old)
+
+
+def _lie_as_traced(graph: fx.Graph, node: fx.Node, as_traced: dict[Any, fx.Node]) -> None:
+    """Make a node anew that lies as the node was traced, unless it does in any layout."""
+    root = _viewed(node)
+    if root not in as_traced:
+        order = _memory_order(tensor_of(root))
+        if order is None:
+            return
+        back = sorted(range(len(order)), key=order.__getitem__)
+
+        def lie(x: torch.Tensor) -> torch.Tensor:
+            if order == back == sorted(order):
+                return x.clone(memory_format=torch.contiguous_format)
+            return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+        (as_traced[root],) = inline(graph, lie, [root], origin_meta(root))
+    views = []
+    while node not in as_traced:
+        views.append(node)
+        node = node.all_input_nodes[0]
+    for view in reversed(views):
+        as_traced[view] = graph.node_copy(view, lambda old: as_traced.get(old, old))
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of, itself if of nothing; beyond `storage_root` where a view is an element of a tuple."""
+    root = storage_root(node)
+    source = root.all_input_nodes[0] if root.op == "call_function" and is_view(root) else None
+    return _viewed(source) if source is not None and has(source, "view") else root
+
+
+def _memory_order(value: torch.Tensor | None) -> list[int] | None:
+    """The dimensions from the outermost in memory to the innermost; None for what has gaps, or lies the same way in any
+    layout of images and of what is computed from them."""
+    if value is None or value.dim() < 3 or (value.dim() == 4 and not _is_relaid(value)):
+        return None
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
+    expected = 1
+    for dim in reversed(order):
+        if value.shape[dim] != 1 and value.stride(dim) != expected:
+            return None
+        expected *= value.shape[dim]
+    return order
 
 
 def _is_single(value: torch.Tensor) -> bool:

@@ -169,6 +169,10 @@ def test_a_cache_that_says_nonsense_is_searched_past(tmp_path, cache, searches):
         "no JSON": "}",
         "another format": json.dumps({**good, "format": 0}),
         "another graph's": json.dumps({**good, "plan": {**good["plan"], "choices": [{**first, "residual": "other"}]}}),
+        "no object": "null",
+        "no plan": json.dumps({**good, "plan": None}),
+        "a size that is none": json.dumps({**good, "baseline_peak": None}),
+        "slices that are none": json.dumps({**good, "plan": {**good["plan"], "slices": "2"}}),
         "everything kept": json.dumps(
             {**good, "plan": {**good["plan"], "choices": [{**c, "codec": "keep"} for c in good["plan"]["choices"]]}}
         ),
@@ -290,3 +294,17 @@ def test_bad_plans_and_options_beside_one(tmp_path):
     for name, value in {"slices": 2, "prefer": "exact", "max_noise": 0.1, "max_slowdown": 0.1}.items():
         with pytest.raises(OptionError, match=rf"{name}=.*the option plan fixes it"):
             compiled(tmp_path, build(), plan=path, **{name: value})
+
+
+def test_what_is_recomputed_from_codes_is_so_again(tmp_path, cache, searches):
+    """Recomputed from codes or from exact values: a choice has the same name for both."""
+    options = {"max_noise": None, "codecs": "exact,quantize:4"}
+    with pytest.raises(BudgetInfeasibleError) as refused:
+        compiled(tmp_path, build(), mem_budget=1, **options)
+    options["mem_budget"] = refused.value.smallest
+    searches.clear()
+    _, (plan,) = compiled(tmp_path, build(), **options)
+    noisy = [choice for choice in plan.choices if choice.codec == "recompute" and choice.noise]
+    assert noisy, "a plan that recomputes from codes"
+    _, (again,) = compiled(tmp_path, build(), **options)
+    assert len(searches) == 1 and again == plan

@@ -133,3 +133,9 @@ def test_a_sufficient_size_is_enough_and_not_much_more(size):
 @pytest.mark.parametrize(("size", "text"), [(3_101_000_000, "3.11GB"), (2 * 10**9, "2GB"), (999_999, "1MB"), (7, "7B")])
 def test_sufficient_sizes_are_short(size, text):
     assert sufficient_size(size) == text
+
+
+@pytest.mark.parametrize(("value", "meant"), [("60", "60%"), ("0.6", "60%"), (" .25 ", "25%"), ("99.5", "99.5%")])
+def test_a_number_that_must_be_a_share_is_refused(value, meant):
+    with pytest.raises(OptionError, match=f"so few bytes hold nothing; write '{meant}'"):
+        Budget.parse(value)

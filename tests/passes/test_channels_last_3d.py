@@ -176,3 +176,53 @@ def test_draws_as_of_aten_are_for_the_same_elements(draw):
     gm, values = dynamo_graph(model, x, draws_as_aten=True)
     torch.manual_seed(3)
     assert torch.equal(gm(*values)[0], wanted)
+
+
+class Flattened(nn.Module):
+    """Counts on contiguous volumes: `view` is not possible of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2))
+        self.head = nn.Linear(8 * 4**3, 5)
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.head(y.view(y.size(0), -1))
+
+
+@pytest.mark.parametrize("budget", ["100%", "98%"])
+def test_a_model_that_views_volumes_trains(budget):
+    torch.manual_seed(0)
+    model, x = Flattened(), torch.randn(2, 1, 8, 8, 8)
+    expected = copy.deepcopy(model)
+    expected(x).square().mean().backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="xconv", options={"mem_budget": budget, "codecs": "exact"})
+    compiled(x).square().mean().backward()
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [lambda y: y.flatten(2), lambda y: y.permute(0, 2, 3, 4, 1), lambda y: (y, y + 1)],
+    ids=["tokens", "permuted", "two"],
+)
+def test_results_of_any_form_lie_as_in_eager(results):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = unet()
+
+        def forward(self, x):
+            return results(self.body(x))
+
+    model, x = Returning(), torch.randn(2, 2, 8, 8, 8)
+    gm, values = dynamo_graph(model, x)
+    expected = model(x)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for one, other in zip(fx.Interpreter(gm).run(*values), expected, strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other)
+        one.sum().backward(retain_graph=True)

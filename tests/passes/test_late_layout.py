@@ -9,6 +9,7 @@ import torch
 from helpers.tracing import trace
 from torch import nn
 
+from xconv_fx import hooks
 from xconv_fx.compiler import pipeline
 from xconv_fx.passes.graph import output_node
 from xconv_fx.passes.late_layout import late_layout, layout_copies, relaid_operands
@@ -106,3 +107,55 @@ def test_results_lie_as_they_were_traced():
         torch.testing.assert_close(one, other)
         assert one.is_contiguous()
     (found[0].sum() + found[1].square().mean()).backward()
+
+
+RESULTS = {
+    "view": lambda y: (y, y.view(y.size(0), -1)),
+    "tokens": lambda y: y.flatten(2),
+    "computed tokens": lambda y: (lambda z: (z, z.view(z.size(0), 2, -1)))(y.flatten(2) + 1),
+    "permuted": lambda y: (y.permute(0, 2, 3, 1), y.flatten(2).transpose(1, 2) * 2),
+    "chunks": lambda y: y.chunk(2, 1),
+    "slice": lambda y: y[:, :2],
+    "kept": lambda y: (y, y.relu()),
+}
+
+
+class Returning(nn.Module):
+    def __init__(self, channels: int, results: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1)
+        )
+        self.results = RESULTS[results]
+
+    def forward(self, x: torch.Tensor):
+        found = self.results(self.body(x).tanh())
+        return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("results", RESULTS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_results_of_any_form_lie_as_they_were_traced(channels, results):
+    """By what Inductor finds when it runs the rewritten graph on fakes."""
+    pair = pair_of(torch.randn(2, channels, 16, 16), late=False, model=Returning(channels, results))
+    expected = [node.meta["val"].stride() for node in output_node(pair.forward.graph).args[0][: pair.results]]
+    late_layout(pair)
+    found = strides_on_fakes(pair.forward)[: pair.results]
+    assert found == expected
+
+
+def strides_on_fakes(gm):
+    inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    with hooks.trying_fake(inputs):
+        return [value.stride() for value in torch.fx.Interpreter(gm).run(*inputs) if isinstance(value, torch.Tensor)]
+
+
+def test_a_caller_who_overwrites_an_image_before_the_backward_is_told():
+    """The saved matrix is the image to autograd; Inductor alone saves a copy."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 16, 16)
+    options = {"mem_budget": "1GB", "slices": 1, "probes": 8, "verify": "off"}
+    result = torch.compile(net(), backend="xconv", options=options)(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()

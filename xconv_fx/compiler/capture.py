@@ -307,6 +307,14 @@ def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared
         reshape_free_instance_norm(gm)
         scatter_unpooling(gm)
         if variant.relayout:
-            volumes_channels_last(gm, request.options.draws_as_aten)
+            gm = _channels_last(gm, inputs, request.options)
     same = str(gm.graph) == before
     return Prepared(gm, inputs, batch, drawn, (microbatches, same) if same else (microbatches, same, variant.relayout))
+
+
+def _channels_last(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule:
+    """The graph with volumes laid out channels-last; as it is where it takes views that these do not allow."""
+    relaid = copied(gm)
+    volumes_channels_last(relaid, options.draws_as_aten)
+    views = any("view" in str(node.target) for node in relaid.graph.nodes)
+    return gm if views and not hooks.runs_on_fakes(relaid, inputs) else relaid

@@ -217,7 +217,11 @@ class Comparison:
                 return way
             reason = "" if found is None else found.mixing
             break
-        self._cannot_slice(f"it cannot be traced for {microbatches.samples} samples: {reason}")
+        of = f"{microbatches.samples} sample{'s' * (microbatches.samples != 1)}"
+        if any(found is not None for found in self._sliced.values()):
+            self._notes[f"slices of {of} or less are not tried: it cannot be traced for them: {reason}"] = None
+        else:
+            self._cannot_slice(f"it cannot be traced for {of}: {reason}")
         return None
 
     def _cannot_slice(self, reason: str) -> None:

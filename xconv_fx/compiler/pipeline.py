@@ -196,6 +196,11 @@ def without(*names: str) -> Iterator[None]:
         _disabled.reset(token)
 
 
+def disabled() -> list[str]:
+    """The passes that do not run now."""
+    return sorted(_disabled.get())
+
+
 @contextlib.contextmanager
 def verified() -> Iterator[None]:
     """Within this context graphs are checked after every pass: that they are well-formed, and fit together.

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from xconv_fx.planner.microbatches import Microbatches
 from .candidates import FULL_BATCH, Variant
 from .capture import CaptureRequest, JointText
 from .fingerprint import source_hash
+from .pipeline import disabled
 
 FORMAT = 1
 
@@ -91,10 +93,13 @@ def look_up(path: Path) -> StoredPlan | BudgetInfeasibleError | None:
             return BudgetInfeasibleError(**row["refused"])
         plan = Plan.from_json(json.dumps(row.pop("plan")))
         known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
-        return StoredPlan(plan, **known)
+        found = StoredPlan(plan, **known)
+        for number in (found.baseline_peak, found.copies, plan.slices, plan.held_slices, *found.relaid, *found.changed):
+            operator.index(number)
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.debug("a stored plan cannot be read: %s", error)
         return None
 
@@ -161,6 +166,7 @@ def _known(request: CaptureRequest) -> str:
         rates.specs(request.example_inputs),
         rates.Machine.of("cpu"),
         dispatch.settings(),
+        disabled(),
     )
     return repr(parts)
 

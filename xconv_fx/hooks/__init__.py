@@ -45,6 +45,7 @@ from .dynamo_graph import needs_backward as needs_backward
 from .dynamo_graph import parameter_bytes as parameter_bytes
 from .dynamo_graph import without_samples as without_samples
 from .fake import fake_mode_of as fake_mode_of
+from .fake import runs_on_fakes as runs_on_fakes
 from .fake import trying_fake as trying_fake
 from .frames import any_number_of_sizes as any_number_of_sizes
 from .frames import callers as callers

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
@@ -52,3 +53,33 @@ def cudnn_layouts() -> Iterator[None]:
     chosen = torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
     with mock.patch.object(torch._C, "_select_conv_backend", lambda *_, **__: chosen):
         yield
+
+
+def runs_on_fakes(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a graph of Dynamo's runs without an error on tensors like these, which it leaves as they are."""
+    with (
+        trying_fake(inputs),
+        # A graph that fails halfway leaves its autocast and its gradient mode behind.
+        torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu")),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+    ):
+        try:
+            _OnFakes(gm).run(*map(_like, inputs))
+        except Exception:  # The model's own code fails at what it likes.
+            return False
+    return True
+
+
+class _OnFakes(fx.Interpreter):
+    """Runs a graph whose attributes are fakes as well."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _like(super().get_attr(target, args, kwargs))
+
+
+def _like(value: Any) -> Any:
+    """A new fake tensor, for a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .backward import named_double_backward, repeatable
+from .saved_views import views_of_inputs, with_versions
 
 
 def cpp_compiler() -> str:
@@ -82,8 +83,11 @@ def compile_graph(
     def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Any:
         is_backward = bool(arguments.get("is_backward"))
         entering(half, inputs, is_backward)
+        views = {} if is_backward else views_of_inputs(half)
         code = compile_fx_inner(half, inputs, **arguments)
-        return repeatable(code) if is_backward else code
+        if is_backward:
+            return repeatable(code)
+        return with_versions(code, views) if views else code
 
     with named_double_backward():
         compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)

@@ -79,10 +79,10 @@ class Budget:
         if isinstance(value, Budget):
             return value
         percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-        if isinstance(value, str) and value.strip().isdecimal() and 0 < int(value) <= 100:
-            raise OptionError(
-                option, value, f"so few bytes hold nothing; write '{value.strip()}%' for a share, or '8GB'"
-            )
+        bare = re.fullmatch(rf"\s*({_NUMBER})\s*", value) if isinstance(value, str) else None
+        if bare and 0 < (number := Decimal(bare[1])) <= 100:
+            share = f"{(100 * number if number < 1 else number).normalize():f}%"
+            raise OptionError(option, value, f"so few bytes hold nothing; write '{share}' for a share, or '8GB'")
         if percent is None:
             return Budget(bytes=parse_size(value, option=option, hint=BUDGET_HINT))
         fraction = float(percent[1]) / 100

@@ -95,12 +95,13 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
             raise ValueError(
                 f"it holds nothing of {residual.name}, {list(residual.shape)}, of {residual.layer or 'it'}"
             )
-        known = [_held_as(candidate.choice) for candidate in row]
-        if _held_as(choice) not in known:
+        places = [place for place, candidate in enumerate(row) if _held_as(candidate.choice) == _held_as(choice)]
+        if not places:
             said = {"shape": choice.shape, "dtype": choice.dtype, **vars(choice.spec)}
             how = " ".join(f"{name}={value}" for name, value in said.items() if value)
             raise ValueError(f"these options do not let {residual.name} be held as it says: {how}")
-        found.append(known.index(_held_as(choice)))
+        # From exact values or from codes a residual is recomputed by the same name: what the choice adds tells which.
+        found.append(min(places, key=lambda place: _difference(row[place].choice, choice)))
     if wanted:
         raise ValueError(f"the graph has no {next(iter(wanted))}")
     return tuple(found)
@@ -109,6 +110,11 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
 def _held_as(choice: Choice) -> tuple[object, ...]:
     """What a choice says of how a value is held."""
     return choice.shape, choice.dtype, choice.spec
+
+
+def _difference(one: Choice, other: Choice) -> tuple[int, float]:
+    """How far two choices that hold a value in the same way are apart in what that takes."""
+    return abs(one.bytes_after - other.bytes_after), abs(one.noise - other.noise)
 
 
 def plan_of(
