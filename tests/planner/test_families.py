@@ -11,7 +11,7 @@ from torch import nn
 
 from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import codec as table
-from xconv_fx.ops.codec import USES, Codec, register
+from xconv_fx.ops.codec import Codec, register
 from xconv_fx.planner import storage
 from xconv_fx.planner.storage import Family, families
 
@@ -22,7 +22,6 @@ def int16() -> Codec:
     return Codec(
         name="int16",
         lossless=True,
-        legal_uses=frozenset(USES),
         encode=lambda x, seed, held: (x.to(torch.int16),),
         decode=lambda payload, seed, held: payload[0].to(held.dtype),
         payload_bytes=lambda held: 2 * math.prod(held.size),
@@ -58,7 +57,7 @@ class Rounded(nn.Module):
 
 def test_ranks_are_those_of_a_row():
     ranks = [family.rank for family in families()]
-    assert ranks == sorted(set(ranks)) and len(ranks) == 6
+    assert ranks == sorted(set(ranks))
 
 
 def test_a_codec_is_added_without_an_edit_of_the_planner(added):

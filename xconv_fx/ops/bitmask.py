@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .codec import USES, Codec, SavedAs, register
+from .codec import Codec, SavedAs, register
 
 
 @torch.library.custom_op(
@@ -77,7 +77,6 @@ BITMASK = register(
     Codec(
         name="bitmask",
         lossless=True,
-        legal_uses=frozenset(USES),
         encode=_encode,
         decode=_decode,
         payload_bytes=_payload_bytes,

@@ -1,7 +1,8 @@
 """The table of codecs: what can be held between forward and backward instead of a tensor.
 
-One row a codec. The planner reads legality, bytes, noise and traffic; the rewrite calls `encode` and `decode`, which
-consist of traceable operators only. Adding a codec means writing one file that registers one row.
+One row a codec. The planner reads bytes, noise and traffic; the rewrite calls `encode` and `decode`, which consist of
+traceable operators only. For which residuals a codec is legal the families of the planner say. Adding a codec means
+writing a file that registers a row, which `ops/__init__.py` imports, and a family that offers it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from xconv_fx.codec_spec import CodecSpec
 # How `bits` are shared out among samples: all have the same, or so many on average, in a network that computes samples
 # apart or one that mixes them, as batch normalisation does.
 BY_SAMPLE = ("", "apart", "mixed")
-USES = ("mask", "weight_grad", "norm", "other")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class SavedAs:
 class Codec:
     """One way to hold a residual.
 
-    `legal_uses` are the uses (of `USES`) of a residual in the backward that stay right, or unbiased, under this codec.
     `encode(x, seed, held)` gives the payload and `decode(payload, seed, held)` the tensor back, with strides dense in
     `held.order`; `seed` is an int64 tensor with one element, the same for both, or for "fixed" its table of scales.
     `seeded` says that it is a seed. `payload_bytes(held)` is exact.
@@ -53,7 +52,6 @@ class Codec:
 
     name: str
     lossless: bool
-    legal_uses: frozenset[str]
     encode: Callable[[Tensor, Tensor, SavedAs], tuple[Tensor, ...]]
     decode: Callable[[tuple[Tensor, ...], Tensor, SavedAs], Tensor]
     payload_bytes: Callable[[SavedAs], int]
@@ -66,11 +64,9 @@ _CODECS: dict[str, Codec] = {}
 
 
 def register(codec: Codec) -> Codec:
-    """Adds a row. Raises `ValueError` on a name that is taken and on unknown uses."""
+    """Adds a row. Raises `ValueError` on a name that is taken."""
     if codec.name in _CODECS:
         raise ValueError(f"codec {codec.name!r} is registered already; registered: {', '.join(_CODECS)}")
-    if unknown := codec.legal_uses - set(USES):
-        raise ValueError(f"codec {codec.name!r}: unknown uses {sorted(unknown)}; known: {', '.join(USES)}")
     _CODECS[codec.name] = codec
     return codec
 

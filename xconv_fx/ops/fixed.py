@@ -218,7 +218,6 @@ FIXED = register(
     Codec(
         name="fixed",
         lossless=False,
-        legal_uses=frozenset({"mask", "weight_grad", "norm", "other"}),
         encode=encode,
         decode=_decode,
         payload_bytes=_payload_bytes,

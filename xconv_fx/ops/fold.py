@@ -228,7 +228,6 @@ PROBE = register(
     Codec(
         name="probe",
         lossless=False,
-        legal_uses=frozenset({"weight_grad"}),
         encode=_encode,
         decode=_decode,
         payload_bytes=_payload_bytes,

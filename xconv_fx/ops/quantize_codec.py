@@ -41,7 +41,6 @@ QUANTIZE = register(
     Codec(
         name="quantize",
         lossless=False,
-        legal_uses=frozenset({"weight_grad", "norm", "other"}),
         encode=_encode,
         decode=_decode,
         payload_bytes=_payload_bytes,

@@ -22,8 +22,9 @@ class Choice:
     """How one residual is held.
 
     `residual` is the name of its node in the joint graph, `layer` the path of the module that produced it, `source`
-    the operation that did; `uses` are the kinds of operation of the backward that read it, `readers` the layers whose
-    weight gradients do. `spec` says how it is held; its codec is one of `xconv_fx.options.codecs.CODECS`.
+    the line of the user's code that did, as `file.py:line` ("" where it is not known). `uses` are the kinds of
+    operation of the backward that read it, `readers` the layers whose weight gradients do. `spec` says how it is held:
+    its codec is one of `xconv_fx.options.codecs.CODECS`, or one that was added to the table of `ops.codec`.
 
     `bytes_before` is what holding the tensor itself takes, `bytes_after` what is held instead (payload, ranges,
     masks). `noise` is the predicted variance that the choice adds, relative to the energy of the residual (0 for
