@@ -89,6 +89,10 @@ class Summary:
     figures: dict[str, float | None]
 
 
+# What a summary needs besides a peer.
+SHOWN = {"inductor", "xconv65", "xconv-lowest", "xconv-exact", AT_PEER.name}
+
+
 def summarise(report: NetReport) -> Summary:
     rows = report.rows
     peer = rows.get(report.best_peer or "")
@@ -202,9 +206,12 @@ def show(value: Any, form: Callable[[Any], str]) -> str:
 
 
 def newest(results: Path) -> list[NetReport]:
-    """What is known of each network by all methods at full size, in the order of `PEER_NETS`."""
-    found = ((data, data["options"]) for data in records.read(results))
-    whole = {data["net"]: data for data, options in found if options["methods"] is None and not options["tiny"]}
+    """What is known of each network at full size, in the order of `PEER_NETS`.
+
+    Of records that have an exact peer and all methods that the summary shows; which peers there were they say.
+    """
+    found = (data for data in records.read(results) if not data["options"]["tiny"])
+    whole = {data["net"]: data for data in found if data["best_peer"] and data["rows"].keys() >= SHOWN}
     return [NetReport.from_record(whole[net]) for net in PEER_NETS if net in whole]
 
 
