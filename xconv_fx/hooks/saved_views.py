@@ -50,8 +50,10 @@ def with_versions(forward: Callable[[list[Any]], Any], views: dict[int, int]) ->
 
 
 def _of(source: Tensor, view: Tensor) -> Tensor:
-    """The same view, made of `source`; as it is where it is a copy."""
+    """The same view, made of `source`; as it is where it is a copy, or has the memory mean something else."""
     if view.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+        return view
+    if (view.dtype, view.is_conj(), view.is_neg()) != (source.dtype, source.is_conj(), source.is_neg()):
         return view
     return source.detach().as_strided(view.shape, view.stride(), view.storage_offset())
 
