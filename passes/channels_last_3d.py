@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from xconv_fx.ops import layout
+
 from .early_draws import draws_any
 
 _CONVOLUTIONS = (
@@ -73,9 +75,8 @@ class _AsBefore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: list[int]) -> Tensor:
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return x.permute(order).contiguous().permute(back)
+    def forward(ctx: Any, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        return layout.to_logical(layout.to_physical(x, order), order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -86,8 +87,7 @@ def _as_before(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`x` with the strides that the caller expects."""
     if x.stride() == stride:
         return x
-    order = sorted(range(x.dim()), key=lambda dim: (-stride[dim], dim))
-    restored: Tensor = _AsBefore.apply(x, order)  # type: ignore[no-untyped-call]
+    restored: Tensor = _AsBefore.apply(x, layout.order_of(x.shape, stride))  # type: ignore[no-untyped-call]
     return restored
 
 
@@ -109,12 +109,7 @@ def _has_order(node: Any) -> bool:
     value = _value(node)
     if not isinstance(value, Tensor) or value.dim() < 3 or value.device.type != "cpu":
         return False
-    expected = 1
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return layout.dense_order(value.shape, value.stride()) is not None
 
 
 def _changes(node: fx.Node) -> bool:

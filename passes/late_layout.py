@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.ops import layout
 
 from .graph import arguments, inline, is_primal, is_view, nbytes, origin_meta, output_node, storage_root, tensor_of
 from .op_table import has
@@ -104,12 +105,11 @@ def _lie_as_traced(graph: fx.Graph, node: fx.Node, as_traced: dict[Any, fx.Node]
         order = _memory_order(tensor_of(root))
         if order is None:
             return
-        back = sorted(range(len(order)), key=order.__getitem__)
 
         def lie(x: torch.Tensor) -> torch.Tensor:
-            if order == back == sorted(order):
+            if order == tuple(range(len(order))):
                 return x.clone(memory_format=torch.contiguous_format)
-            return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+            return layout.to_logical(layout.to_physical(x, order).clone(memory_format=torch.contiguous_format), order)
 
         (as_traced[root],) = inline(graph, lie, [root], origin_meta(root))
     views = []
@@ -127,19 +127,12 @@ def _viewed(node: fx.Node) -> fx.Node:
     return _viewed(source) if source is not None and has(source, "view") else root
 
 
-def _memory_order(value: torch.Tensor | None) -> list[int] | None:
+def _memory_order(value: torch.Tensor | None) -> tuple[int, ...] | None:
     """The dimensions from the outermost in memory to the innermost; None for what has gaps, or lies the same way in any
     layout of images and of what is computed from them."""
     if value is None or value.dim() < 3 or (value.dim() == 4 and not _is_relaid(value)):
         return None
-    strides = value.stride()
-    order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
-    expected = 1
-    for dim in reversed(order):
-        if value.shape[dim] != 1 and value.stride(dim) != expected:
-            return None
-        expected *= value.shape[dim]
-    return order
+    return layout.dense_order(value.shape, value.stride())
 
 
 def _is_single(value: torch.Tensor) -> bool:

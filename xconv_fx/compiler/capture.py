@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from xconv_fx.ops import conv3d
 from xconv_fx.options import Options, Probes
 from xconv_fx.options.budget import Budget
 from xconv_fx.options.codecs import CodecSet
-from xconv_fx.passes.channels_last_3d import volumes_channels_last
+from xconv_fx.passes.channels_last_3d import volume_convolutions, volumes_channels_last
 from xconv_fx.passes.graph import tensor_of
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
 from xconv_fx.passes.op_table import operators_with
@@ -202,21 +202,23 @@ class Found:
 
         What is to be found in it is found on the way where `look` says that it will be asked for.
         """
-
-        def looked(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed | None:
-            if not look(JointText.of(gm)):
-                return None
-            return _analyse(request, FULL_BATCH, prepared, gm, joint_inputs, arguments)
-
-        prepared = self.prepared(request, FULL_BATCH)
-        if (analysed := self._seen(request, FULL_BATCH, looked)) is not None:
+        analysed = self._analyse(request, FULL_BATCH, lambda gm: look(JointText.of(gm)))
+        if analysed is not None:
             self._analysed[request.options.plain, FULL_BATCH] = analysed
 
-    def _analyse(self, request: CaptureRequest, variant: Variant) -> Analysed | None:
-        prepared = self.prepared(request, variant)
+    def _analyse(
+        self, request: CaptureRequest, variant: Variant, wanted: Callable[[fx.GraphModule], bool] = lambda _: True
+    ) -> Analysed | None:
+        """What is found of a variant if its joint graph is `wanted`; None for a graph without a backward."""
+        prepared, microbatches = self.prepared(request, variant), variant.microbatches
+        whole = 0 if prepared.batch is None else prepared.batch.size
+        samples = whole if microbatches is None else microbatches.samples
+        device, plain = request.session.device, request.options.plain
 
-        def look(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed:
-            return _analyse(request, variant, prepared, gm, joint_inputs, arguments)
+        def look(gm: fx.GraphModule, joint_inputs: Sequence[object], **arguments: Any) -> Analysed | None:
+            if not wanted(gm):
+                return None
+            return analyse(Joint(gm, joint_inputs, arguments, prepared.batch, samples, variant.saved, device, plain))
 
         return self._seen(request, variant, look)
 
@@ -278,22 +280,6 @@ class _Enough(Exception):
     """Ends a compilation that has given what it was run for."""
 
 
-def _analyse(
-    request: CaptureRequest,
-    variant: Variant,
-    prepared: Prepared,
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    arguments: Mapping[str, Any],
-) -> Analysed:
-    """What is found of a variant, whose joint graph the partitioner was given with these arguments."""
-    batch, microbatches = prepared.batch, variant.microbatches
-    whole = 0 if batch is None else batch.size
-    samples = whole if microbatches is None else microbatches.samples
-    device, plain = request.session.device, request.options.plain
-    return analyse(Joint(gm, joint_inputs, arguments, batch, samples, variant.saved, device, plain))
-
-
 def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared:
     microbatches = variant.microbatches
     gm, inputs, batch, drawn = copied(request.gm), request.example_inputs, request.batch, Drawn()
@@ -314,6 +300,8 @@ def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared
 
 def _channels_last(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule:
     """The graph with volumes laid out channels-last; as it is where it takes views that these do not allow."""
+    if not volume_convolutions(gm):
+        return gm
     relaid = copied(gm)
     volumes_channels_last(relaid, options.draws_as_aten)
     views = any("view" in str(node.target) for node in relaid.graph.nodes)

@@ -95,6 +95,13 @@ def order_of(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     return tuple(next(following) if size[dim] > 1 else dim for dim in range(len(size)))
 
 
+def dense_order(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The `order` in which a tensor without gaps lies in memory; None for one that has gaps, or overlaps itself."""
+    order = order_of(size, strides)
+    dense = dense_strides(size, order)
+    return order if all(size[dim] == 1 or strides[dim] == dense[dim] for dim in range(len(size))) else None
+
+
 def to_physical(x: Tensor, order: Sequence[int]) -> Tensor:
     """`x` permuted so that its last dimension is the innermost in memory. A view."""
     return x.permute(tuple(order))

@@ -28,6 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from xconv_fx import hooks
 from xconv_fx.errors import DoubleBackwardError
+from xconv_fx.ops import layout
 from xconv_fx.passes.batch_separability import BATCH, NOTHING, SAMPLES
 from xconv_fx.passes.graph import arguments, output_node
 from xconv_fx.passes.slice_graph import Drawn
@@ -252,7 +253,7 @@ def _whole(part: Any, count: int, strides: Sequence[int]) -> Any:
     if not isinstance(part, Tensor):
         return part
     shape = [count * part.shape[0], *part.shape[1:]]
-    if len(strides) == len(shape) and _is_dense(shape, strides):
+    if len(strides) == len(shape) and layout.dense_order(shape, strides) is not None:
         return torch.empty_strided(shape, strides, dtype=part.dtype, device=part.device)
     shape, strides = list(part.shape), list(part.stride())
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
@@ -260,16 +261,6 @@ def _whole(part: Any, count: int, strides: Sequence[int]) -> Any:
     if extent * part.shape[0] == part.numel():
         return torch.empty_strided(shape, [extent, *strides[1:]], dtype=part.dtype, device=part.device)
     return torch.empty(shape, dtype=part.dtype, device=part.device)
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether every element has a place of its own, without any between them."""
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 class _Draws:
