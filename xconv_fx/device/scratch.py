@@ -2,7 +2,7 @@
 
 Libraries decide inside a call how much memory they take: by shapes, strides, dtypes, the processor, and the number of
 threads. No rule of ours follows them. So the call is made, once, on tensors of the same shapes and strides, and what
-was found is kept for calls of the same signature under the same settings.
+was found is kept for calls of the same signature under the same settings, on disk as well (`known_scratch.py`).
 
 The arguments are legal ones: zeros, so that integers are in range, and where an operation refuses those (a matrix that
 has no inverse) ones on the diagonal. An operation that refuses both, or whose arguments take more than `LARGEST` bytes,
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from xconv_fx.hooks import dispatch
 from xconv_fx.measure import allocated_by, storage_bytes
+
+from . import known_scratch
 
 # The largest operands, in bytes, on which a call is made to see what it allocates.
 LARGEST = 1 << 28
@@ -91,11 +93,16 @@ def measured(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
 
 @functools.cache
 def _measured(func: Any, args: Any, kwargs: Any, settings: Any) -> int | None:
+    call = (args, kwargs, settings)
+    if (known := known_scratch.look_up(func, call)) is not None:
+        return known
     for fill in (_zeros, _ones_on_the_diagonal):
         try:
-            return _made(func, args, kwargs, fill)
+            found = _made(func, args, kwargs, fill)
         except Exception:  # Whatever a library says to arguments that it does not take.
             continue
+        known_scratch.keep(func, call, found)
+        return found
     return None
 
 
