@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.compiler import stored_plans
-from xconv_fx.compiler.search import Search
+from xconv_fx.compiler import compile_graph, stored_plans
 from xconv_fx.errors import BudgetExceededWarning, BudgetInfeasibleError, OptionError
 from xconv_fx.plan import Plan
 from xconv_fx.plan.report import read_json, write_json
@@ -58,8 +57,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was searched for so far."""
     found: list[object] = []
-    search = Search._searched
-    monkeypatch.setattr(Search, "_searched", lambda self, wanted: found.append(wanted) or search(self, wanted))
+    search = compile_graph.search
+    monkeypatch.setattr(compile_graph, "search", lambda request: found.append(request) or search(request))
     return found
 
 

@@ -161,6 +161,11 @@ class CaptureRequest:
         return self.found.problem(self, variant)
 
 
+def noted(request: CaptureRequest, notes: tuple[str, ...]) -> CaptureRequest:
+    """A request with further notes."""
+    return replace(request, notes=(*request.notes, *(note for note in notes if note not in request.notes)))
+
+
 class Found:
     """What was traced of one Dynamo graph, and what was found in that. Each is looked for when it is first needed."""
 

@@ -28,11 +28,12 @@ from .candidates import (
     best_candidates,
     compared_variant,
     select,
+    slowdown,
 )
-from .capture import CaptureRequest
+from .capture import CaptureRequest, noted
 from .feedback import NOTHING_FOUND, Feedback
-from .pipeline import Analysed
-from .refusals import Lowest
+from .pipeline import Analysed, Planned
+from .refusals import Lowest, refusal
 
 # Shares of the residuals' bytes that torch's partitioner is asked to save, besides all.
 SAVED = (0.5, 0.25)
@@ -56,12 +57,7 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the plan, why there are no slices included."""
-        return (*self.request.notes, *(note for note in self._notes if note not in self.request.notes))
-
-    @property
-    def found_notes(self) -> tuple[str, ...]:
-        """Why there are no slices."""
+        """Why there are no slices, as far as was seen until now."""
         return tuple(self._notes)
 
     @functools.cached_property
@@ -73,6 +69,24 @@ class Comparison:
     def seconds(self) -> float:
         """What a step takes with everything kept, the batch at once."""
         return 0.0 if self.whole is None else sum(self.whole.seconds.values())
+
+    def way_of(self, variant: Variant, planned: Planned | None) -> Candidate:
+        """The way that was planned."""
+        assert planned is not None and self.whole is not None
+        slower = slowdown(planned.planning, self.whole, variant.microbatches, planned.plan.time)
+        return Candidate(variant, planned.plan.noise, slower)
+
+    def extra_seconds(self, way: Candidate) -> float | None:
+        """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
+        return None if way.variant == FULL_BATCH else way.slowdown * self.seconds
+
+    def refusal(self, found: Lowest | None, smallest: int | None = None) -> XConvError:
+        """Why there is no plan; by predictions the smallest budget is that of the plan of least peak, `found`."""
+        options = self.request.options
+        if smallest is None:
+            smallest = 0 if found is None else options.smallest_for(found.predicted)
+        notes = noted(self.request, self.notes).notes
+        return refusal(options, smallest, found, self.ways_by, self.lowest, notes)
 
     def ways(self, feedback: Feedback = NOTHING_FOUND) -> list[Candidate]:
         """The ways whose plans, as predicted with what audits found, fit the budget; best first."""

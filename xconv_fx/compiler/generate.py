@@ -15,12 +15,10 @@ from xconv_fx import hooks
 from xconv_fx.errors import find_ours
 from xconv_fx.passes.batch_separability import NOTHING
 from xconv_fx.passes.graph import is_primal, is_tangent, nbytes, output_node
-from xconv_fx.plan import Plan
-from xconv_fx.plan.log import log, publish
+from xconv_fx.plan.log import log
 from xconv_fx.planner.peak_scenarios import scenarios
 from xconv_fx.planner.solve import ANY, Bounds
 from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result
-from xconv_fx.runtime.session import GraphRecord
 
 from . import pipeline
 from .audit import Audit, Peak
@@ -183,39 +181,3 @@ class _Auditing:
         # The caller makes float32 of 16-bit results.
         self.audit.hold(max(0, ends.results - sum(nbytes(node) for node in own if not is_primal(node))))
         return [("forward", forward), ("loss", self.audit.loss(ends.between + around.inside + around.spare))]
-
-
-def report(
-    request: CaptureRequest, variant: Variant, planned: Planned | None, audited: Audited, **known: Any
-) -> Plan | None:
-    """Publish and record a plan, with what is `known` about it besides; None for a graph without a backward."""
-    if planned is None:
-        log.info("a graph without a backward: plain Inductor")
-        return None
-    # Without what is left free for other graphs.
-    taken = max((size - request.around.spare * (phase == "loss") for phase, size in audited.peaks.items()), default=0)
-    found = {
-        "saved_share": variant.saved,
-        "relayout": variant.relayout,
-        "audited_peak": taken or None,
-        "attempts": 1,
-        **request.session.facts,
-        **known,
-        **request.session.of_step(request.graph.key),
-    }
-    unknown = tuple(f"what {name} allocates inside its calls is not known" for name in audited.uncounted)
-    plan = replace(planned.plan, notes=(*planned.plan.notes, *request.notes, *unknown), **found)
-    publish(plan)
-    planning = planned.planning
-    held = _held(planned, plan, audited)
-    request.session.add(GraphRecord(request.graph, plan, planning.problem, planning.ends.results, held=held))
-    return plan
-
-
-def _held(planned: Planned, plan: Plan, audited: Audited) -> int:
-    """Bytes that one call holds from its forward to its backward, its results included: audited if it was."""
-    microbatches, planning = planned.microbatches, planned.planning
-    if microbatches is None:
-        return audited.held or planning.rest + planning.ends.results + plan.saved_after // plan.calls
-    slice_holds = audited.saved or planning.rest + sum(choice.bytes_after for choice in plan.choices)
-    return microbatches.held * slice_holds + microbatches.count * planning.ends.results + microbatches.copies

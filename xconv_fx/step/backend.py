@@ -1,7 +1,8 @@
 """The `torch.compile` backend: `torch.compile(model, backend="xconv", options={"mem_budget": "8GB"})`.
 
-One call compiles one graph: parse the options, choose a way to run the step within the budget (`compiler/search.py`),
-plan it, let Inductor generate code, and audit the peak of that code before any of it runs (`compiler/generate.py`).
+One call compiles one graph (`compiler/compile_graph.py`): parse the options, choose a way to run the step within the
+budget (`compiler/search.py`), plan it, let Inductor generate code, and audit the peak of that code before any of it
+runs (`compiler/generate.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.compiler import predicted
 from xconv_fx.compiler.capture import CaptureRequest
-from xconv_fx.compiler.search import Search
+from xconv_fx.compiler.compile_graph import compile_graph
 from xconv_fx.errors import UnsupportedModelError, XConvError
 from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 from xconv_fx.ops import lowering
@@ -55,7 +57,7 @@ def xconv(
     if not hooks.needs_backward(example_inputs):
         # Nothing is held for a backward: plain Inductor, and no graph of a training step.
         plain = replace(chosen, mem_budget=None, slices=None, stats=None, plan=None)
-        return unplanned.graph(Search(CaptureRequest(gm, example_inputs, plain, Session(plain))).compile())
+        return unplanned.graph(compile_graph(CaptureRequest(gm, example_inputs, plain, Session(plain))))
     if not chosen.plain and hooks.branches(gm):
         hint = "torch.where, an `if` behind a graph break, or this model without options"
         raise UnsupportedModelError("torch.cond", "what its branches hold depends on values and is not planned", hint)
@@ -80,7 +82,7 @@ def _compile(
 
     def compiled() -> Callable[..., Any]:
         options = session.calling(session.verifier.options(session.settled(chosen), key), key)
-        return Search(CaptureRequest(gm, example_inputs, options, session, session.notes)).compile()
+        return compile_graph(CaptureRequest(gm, example_inputs, options, session, session.notes))
 
     try:
         return compiled()
@@ -104,5 +106,5 @@ def plan_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, session: Session, notes: tuple[str, ...] = ()
 ) -> Plan | None:
     """The plan of one graph, with these notes, without generating code; None for a graph without a backward."""
-    found = Search(CaptureRequest(gm, example_inputs, options, session, notes)).plan()
+    found = predicted.plan_graph(CaptureRequest(gm, example_inputs, options, session, notes))
     return None if found is None else found.plan

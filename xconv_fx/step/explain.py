@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from xconv_fx import hooks
-from xconv_fx.compiler.search import Search
+from xconv_fx.compiler import predicted
 from xconv_fx.device.fake import fake_module, fake_tensor
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import UnsupportedModelError
@@ -105,7 +105,7 @@ def _plan_together(trace: FakeTrainingStep, session: Session, options: Options) 
         for number, graph in enumerate(step.graphs, start=1):
             announce(f"planning graph {number} of {len(step.graphs)}")
             with graph.compiling.again():
-                Search(placed(graph, session, options)).plan()
+                predicted.plan_graph(placed(graph, session, options))
 
 
 class FakeTrainingStep:

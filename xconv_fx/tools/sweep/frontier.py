@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from xconv_fx.compiler.candidates import FULL_BATCH, Candidate
-from xconv_fx.compiler.search import PlannedGraph, Search
+from xconv_fx.compiler.capture import CaptureRequest
+from xconv_fx.compiler.predicted import PlannedGraph, plan_graph
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.options import Options
@@ -182,8 +183,8 @@ class _Sweep:
         """The lowest budget that has a plan, as far as known, and the one that changes nothing."""
         plain, shares = 0, self._of(1).session.shares
         for graph in range(len(self.step.graphs)):
-            with self._strategy(self.plain, graph) as strategy:
-                whole = strategy.request.problem(FULL_BATCH)
+            with self._request(self.plain, graph) as request:
+                whole = request.problem(FULL_BATCH)
             assert whole is not None, "graphs without a backward are not among those of a step"
             plain = max(plain, whole.baseline_peak()) if shares is None else shares.plain
             self.seconds += sum(whole.seconds.values()) * sum(run.graph == graph for run in self.step.runs)
@@ -237,10 +238,10 @@ class _Sweep:
         return [self._of(budget) for budget in sorted(budgets)]
 
     @contextlib.contextmanager
-    def _strategy(self, series: _Series, number: int) -> Iterator[Search]:
+    def _request(self, series: _Series, number: int) -> Iterator[CaptureRequest]:
         graph: FoundGraph = self.step.graphs[number]
         with graph.compiling.again():
-            yield Search(placed(graph, series.session, series.options))
+            yield placed(graph, series.session, series.options)
 
     def _plan(self, series: _Series) -> None:
         try:
@@ -252,8 +253,8 @@ class _Sweep:
 
     def _plan_all(self, series: _Series) -> None:
         for number in range(len(self.step.graphs)):
-            with self._strategy(series, number) as strategy:
-                found = strategy.plan()
+            with self._request(series, number) as request:
+                found = plan_graph(request)
                 if found is not None:
                     series.plans.append(found.plan)
                     series.memory.append(_memory(found))
