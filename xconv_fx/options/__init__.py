@@ -68,7 +68,7 @@ class Options:
 
     mem_budget: Budget | None = None
     codecs: CodecSet = field(default_factory=CodecSet)
-    probes: Probes = Probes()
+    probes: Probes = field(default_factory=Probes)
     slices: int | None = None
     prefer: str = "balanced"
     max_noise: float | Unset | None = UNSET
