@@ -19,21 +19,19 @@ Each network and budget is a line of JSON in the results, of which `--report` an
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import records
+from harness.clock import Clock
 from harness.console import wide
 from harness.lowest import at_lowest_budget
 from harness.subject import Subject
@@ -59,32 +57,6 @@ class Cost:
     @property
     def seconds(self) -> float:
         return sum(self.parts.values())
-
-
-class Clock:
-    """Adds up the CPU time of functions by part, each without the functions that are called within it."""
-
-    def __init__(self) -> None:
-        self.spent: defaultdict[str, float] = defaultdict(float)
-        self.calls: Counter[str] = Counter()
-        self._inner: list[float] = [0.0]
-
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        function = getattr(owner, name)
-
-        @functools.wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            self.calls[name] += 1
-            self._inner.append(0.0)
-            start = time.process_time()
-            try:
-                return function(*arguments, **options)
-            finally:
-                whole = time.process_time() - start
-                self.spent[part] += whole - self._inner.pop()
-                self._inner[-1] += whole
-
-        setattr(owner, name, watched)
 
 
 @dataclass(frozen=True)

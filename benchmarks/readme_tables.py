@@ -20,6 +20,7 @@ import compile_times
 import fidelity_report
 import first_step
 import peers_readme
+import plan_times
 from fidelity_training import METHODS
 
 HERE = Path(__file__).parent
@@ -52,6 +53,7 @@ TABLES = {
     "fidelity float32": Source("fidelity.jsonl", _scores(bf16=False)),
     "fidelity bfloat16": Source("fidelity.jsonl", _scores(bf16=True)),
     "compile_times": Source("compile_times.jsonl", compile_times.readme),
+    "plan_times": Source("plan_times.jsonl", plan_times.readme),
     "first_step": Source("first_step.jsonl", first_step.readme),
 }
 
