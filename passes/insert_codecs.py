@@ -95,7 +95,7 @@ class _Writer:
         approximate = self.is_approximate(residual.name)
         if approximate or choice.codec == "bitmask":
             for mask in residual.masks:
-                self.lift(mask, residual.order)
+                self.hoist(mask, residual.order)
         if choice.codec == "recompute":
             readers, chain = list(residual.backward.users), self.chains[residual.name]
             if chain.reruns and readers:  # Once, where the first of its readers stands.
@@ -108,7 +108,7 @@ class _Writer:
             if choice.codec == "bitmask" and residual.value.dtype != torch.bool:
                 return  # Its masks are read from bits; weight gradients read the tensor itself.
             self.hold(residual, residual.saved_as(choice.spec))
-        self.pair.uncross(residual.forward, residual.backward)
+        self.pair.remove_saved(residual.forward, residual.backward)
 
     def is_approximate(self, name: str) -> bool:
         """Whether the residual is held approximately, or replayed from one that is."""
@@ -147,7 +147,7 @@ class _Writer:
 
         with self.forward.inserting_before(max([node, *seeds]).next):
             payload = inline(self.forward, encode, [node, *seeds], origin_meta(node))
-        return [self.pair.cross(part, f"{node.name}_{held.spec.codec}") for part in payload]
+        return [self.pair.add_saved(part, f"{node.name}_{held.spec.codec}") for part in payload]
 
     def decode(
         self, payload: list[fx.Node], held: SavedAs, side: list[fx.Node], old: fx.Node, reader: fx.Node, number: int = 0
@@ -186,7 +186,7 @@ class _Writer:
             first = next(node for node in self.forward.nodes if node.op != "placeholder")
             with self.forward.inserting_before(first):
                 (node,) = inline(self.forward, draw, [])
-            self.seeds[device] = (node, self.pair.cross(node, "xconv_seeds"))
+            self.seeds[device] = (node, self.pair.add_saved(node, "xconv_seeds"))
         return self.seeds[device]
 
     # Fixed point: codes that carry a sign, and the table of scales that both halves read.
@@ -202,7 +202,9 @@ class _Writer:
             if norm.activation is not None:
                 read.append(self.append(lambda z: aten.gt.Scalar(z, 0), norm.activation))
             words = self.append(lambda x, table, *positive: fixed.encode(x, table, held, *positive)[0], *read)
-            crossing = [self.pair.cross(node, f"{name}_{part}") for node, part in ((words, "fixed"), (table, "scales"))]
+            crossing = [
+                self.pair.add_saved(node, f"{name}_{part}") for node, part in ((words, "fixed"), (table, "scales"))
+            ]
             self.scaled[name] = (crossing[0], crossing[1], held)
         return self.scaled[name]
 
@@ -229,7 +231,7 @@ class _Writer:
 
     # Booleans: computed in the forward from true values, held as bits.
 
-    def lift(self, mask: fx.Node, order: tuple[int, ...]) -> None:
+    def hoist(self, mask: fx.Node, order: tuple[int, ...]) -> None:
         """Take a comparison out of the backward: the forward computes it, and its bits cross."""
         for reader in list(mask.users):
             with self.backward.inserting_before(reader):
@@ -292,7 +294,7 @@ class _Writer:
         if node.name in self.pair.restored:
             return self.pair.restored[node.name]
         if node.name not in self.saved:
-            self.saved[node.name] = (node, self.pair.cross(node, node.name))
+            self.saved[node.name] = (node, self.pair.add_saved(node, node.name))
         return self.saved[node.name][1]
 
     def copy(

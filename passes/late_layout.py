@@ -158,11 +158,11 @@ def _save_as_matrix(pair: Pair, image: fx.Node, placeholder: fx.Node) -> None:
     with pair.forward.graph.inserting_before(output_node(pair.forward.graph)):
         (matrix,) = inline(pair.forward.graph, lambda x: aten.view.default(x, [size[0], -1]), [image])
     matrix.name = f"{image.name}_matrix"
-    saved = pair.cross(matrix, matrix.name)
+    saved = pair.add_saved(matrix, matrix.name)
     with pair.backward.graph.inserting_before(
         next(node for node in pair.backward.graph.nodes if node.op != "placeholder")
     ):
         (restored,) = inline(pair.backward.graph, lambda x: aten.view.default(x, size), [saved])
     placeholder.replace_all_uses_with(restored)
-    pair.uncross(image, placeholder)
+    pair.remove_saved(image, placeholder)
     pair.restored[image.name] = restored

@@ -67,7 +67,7 @@ class Pair:
             if not is_primal(storage_root(pair[0])) and storage_root(pair[0]) not in results
         }
 
-    def cross(self, node: fx.Node, name: str) -> fx.Node:
+    def add_saved(self, node: fx.Node, name: str) -> fx.Node:
         """Save one more value of the forward: the backward's new placeholder for it."""
         output = output_node(self.forward.graph)
         values = list(output.args[0])  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ class Pair:
         placeholder.meta = dict(node.meta)
         return placeholder
 
-    def uncross(self, node: fx.Node, placeholder: fx.Node) -> None:
+    def remove_saved(self, node: fx.Node, placeholder: fx.Node) -> None:
         """Stop saving a value that no operation of the backward reads any more."""
         output = output_node(self.forward.graph)
         values = list(output.args[0])  # type: ignore[arg-type]

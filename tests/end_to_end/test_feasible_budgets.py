@@ -82,7 +82,7 @@ def test_the_plain_step_is_feasible_although_it_is_predicted_not_to_be(compile_m
     torch._dynamo.reset()
     monkeypatch.setattr("xconv_fx.compiler.plain_step.FAR", 0.0)
     monkeypatch.setattr("xconv_fx.compiler.plain_step.DOUBT", -1.0)
-    monkeypatch.setattr(Comparison, "ways", lambda self, feedback: [])
+    monkeypatch.setattr(Comparison, "candidates", lambda self, feedback: [])
     monkeypatch.setattr(Comparison, "lowest", lambda self, *_: None)
     plain = compile_model(
         Mixing(), codecs="keep", mem_budget=MemoryLimit.smallest_for(whole.plan.audited_peak).budget, verify="off"

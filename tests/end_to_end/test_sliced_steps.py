@@ -249,7 +249,7 @@ def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, m
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.PReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 2, 1))
     x = torch.randn(2, 2, 20, 20, 20)
-    expected, ways, attempt = gradients(model, x), Comparison.ways, Search.attempt
+    expected, ways, attempt = gradients(model, x), Comparison.candidates, Search.attempt
     tried, contiguous = [], Variant(relayout=False)
 
     def both(self: Comparison, feedback: Feedback) -> list[Candidate]:
@@ -260,7 +260,7 @@ def test_contiguous_volumes_where_channels_last_ones_do_not_fit(compile_model, m
         tried.append(variant)
         return None if variant.relayout else attempt(self, variant, feedback)
 
-    monkeypatch.setattr(Comparison, "ways", both)
+    monkeypatch.setattr(Comparison, "candidates", both)
     monkeypatch.setattr(Search, "attempt", refused)
     compiled = compile_model(model, mem_budget="95%", slices=1, codecs="keep,recompute,bitmask")
     assert_same(gradients(compiled.model, x), expected, 1e-3)

@@ -35,7 +35,7 @@ def test_one_value_more(traced):
     pair, (results, gradients) = traced.pair(), run_pair(traced.pair(), traced.primals, traced.tangents())
     before = len(described(pair))
     producer = next(node for node in pair.forward.graph.nodes if node.name == "convolution")
-    placeholder = pair.cross(producer, "relu")
+    placeholder = pair.add_saved(producer, "relu")
     assert placeholder.name != "relu", "names in one graph are unique"
     assert placeholder.target == placeholder.name
     assert placeholder.meta["val"] is producer.meta["val"]
@@ -60,7 +60,7 @@ def test_one_value_less_undoes_one_more(traced):
         pair.backward.graph.find_nodes(op="placeholder"),
     )
     producer = next(node for node in pair.forward.graph.nodes if node.name == "convolution")
-    pair.uncross(producer, pair.cross(producer, "extra"))
+    pair.remove_saved(producer, pair.add_saved(producer, "extra"))
     assert [*output_node(pair.forward.graph).args[0]] == outputs
     assert pair.backward.graph.find_nodes(op="placeholder") == placeholders
     assert [d.idx for d in described(pair)] == list(range(len(outputs) - pair.results))
@@ -75,6 +75,6 @@ def test_a_result_that_is_saved_too_stays_a_result():
     assert node is result
     (reader,) = {user for user in placeholder.users if not is_tangent(user)}
     reader.replace_input_with(placeholder, pair.backward.graph.find_nodes(op="placeholder")[-1])
-    pair.uncross(node, placeholder)
+    pair.remove_saved(node, placeholder)
     outputs = output_node(pair.forward.graph).args[0]
     assert outputs[0] is result and result not in outputs[1:]

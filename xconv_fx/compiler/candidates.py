@@ -1,4 +1,4 @@
-"""The ways of running a step that are compared: what each costs in noise and in time, and which is preferred.
+"""Candidates for running a step, which are compared: what each costs in noise and in time, and which is preferred.
 
 Limits of noise and time are constraints of every plan that is compared (`cost_model/limits.py`), no filter on those
 that are preferred: a plan that keeps them is found where there is one.
@@ -22,7 +22,7 @@ from xconv_fx.reproducible import effort
 
 # A plan that is exact and no slower than this is not compared with others.
 NEGLIGIBLE = 0.05
-# Seconds for one solution of the planning problem while ways are compared.
+# Seconds for one solution of the planning problem while candidates are compared.
 GLANCE = 0.5
 # What a call of a kernel from Python takes besides the kernel: it counts once more for every slice.
 CALL = 1e-5
@@ -47,7 +47,7 @@ FULL_BATCH = Variant()
 
 
 def compared_variant(variant: Variant) -> Variant:
-    """The variant whose problem was posed for `variant`: the same whatever number of slices is held."""
+    """The variant whose problem was built for `variant`: the same whatever number of slices is held."""
     return (
         variant
         if variant.microbatches is None
@@ -78,20 +78,20 @@ class Candidate:
         return {"max_noise": self.noise, "max_layer_noise": self.layer, "max_slowdown": self.slowdown}[name]
 
 
-def select(ways: Sequence[Candidate], options: Options) -> list[Candidate]:
-    """The ways that the limits which the user gave allow, best first.
+def select(candidates: Sequence[Candidate], options: Options) -> list[Candidate]:
+    """The candidates that the limits which the user gave allow, best first.
 
-    Raises `OptionError` when there are ways, but none within a limit.
+    Raises `OptionError` when there are candidates, but none within a limit.
     """
     for name, limit in options.given_limits().items():
-        if not ways:
+        if not candidates:
             break
-        least = min(way.limited(name) for way in ways)
+        least = min(candidate.limited(name) for candidate in candidates)
         allowed = limit * (1 + SLACK)
         if least > allowed:
             raise over(name, limit, least)
-        ways = [way for way in ways if way.limited(name) <= allowed]
-    return sorted(ways, key=lambda way: way.cost(options.prefer))
+        candidates = [candidate for candidate in candidates if candidate.limited(name) <= allowed]
+    return sorted(candidates, key=lambda candidate: candidate.cost(options.prefer))
 
 
 def over(name: str, limit: float, least: float) -> OptionError:
@@ -122,7 +122,7 @@ def allowed_seconds(
 def best_candidates(
     planning: PlanningProblem, options: Options, whole: PlanningProblem, variant: Variant
 ) -> list[Candidate]:
-    """The ways to run the problem within the budget that are worth a comparison, best first.
+    """The candidates within the budget that are worth a comparison, best first.
 
     `planning` is the problem of the variant, for any number of slices held; `whole` is that of `FULL_BATCH`, to whose
     time slowdowns refer.
@@ -135,15 +135,15 @@ def best_candidates(
         layer = noisiest(planning.problem, found.choice)
         return [Candidate(variant, found.noise, slowdown(planning, whole, None, found.time), layer)]
     held = _Held(planning, microbatches, options, whole)
-    ways = []
+    candidates = []
     for number in held.candidates():
         solution = held.solution(number, exact=False)
         if solution is not None:
             some = replace(microbatches, held=number)
             slower = slowdown(planning, whole, some, solution.time)
             layer = noisiest(planning.problem, solution.choice)
-            ways.append(Candidate(replace(variant, microbatches=some), solution.noise, slower, layer))
-    return sorted(ways, key=lambda way: way.cost(options.prefer))
+            candidates.append(Candidate(replace(variant, microbatches=some), solution.noise, slower, layer))
+    return sorted(candidates, key=lambda candidate: candidate.cost(options.prefer))
 
 
 def slowdown(

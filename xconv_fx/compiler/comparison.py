@@ -1,7 +1,7 @@
 """Compare the variants of one graph by their predicted plans: the batch at once, in slices, recomputed more or less.
 
-Variants are traced and posed when they are first looked at. Their problems are solved again with what audits found, by
-other options, and for the least peak.
+Variants are traced, and their problems built, when they are first looked at. The problems are solved again with what
+audits found, by other options, and for the least peak.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ class Comparison:
         """What a step takes with everything kept, the batch at once."""
         return 0.0 if self.whole is None else sum(self.whole.seconds.values())
 
-    def way_of(self, variant: Variant, planned: Planned | None) -> Candidate:
-        """The way that was planned."""
+    def candidate_of(self, variant: Variant, planned: Planned | None) -> Candidate:
+        """What was planned, as a candidate."""
         assert planned is not None and self.whole is not None
         slower = slowdown(planned.planning, self.whole, variant.microbatches, planned.plan.time)
         return Candidate(variant, planned.plan.noise, slower)
 
-    def extra_seconds(self, way: Candidate) -> float | None:
-        """The predicted extra seconds of a way that is more than codecs, which is all that a plan knows of."""
-        return None if way.variant == FULL_BATCH else way.slowdown * self.seconds
+    def extra_seconds(self, candidate: Candidate) -> float | None:
+        """The predicted extra seconds of a candidate that is more than codecs, which is all that a plan knows of."""
+        return None if candidate.variant == FULL_BATCH else candidate.slowdown * self.seconds
 
     def refusal(self, found: Lowest | None, smallest: int | None = None) -> XConvError:
         """Why there is no plan; by predictions the smallest budget is that of the plan of least peak, `found`."""
@@ -86,10 +86,10 @@ class Comparison:
         if smallest is None:
             smallest = 0 if found is None else options.smallest_for(found.predicted)
         notes = noted(self.request, self.notes).notes
-        return refusal(options, smallest, found, self.ways_by, self.lowest, notes)
+        return refusal(options, smallest, found, self.candidates_by, self.lowest, notes)
 
-    def ways(self, feedback: Feedback = NOTHING_FOUND) -> list[Candidate]:
-        """The ways whose plans, as predicted with what audits found, fit the budget; best first."""
+    def candidates(self, feedback: Feedback = NOTHING_FOUND) -> list[Candidate]:
+        """The candidates whose plans, as predicted with what audits found, fit the budget; best first."""
         options = self.request.options
         if self.whole is None:
             return [Candidate(FULL_BATCH, 0.0, 0.0)]
@@ -97,17 +97,17 @@ class Comparison:
         at_once = options.slices in (None, 1)
         if at_once:
             self.planning[FULL_BATCH] = self.whole
-            found = self.ways_of(FULL_BATCH, feedback)
+            found = self.candidates_of(FULL_BATCH, feedback)
         if not _settled(found):
             found = self._in_slices(found, feedback)
         if at_once and not _settled(found):
-            others = [way for variant in self._at_once() for way in self.ways_of(variant, feedback)]
-            log.debug("other ways at once: %s", others)
+            others = [candidate for variant in self._at_once() for candidate in self.candidates_of(variant, feedback)]
+            log.debug("other candidates at once: %s", others)
             found = found + others
         return select(found, options)
 
-    def ways_of(self, variant: Variant, feedback: Feedback) -> list[Candidate]:
-        """The ways of a variant that was posed, with what audits found of it."""
+    def candidates_of(self, variant: Variant, feedback: Feedback) -> list[Candidate]:
+        """The candidates of a variant whose problem was built, with what audits found of it."""
         budget = self.request.options.mem_budget
         corrections = feedback.corrections(variant)
         key = variant, None if budget is None else budget.bytes, tuple(sorted(corrections.items()))
@@ -117,27 +117,27 @@ class Comparison:
             self._solved[key] = best_candidates(planning, self.request.options, self.whole, variant)
         return self._solved[key]
 
-    def ways_by(self, options: Options) -> list[Candidate]:
-        """The ways of all variants that were posed, by other options, and without what audits found."""
+    def candidates_by(self, options: Options) -> list[Candidate]:
+        """The candidates of all variants whose problems were built, by other options, and without what audits found."""
         assert self.whole is not None
         return [
-            way
+            candidate
             for variant, planning in self.planning.items()
-            for way in best_candidates(planning, options, self.whole, variant)
+            for candidate in best_candidates(planning, options, self.whole, variant)
         ]
 
     def _in_slices(self, found: list[Candidate], feedback: Feedback) -> list[Candidate]:
-        """What was found, and ways to run the batch in more and more slices, until they get no better."""
+        """What was found, and candidates that run the batch in more and more slices, until they get no better."""
         prefer = self.request.options.prefer
         if self.request.options.slices == 1 or self.unsliceable():
             return found
         for microbatches in self.slices():
             if microbatches is None:
                 break
-            best = min((way.cost(prefer) for way in found), default=None)
-            found = found + self.ways_of(Variant(microbatches), feedback)
-            log.debug("ways up to %d slices: %s", microbatches.count, found)
-            if best is not None and best <= min(way.cost(prefer) for way in found):
+            best = min((candidate.cost(prefer) for candidate in found), default=None)
+            found = found + self.candidates_of(Variant(microbatches), feedback)
+            log.debug("candidates up to %d slices: %s", microbatches.count, found)
+            if best is not None and best <= min(candidate.cost(prefer) for candidate in found):
                 break
         return found
 
@@ -167,7 +167,7 @@ class Comparison:
         return found
 
     def slices(self) -> Iterator[Microbatches | None]:
-        """Slicings whose problems are posed when they are asked for; None, and no more, where the graph is not the same
+        """Slicings whose problems are built when they are asked for; None, and no more, where the graph is not the same
         for a slice."""
         assert self.request.batch is not None
         for wanted in self._slicings(self.request.batch):
@@ -181,9 +181,9 @@ class Comparison:
                 return
 
     def _at_once(self) -> Iterator[Variant]:
-        """Other ways to run all of the batch, posed: contiguous volumes, and recomputed convolutions by a smaller cut.
+        """The batch at once in other variants: contiguous volumes, and convolutions recomputed by a smaller cut.
 
-        The cut takes torch longer than all else in a large graph.
+        Their problems are built. The cut takes torch longer than all else in a large graph.
         """
         options = self.request.options
         variants = [Variant(relayout=False)] if volume_convolutions(self.request.gm) else []
@@ -219,16 +219,16 @@ class Comparison:
         then every slice lays them out for itself.
         """
         reason = ""
-        for way in dict.fromkeys((microbatches, replace(microbatches, relaid=(), copies=0))):
+        for sliced in dict.fromkeys((microbatches, replace(microbatches, relaid=(), copies=0))):
             try:
-                found = self.request.analysed(Variant(way))
+                found = self.request.analysed(Variant(sliced))
             except XConvError:
                 raise
             except Exception as error:  # The model wrote the batch's size into its graph: whatever it then fails at.
                 reason = str(error).partition("\n")[0]
                 continue
             if found is not None and not found.mixing:
-                return way
+                return sliced
             reason = "" if found is None else found.mixing
             break
         of = f"{microbatches.samples} sample{'s' * (microbatches.samples != 1)}"
@@ -269,6 +269,6 @@ class Comparison:
         return min(plans, key=lambda plan: plan.predicted, default=None)
 
 
-def _settled(ways: list[Candidate]) -> bool:
-    """Whether there is an exact way that is so fast that no other is looked for."""
-    return any(way.noise == 0 and way.slowdown <= NEGLIGIBLE for way in ways)
+def _settled(candidates: list[Candidate]) -> bool:
+    """Whether there is an exact candidate that is so fast that no other is looked for."""
+    return any(candidate.noise == 0 and candidate.slowdown <= NEGLIGIBLE for candidate in candidates)

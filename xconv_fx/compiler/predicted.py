@@ -45,7 +45,7 @@ def plan_graph(request: CaptureRequest) -> PlannedGraph | None:
     baseline = whole.baseline_peak()
     comparison = Comparison(request.within(request.session.resolve(options.mem_budget, baseline, request.graph)))
     variant, planned = _first(comparison) or _lowest(comparison)
-    facts = PlanFacts(baseline, time=comparison.extra_seconds(comparison.way_of(variant, planned)))
+    facts = PlanFacts(baseline, time=comparison.extra_seconds(comparison.candidate_of(variant, planned)))
     return _recorded(noted(comparison.request, comparison.notes), variant, planned, facts)
 
 
@@ -57,11 +57,11 @@ def _recorded(
 
 
 def _first(comparison: Comparison) -> tuple[Variant, Planned] | None:
-    """The plan of the best way; None where the solver, stopped by its clock, found none."""
-    for way in comparison.ways()[:1]:
+    """The plan of the best candidate; None where the solver, stopped by its clock, found none."""
+    for candidate in comparison.candidates()[:1]:
         with contextlib.suppress(BudgetInfeasibleError):
-            bounds = Bounds(comparison.allowed(way.variant))
-            return way.variant, _planned(comparison.request, way.variant, bounds)
+            bounds = Bounds(comparison.allowed(candidate.variant))
+            return candidate.variant, _planned(comparison.request, candidate.variant, bounds)
     return None
 
 

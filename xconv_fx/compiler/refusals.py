@@ -49,14 +49,14 @@ def refusal(
     options: Options,
     smallest: int,
     lowest: Lowest | None,
-    ways: Callable[[Options], list[Candidate]],
+    candidates: Callable[[Options], list[Candidate]],
     least: Callable[[Options], Lowest | None],
     notes: tuple[str, ...],
 ) -> XConvError:
     """The error for options whose budget, in bytes, is below the `smallest` that works.
 
-    `lowest` is the plan of least peak within the limits (None: no plan is, whatever the budget), `ways` gives the ways
-    within the budget by other options, and `least` their plan of least peak.
+    `lowest` is the plan of least peak within the limits (None: no plan is, whatever the budget). By other options,
+    `candidates` gives those within the budget, and `least` the plan of least peak.
     """
     assert options.mem_budget is not None
     budget = options.mem_budget.resolve(0)
@@ -64,7 +64,7 @@ def refusal(
     for lifted in (*([name] for name in limits), list(limits)):
         for name in lifted:
             lax = _without(replace(options, prefer=_LOWERED_BY[name]), lifted)
-            values = [way.limited(name) for way in ways(lax)]
+            values = [candidate.limited(name) for candidate in candidates(lax)]
             if values and min(values) > limits[name]:
                 return over(name, limits[name], min(values))
     if lowest is None:

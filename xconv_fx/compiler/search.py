@@ -1,9 +1,10 @@
-"""Search for a way to run a graph within its budget: all of the batch at once, or in how many slices, how many held.
+"""Search for how a graph is run within its budget: all of the batch at once, or in how many slices, how many held.
 
-Every way has a plan of its own: how much noise its codecs add, and how much longer the step takes (codecs, forwards
-that are run again, smaller kernels). `prefer` says how the two are weighed. Ways are compared on predicted plans, from
-a trace alone (`comparison.py`), and code is generated for the best one. When the audit rules that out, all ways are
-compared again with what it found (`feedback.py`), so that no way is taken that is worse than another one that fits.
+Every candidate has a plan of its own: how much noise its codecs add, and how much longer the step takes (codecs,
+forwards that are run again, smaller kernels). `prefer` says how the two are weighed. Candidates are compared on
+predicted plans, from a trace alone (`comparison.py`), and code is generated for the best one. When the audit rules that
+out, all are compared again with what it found (`feedback.py`), so that none is taken that is worse than another one
+that fits.
 
 When none is left, the plan of least predicted peak decides, which does not depend on the budget: its audited peak, or
 that of the plain step, is the smallest budget that an error names, and any budget from there on ends at that plan at
@@ -58,12 +59,12 @@ def search(request: CaptureRequest) -> Outcome:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A way, its code, how many plans were generated up to it, and what audits had found before.
+    """A candidate, its code, how many plans were generated up to it, and what audits had found before.
 
-    `generated` is None where the planner saw no plan of the way any more.
+    `generated` is None where the planner saw no plan of the candidate any more.
     """
 
-    way: Candidate
+    candidate: Candidate
     generated: Generated | None
     tried: int
     feedback: Feedback
@@ -88,7 +89,7 @@ class Search:
         return self.request.options.limit().usable
 
     def outcome(self) -> Outcome:
-        """The best way whose generated code fits, else the step of least peak if that does."""
+        """The best candidate whose generated code fits, else the step of least peak if that does."""
         foreseen, tried = None, 0
         for attempt in self.attempts():
             generated, tried = attempt.generated, attempt.tried
@@ -96,23 +97,24 @@ class Search:
                 continue
             foreseen = foreseen or generated.foreseen
             if generated.step is not None:
-                way, generated, tried = self._exact_instead(attempt) or (attempt.way, generated, tried)
-                return self._outcome(way, generated, tried, foreseen)
+                candidate, generated, tried = self._exact_instead(attempt) or (attempt.candidate, generated, tried)
+                return self._outcome(candidate, generated, tried, foreseen)
         return self._least(tried, foreseen)
 
     def attempts(self) -> Iterator[_Attempt]:
-        """Ways, best first by predictions that are corrected by the audit of every one before; each with its code."""
+        """Candidates and their code, best first by predictions that the audit of every one before corrects."""
         feedback = NOTHING_FOUND
         for tried in range(1, ATTEMPTS + 1):
-            way = next((way for way in self.comparison.ways(feedback) if not feedback.repeats(way.variant)), None)
-            if way is None:
+            candidates = (one for one in self.comparison.candidates(feedback) if not feedback.repeats(one.variant))
+            candidate = next(candidates, None)
+            if candidate is None:
                 return
-            generated = self.attempt(way.variant, feedback)
-            yield _Attempt(way, generated, tried, feedback)
-            feedback = feedback.without(way.variant) if generated is None else feedback.after(generated)
+            generated = self.attempt(candidate.variant, feedback)
+            yield _Attempt(candidate, generated, tried, feedback)
+            feedback = feedback.without(candidate.variant) if generated is None else feedback.after(generated)
 
     def attempt(self, variant: Variant, feedback: Feedback) -> Generated | None:
-        """Code for a way; None where the planner sees no plan of it any more, by what audits found."""
+        """Code for a candidate; None where the planner sees no plan of it any more, by what audits found."""
         try:
             planned = plan(
                 self.request, variant, feedback.corrections(variant), Bounds(self.comparison.allowed(variant))
@@ -121,20 +123,20 @@ class Search:
             return None
         return generate(self.request, variant, planned)
 
-    def _outcome(self, way: Candidate, generated: Generated, tried: int, foreseen: float | None) -> Outcome:
-        seconds = self.comparison.extra_seconds(way)
+    def _outcome(self, candidate: Candidate, generated: Generated, tried: int, foreseen: float | None) -> Outcome:
+        seconds = self.comparison.extra_seconds(candidate)
         facts = replace(self.facts, attempts=tried, foreseen=foreseen, time=seconds)
         return Outcome(generated, facts, self.comparison.notes)
 
     def _exact_instead(self, noisy: _Attempt) -> tuple[Candidate, Generated, int] | None:
-        """The plain step, or the exact way of least peak, where that is better than a noisy one and its code fits.
+        """The plain step, or the exact candidate of least peak, where that is better than a noisy one and fits.
 
-        An exact way that is predicted to fit was compared already. But predictions err, and corrections as well: what
+        What is exact and predicted to fit was compared already. But predictions err, and corrections as well: what
         other plans were found to be short of may be less for these. So one that is predicted to exceed the budget is
         generated, unless that is by far more than the noisy one's audit was off.
         """
         options = self.request.options
-        if noisy.way.noise == 0 or options.codecs.exact or options.probes != Probes():
+        if noisy.candidate.noise == 0 or options.codecs.exact or options.probes != Probes():
             return None
         assert noisy.generated is not None
         doubtful = self.usable * (1 + CLOSE) + _overestimated(noisy.generated)
@@ -145,9 +147,9 @@ class Search:
         if found is None or not self.usable < found.predicted <= doubtful:
             return None
         generated = self._generated(found, exact, noisy.feedback)
-        way = self.comparison.way_of(found.variant, generated.planned)
-        better = way.cost(options.prefer) < noisy.way.cost(options.prefer)
-        return (way, generated, noisy.tried + 1) if better and generated.peak <= self.usable else None
+        candidate = self.comparison.candidate_of(found.variant, generated.planned)
+        better = candidate.cost(options.prefer) < noisy.candidate.cost(options.prefer)
+        return (candidate, generated, noisy.tried + 1) if better and generated.peak <= self.usable else None
 
     def _generated(self, found: Lowest, options: Options, feedback: Feedback = NOTHING_FOUND) -> Generated:
         """The code of a plan of least peak, whatever its peak turns out to be."""
@@ -168,8 +170,8 @@ class Search:
         steps = self._lowest_steps(found)
         best = min(steps, key=lambda step: step.peak, default=None)
         if best is not None and best.peak <= self.usable:
-            way = self.comparison.way_of(best.variant, best.planned)
-            return self._outcome(way, best, tried + len(steps), foreseen or best.foreseen)
+            candidate = self.comparison.candidate_of(best.variant, best.planned)
+            return self._outcome(candidate, best, tried + len(steps), foreseen or best.foreseen)
         if self.plain.will_do:
             plain = self.plain.generated
             if plain.peak <= self.usable:

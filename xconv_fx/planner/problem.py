@@ -1,4 +1,4 @@
-"""Pose the planning problem of a pair in numbers: steps, bytes, noise and time of every way to hold every residual.
+"""Build the planning problem of a pair in numbers: steps, bytes, noise and time of every way to hold every residual.
 
 The steps are the forward's followed by the backward's (`passes/liveness.py`). What no choice changes is the base:
 parameters, inputs, results, gradients, transients. Every residual adds a load from its production to its last reader in
@@ -151,7 +151,7 @@ def corrected(planning: PlanningProblem, corrections: Mapping[str, int]) -> Plan
 
 
 def beside(planning: PlanningProblem, around: Surroundings) -> PlanningProblem:
-    """The problem of a graph that was posed alone, with this alive besides the graph's own tensors."""
+    """The problem of a graph that was planned alone, with this alive besides the graph's own tensors."""
     if around == ALONE:
         return planning
     more = {

@@ -1,4 +1,4 @@
-"""A graph that was seen ahead of time, and the planning problems of the ways to run it."""
+"""A graph that was seen ahead of time, and the planning problems of its variants."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Shares:
     corrections: dict[tuple[int, Variant], dict[str, int]] = field(default_factory=dict)
     _judged: dict[int, object] = field(default_factory=dict)
     _around: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
-    _posed: dict[tuple[int, Variant], PlanningProblem] = field(default_factory=dict)
+    _problems: dict[tuple[int, Variant], PlanningProblem] = field(default_factory=dict)
     _sliced: dict[int, tuple[Variant, ...]] = field(default_factory=dict)
 
     # What the step's runs read and hand over, in numbers.
@@ -164,12 +164,12 @@ class Shares:
         return planning
 
     def _problem(self, graph: int, variant: Variant) -> PlanningProblem | None:
-        if (graph, variant) not in self._posed:
+        if (graph, variant) not in self._problems:
             found = self.step.graphs[graph].problem(variant)
             if found is None:
                 return None
-            self._posed[graph, variant] = found
-        return self._posed[graph, variant]
+            self._problems[graph, variant] = found
+        return self._problems[graph, variant]
 
     def _compiled(self, graph: int) -> Part:
         """A graph of which all is known: what it holds."""

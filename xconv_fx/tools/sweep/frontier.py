@@ -1,8 +1,8 @@
 """`frontier`: what every budget costs, from the lowest that has a plan to none, on one trace of the model.
 
-A step's planning problem does not depend on its budget, so each graph is traced and posed once for each way of running
-it, and solved for many budgets. The graphs of a model that Dynamo breaks into several are planned together: what is
-alive beside one of them only shifts its problems.
+A step's planning problem does not depend on its budget, so each variant of a graph is traced once, and its problem,
+built once, is solved for many budgets. The graphs of a model that Dynamo breaks into several are planned together: what
+is alive beside one of them only shifts its problems.
 
 A plan for a smaller budget is a plan for a larger one as well. The solver is stopped after a while and may miss it, so
 a point that costs more than the one below it takes that one's plan.
