@@ -44,6 +44,8 @@ class Table:
         alone = (caps > 1 + SLACK) & (caps.min(axis=1, initial=0.0) >= 0)[:, None]
         self.permitted: Mask = ~alone.any(axis=0)
         self.caps: Costs = np.where(np.isfinite(caps), caps, 0.0)
+        # The most that a change of one item can add to what is taken of a limit.
+        self.steepest: Costs = self.caps.max(axis=1, initial=0.0) - self.caps.min(axis=1, initial=0.0)
 
     def columns(self, choice: Sequence[int]) -> NDArray[np.int64]:
         """The column of every item's chosen option."""
@@ -67,9 +69,11 @@ class Table:
 
     def within(self, choice: Sequence[int]) -> Mask:
         """Columns that a single item may change to within every limit, or at least no further above it."""
-        columns = self.columns(choice)
-        used = self.used(choice)[:, None]
-        after = used + self.caps - self.caps[:, columns[self.owner]]
+        columns, used = self.columns(choice), self.used(choice)
+        # No other limit can be reached by a single change.
+        near = used + self.steepest > 1 + SLACK / 2
+        caps, used = self.caps[near], used[near, None]
+        after = used + caps - caps[:, columns[self.owner]]
         return self.permitted & (after <= np.maximum(1 + SLACK, used)).all(axis=0)
 
     def blocked(self, choice: Sequence[int]) -> Mask:

@@ -42,15 +42,14 @@ class Limits:
     def rows(self, problem: Problem) -> NDArray[np.float64]:
         """One row a limit, over the limit; one column an option. Where the limit is 0, what is above it is infinite."""
         options = [option for item in problem.items for option in item.options]
-        rows = []
+        rows = [np.empty((0, len(options)))]
         if self.noise is not None:
-            rows.append(_over(np.array([option.noise for option in options]), self.noise))
+            rows.append(_over(np.array([[option.noise for option in options]]), self.noise))
         if self.layer is not None:
-            layers = dict.fromkeys(layer for option in options for layer, _ in option.layers)
-            rows += [_over(_of_layer(options, layer), self.layer) for layer in layers]
+            rows.append(_over(_of_layers(options), self.layer))
         if self.seconds is not None:
-            rows.append(_over(np.array([option.time for option in options]), self.seconds))
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(options))
+            rows.append(_over(np.array([[option.time for option in options]]), self.seconds))
+        return np.concatenate(rows)
 
 
 NO_LIMITS = Limits()
@@ -71,5 +70,16 @@ def _over(costs: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
     return np.where(costs > 0, math.inf, 0.0)
 
 
-def _of_layer(options: list[Option], name: str) -> NDArray[np.float64]:
-    return np.array([math.fsum(noise for layer, noise in option.layers if layer == name) for option in options])
+def _of_layers(options: list[Option]) -> NDArray[np.float64]:
+    """What every option adds to every layer: one row a layer, in the order in which options name them."""
+    places: dict[str, int] = {}
+    entries = [
+        (places.setdefault(layer, len(places)), column, noise)
+        for column, option in enumerate(options)
+        for layer, noise in option.layers
+    ]
+    found = np.zeros((len(places), len(options)))
+    if entries:
+        rows, columns, noises = zip(*entries, strict=True)
+        np.add.at(found, (np.array(rows), np.array(columns)), np.array(noises))
+    return found

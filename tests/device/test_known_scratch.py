@@ -78,10 +78,18 @@ def test_a_call_that_cannot_be_made_is_tried_by_every_process(another_process: A
     assert not known_scratch.path().exists()
 
 
-def test_operators_of_this_package_and_a_cache_that_is_off(
-    another_process: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known_scratch.keep(torch.ops.xconv.volume_weight_gradient.default, (), 8)
+def test_operators_of_this_package(another_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions are kept for the same source; nothing of others, which change with the package."""
+    xconv = torch.ops.xconv
+    known_scratch.keep(xconv.pack_mask.default, (), 8)
+    assert not known_scratch.path().exists()
+    known_scratch.keep(xconv.volume_weight_gradient.default, (), 8)
+    assert known_scratch.look_up(xconv.volume_weight_gradient.default, ()) == 8
+    monkeypatch.setattr(known_scratch, "_source", lambda: "another")
+    assert known_scratch.look_up(xconv.volume_weight_gradient.default, ()) is None
+
+
+def test_a_cache_that_is_off(another_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XCONV_FX_PLAN_CACHE", "0")
     scratch.measured(*_call())
     assert not known_scratch.path().exists()

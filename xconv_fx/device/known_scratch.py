@@ -2,7 +2,8 @@
 
 One file a machine and version of torch, of one line of JSON for each call. Lines are appended whole; one that cannot be
 read is passed over. What is kept holds for the same processor, the same build of torch, the same settings and the same
-variables of the libraries' (`VARIABLES`). Operators of this package are not kept: they change with its sources.
+variables of the libraries' (`VARIABLES`); of this package's own convolutions also for the same source, and of its other
+operators nothing is kept.
 `XCONV_FX_PLAN_CACHE=0` turns this cache off, as it does that of plans.
 """
 
@@ -11,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from xconv_fx.ops import conv3d
 
 from .rates import Machine, folder
 
@@ -53,11 +57,19 @@ def path() -> Path:
 
 
 def _is_kept(func: Any) -> bool:
-    return func.namespace in _KEPT and os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
+    known = func.namespace in _KEPT or func in conv3d.OPERATORS
+    return known and os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
 
 
 def _key(func: Any, call: Any) -> str:
-    return hashlib.sha256(repr((func.name(), call)).encode()).hexdigest()
+    source = _source() if func in conv3d.OPERATORS else ""
+    return hashlib.sha256(repr((func.name(), call, source)).encode()).hexdigest()
+
+
+@functools.cache
+def _source() -> str:
+    """What our own convolutions do."""
+    return inspect.getsource(conv3d)
 
 
 @functools.cache
