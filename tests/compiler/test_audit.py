@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -128,3 +130,22 @@ def call(args):
         audit = Audit()
         audit.forward("def call(args):\n    return ()", [], 0)
         assert audit.backward(code, [gradient], [True]).bytes == expected * KB
+
+
+def test_inputs_that_may_be_copied_ask_no_fake_for_its_address():
+    """As CUDA code does with its inputs: a warning of torch, which every user saw once."""
+    code = """
+import torch
+from torch._C._dynamo.guards import copy_if_misaligned
+
+def call(args):
+    x, = args
+    args.clear()
+    x = copy_if_misaligned(x)
+    y = empty_strided_cpu((256,), (1,), torch.float32)
+    del x
+    return (y,)
+"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Audit().forward(code, [torch.empty(256)], results=1).bytes == 2 * KB

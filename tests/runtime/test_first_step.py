@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import device_thread
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks as registry
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -237,6 +238,21 @@ def test_another_loss_is_measured_once(net: Net, judge: Judge) -> None:
     assert len(judge.peaks) > before and max(judge.peaks[before:]) > 2 * max(judge.peaks[:before])
     before = len(judge.peaks)
     run(net, 3)
+    assert len(judge.peaks) == before, "both losses are known"
+
+
+def test_another_loss_is_told_where_backwards_run_in_a_thread_of_their_own(net: Net, judge: Judge) -> None:
+    """As on CUDA, where that thread cannot count the nodes of the loss."""
+    for _ in range(2):
+        device_thread.backward(loss(net(X)))
+    before = len(judge.peaks)
+    for _ in range(4):
+        device_thread.backward(torch.cat([net(X)] * 9).square().mean().sqrt())
+    net.zero_grad()
+    assert len(judge.peaks) > before and max(judge.peaks[before:]) > 2 * max(judge.peaks[:before])
+    before = len(judge.peaks)
+    for _ in range(3):
+        device_thread.backward(loss(net(X)))
     assert len(judge.peaks) == before, "both losses are known"
 
 
