@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from xconv_fx.compiler.audit import Audit
+from xconv_fx.cost_model.allocator import block_bytes
+from xconv_fx.hooks.fake import cudnn_layouts, fake_mode
 from xconv_fx.measure import training_peak
 from xconv_fx.plan.report import read_json
 
@@ -149,3 +151,27 @@ def call(args):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Audit().forward(code, [torch.empty(256)], results=1).bytes == 2 * KB
+
+
+CUDA = """
+import torch
+
+def call(args):
+    x, weight = args
+    args.clear()
+    y = torch.ops.aten.convolution.default(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return (y,)
+"""
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_on_cuda_workspaces_and_blocks_count_as_the_planner_counts_them(order):
+    """A budget that the audit holds against less than the plan is not enforced."""
+    with fake_mode():
+        x, weight = (torch.empty(size, device="cuda") for size in ((2, 3, 31, 31), (5, 3, 3, 3)))
+        x = x.to(memory_format=order)
+    with cudnn_layouts():
+        peak = Audit().forward(CUDA, [x, weight], results=1)
+    result = 4 * 2 * 5 * 31 * 31
+    workspace = 0 if order == torch.channels_last else x.nbytes + result
+    assert peak.bytes == sum(map(block_bytes, (x.nbytes, weight.nbytes, result))) + workspace

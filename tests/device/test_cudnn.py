@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xconv_fx.device import cudnn
@@ -31,7 +32,11 @@ def workspaces(order: torch.memory_format) -> list[int]:
         operands = [torch.randn(size).to(memory_format=order) for size in ((2, 4, 8, 8), (6, 4, 3, 3), (2, 6, 8, 8))]
         graph = make_fx(step)(*operands).graph
     wanted = (aten.convolution.default, aten.convolution_backward.default, aten.add.Tensor)
-    return [cudnn_workspace(node) for node in graph.nodes if node.target in wanted]
+    calls = [node for node in graph.nodes if node.target in wanted]
+    return [
+        cudnn_workspace(node.target, fx.node.map_arg(node.args, lambda arg: arg.meta["val"]), node.meta["val"])
+        for node in calls
+    ]
 
 
 def test_what_is_not_channels_last_is_copied():

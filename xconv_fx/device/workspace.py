@@ -70,9 +70,12 @@ def workspace_bytes(
 ) -> int:
     """Bytes allocated and freed within one call of `func` beyond its `results`; tensors may be fake.
 
-    0 for devices other than the CPU, and for operators that nobody declared.
+    On CUDA, what convolutions are assumed to take (`cudnn.py`). 0 for other devices, and for operators that nobody
+    declared.
     """
     named = kwargs or {}
+    if _on_cuda((args, named)):
+        return _declared[func](*args, **named) if func in _declared else cudnn_workspace(func, args, results)
     if dispatch.is_view(func) or not _on_cpu((args, named)):
         return 0
     if func in _declared:
@@ -249,8 +252,9 @@ def _product(func: Any, args: Any, kwargs: Any) -> int | None:
 def node_workspace(node: fx.Node) -> int:
     """`workspace_bytes` of a graph's node, if it is a call, its arguments taken from their fake tensors."""
     values = [arg.meta.get("val") for arg in node.all_input_nodes]
-    if any(isinstance(value, Tensor) and value.device.type == "cuda" for value in values):
-        return cudnn_workspace(node)
+    if _on_cuda(values):
+        args: Any = fx.node.map_arg(node.args, lambda arg: arg.meta["val"])  # type: ignore[arg-type]
+        return cudnn_workspace(node.target, args, node.meta.get("val"))
     if not dispatch.is_called(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
         return 0
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
@@ -261,6 +265,11 @@ def node_workspace(node: fx.Node) -> int:
     return workspace_bytes(
         kernel or node.target, conv3d.arguments_for(kernel, laid_out, laid_out) if kernel else laid_out
     )
+
+
+def _on_cuda(values: Any) -> bool:
+    """Whether a tensor among the values is on CUDA."""
+    return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in torch.utils._pytree.tree_leaves(values))
 
 
 def _on_cpu(values: Any) -> bool:
