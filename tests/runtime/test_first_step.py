@@ -380,3 +380,18 @@ def test_a_device_that_cannot_be_watched_is_said_once(
     assert [record.getMessage() for record in caplog.records] == [
         "the memory of training steps is not checked: no compiler"
     ]
+
+
+def test_on_cuda_the_first_run_of_a_graph_is_not_judged(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor times its kernels in it, with a buffer of the cache's size; the next step is what a step takes."""
+    allocated = [0]
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: allocated[0])
+    net, judge.limit = Net(judge), 1000
+    net.graph.record = GraphRecord(RECORD.graph, Plan("cuda", None, 0, 0, "", 0, ()))
+    for taken in (50_000, 900, 900):
+        allocated[0] = taken
+        loss(net(X)).backward()
+    net.check.stop()
+    assert set(judge.peaks) == {900}

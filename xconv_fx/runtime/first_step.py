@@ -9,10 +9,11 @@ or after them, is no part of it. A step that is over its budget is settled there
 of its step: checkpointing runs forwards again there.
 
 The first step that runs whole after compiling is measured (`measure/step_memory.py`), of those that begin with
-arguments of the same sizes; one in which a graph behind a graph break, or a backward, is compiled holds more than those
-that follow. Later ones are where something is new: another loss, by the number of autograd nodes that are made between
-forward and backward, or where that runs in another thread, as on CUDA, until the next step. All other steps count calls
-whose backward is outstanding, and cost nothing else.
+arguments of the same sizes; on CUDA the next, for in the first Inductor and cuDNN time kernels, which takes memory; one
+in which a graph behind a graph break, or a backward, is compiled holds more than those that follow. Later ones are
+where something is new: another loss, by the number of autograd nodes that are made between forward and backward, or
+where that runs in another thread, as on CUDA, until the next step. All other steps count calls whose backward is
+outstanding, and cost nothing else.
 """
 
 from __future__ import annotations
@@ -74,11 +75,13 @@ class CheckedGraph:
     def __init__(self, function: Callable[..., Any], check: StepCheck, record: GraphRecord) -> None:
         self.function, self.check, self.record, self.planned = function, check, record, record.plan.calls
         self.outstanding = self.most = 0
+        self.ran = False
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or hooks.compile_id() is not None:
             return self.function(*inputs)  # The second: DDPOptimizer runs its graphs on fake tensors.
         self.check.begin_call(self, inputs)
+        self.ran = True
         results = self.function(*inputs)
         nodes = hooks.nodes_of(results)
         if nodes:
@@ -159,6 +162,8 @@ class StepCheck:
         self.graphs[graph] = None
         if self.memory is not None:
             self.memory.resident(inputs)
+            if not graph.ran:
+                self.memory.runs_anew()
 
     def _begin(self, device: str, sizes: Sizes = (), partial: bool = False) -> None:
         """A call begins, and with it a step if none goes on."""
@@ -223,7 +228,7 @@ class StepCheck:
     def _tell(self) -> None:
         if self.memory is None:
             return
-        if self.memory.compiled:
+        if self.memory.unusual:
             self.again()
         elif self.judge.measured(list(self.graphs), self.memory.peak):
             self.stop()

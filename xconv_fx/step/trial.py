@@ -64,6 +64,7 @@ def train_a_step(device: str = "cpu") -> Trial:
         exact = _gradients(net, net, x)
         compiled = torch.compile(net, backend="xconv", options={"mem_budget": BUDGET, "codecs": "exact"})
         found = _gradients(net, compiled, x)
+        _gradients(net, compiled, x)  # On CUDA it is the second step that is measured.
     (plan,) = xconv_fx.plans(compiled)
     error = float((found - exact).norm() / exact.norm())
     return Trial(error, plan.saved_before, plan.saved_after, plan.audited_peak or 0, plan.measured_peak or 0)
