@@ -138,9 +138,20 @@ def _answer_triton(capability: int) -> None:
 
 
 def _run_nothing() -> None:
-    """What Inductor runs on a device while it compiles: patterns are not traced, constants are folded on the CPU."""
-    from torch._inductor.fx_passes import fuse_attention, joint_graph, misc_patterns, pad_mm
+    """What Inductor runs on a device while it compiles.
 
+    Patterns are not traced, constants are folded on the CPU, and of choices that would be timed the first is taken.
+    """
+    from torch._inductor.codegen.triton import TritonScheduling
+    from torch._inductor.fx_passes import fuse_attention, joint_graph, misc_patterns, pad_mm
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    triton_helpers.set_driver_to_gpu = _always(None)
+    TritonScheduling.benchmark_codegened_module = lambda self, module, *_, **__: (1.0, module.__file__)
+    tuner: Any = AlgorithmSelectorCache
+    tuner.make_precompile_fn = _always(dict)
+    tuner.make_benchmark_fn = _always(lambda choices, **_: {one: float(n) for n, one in enumerate(choices)})
     fuse_attention._sfdp_init = pad_mm._pad_mm_init = misc_patterns._misc_patterns_init = _always(None)
     folder = joint_graph.UniformValueConstantFolder
     deduce = folder._deduce_value

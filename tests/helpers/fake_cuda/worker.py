@@ -68,14 +68,15 @@ class Worker:
                 "XCONV_FX_PLAN_CACHE": "0",
                 **self.environment,
             }
-            command = [sys.executable, "-m", "helpers.fake_cuda.worker", str(self.shim or "")]
+            start = f"from helpers.fake_cuda.worker import serve; serve({str(self.shim or '')!r})"
+            command = [sys.executable, "-c", start]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=_TESTS
             )
         return self.process
 
 
-def _serve(shim: str) -> None:
+def serve(shim: str) -> None:
     """Answer calls until there are no more."""
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -96,7 +97,3 @@ def _serve(shim: str) -> None:
             pickled = pickle.dumps((False, traceback.format_exc()))
         answers.write(pickled)
         answers.flush()
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])
