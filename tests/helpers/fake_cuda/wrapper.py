@@ -55,6 +55,11 @@ def fallbacks(code: str) -> Counter[str]:
     return found
 
 
+def convolutions(code: str) -> list[str]:
+    """The calls of convolutions, as text."""
+    return [text for call in _calls(code) if "convolution" in (text := ast.unparse(call))]
+
+
 def partitions(code: str) -> dict[str, str]:
     """The functions that a CUDA graph captures each, as text, by name."""
     return {
