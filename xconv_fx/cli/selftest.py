@@ -48,11 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--minutes {arguments.minutes!r} is not a number of minutes", "--minutes 5")
     import torch
 
+    from xconv_fx.tools.selftest.result import STYLES, Result
     from xconv_fx.tools.selftest.run import selftest
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def told(result: Result) -> None:
+        errors.print(f"{result.finding.status:8}  {result.name}", style=STYLES[result.finding.status])
+
     with status("testing"):
-        report = selftest(device, arguments.only, float(arguments.minutes))
+        report = selftest(device, arguments.only, float(arguments.minutes), told)
     if arguments.json is not None:
         write(report.to_json(), arguments.json)
     if arguments.json != "-":
