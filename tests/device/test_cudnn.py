@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from xconv_fx.device import cudnn
 from xconv_fx.device.cudnn import cudnn_workspace, is_channels_last
+from xconv_fx.device.workspace import node_workspace
 from xconv_fx.hooks.fake import cudnn_layouts, fake_mode
 
 aten = torch.ops.aten
@@ -62,3 +63,18 @@ def test_the_limit(monkeypatch):
 )
 def test_layouts(size, order, expected):
     assert is_channels_last(torch.empty(size).to(memory_format=order)) == expected
+
+
+def test_graphs_on_cuda_count_images_as_inductor_will_lay_them_out():
+    """Traced on CUDA they are contiguous: a plan must not assume copies that the generated code does not need."""
+    with fake_mode():
+        x, weight = (torch.empty(size, device="cuda") for size in ((2, 4, 8, 8), (6, 4, 3, 3)))
+        y = torch.empty(2, 6, 8, 8, device="cuda")
+    graph = fx.Graph()
+    operands = [graph.placeholder(name) for name in "xw"]
+    for operand, value in zip(operands, (x, weight), strict=True):
+        operand.meta["val"] = value
+    node = graph.call_function(aten.convolution.default, (*operands, None, *GEOMETRY))
+    node.meta["val"] = y
+    assert node_workspace(node, images_last=True) == 0
+    assert node_workspace(node, images_last=False) == X + Y

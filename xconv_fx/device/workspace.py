@@ -249,11 +249,15 @@ def _product(func: Any, args: Any, kwargs: Any) -> int | None:
     return continued(rows, MATRIX_ROWS, MATRIX_ROWS, few)
 
 
-def node_workspace(node: fx.Node) -> int:
-    """`workspace_bytes` of a graph's node, if it is a call, its arguments taken from their fake tensors."""
+def node_workspace(node: fx.Node, images_last: bool = True) -> int:
+    """`workspace_bytes` of a graph's node, if it is a call, its arguments taken from their fake tensors.
+
+    `images_last` says that Inductor will lay out images channels-last; on the CPU it does so for nearly all networks.
+    """
     values = [arg.meta.get("val") for arg in node.all_input_nodes]
     if _on_cuda(values):
-        args: Any = fx.node.map_arg(node.args, lambda arg: arg.meta["val"])  # type: ignore[arg-type]
+        lay_out = _described if images_last else _as_it_is
+        args: Any = fx.node.map_arg(node.args, lambda arg: lay_out(arg.meta["val"]))  # type: ignore[arg-type]
         return cudnn_workspace(node.target, args, node.meta.get("val"))
     if not dispatch.is_called(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
         return 0
@@ -288,3 +292,15 @@ def _cut(part: Any, whole: Any) -> Any:
 def _laid_out(value: Tensor) -> Tensor:
     """An operand as Inductor will lay it out: images channels-last, as it decides for nearly all networks."""
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def _described(value: Any) -> Any:
+    """An operand on CUDA as it will be laid out: an image without memory, for autograd may know no such device."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    shape = [int(extent) for extent in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
