@@ -50,8 +50,10 @@ class Case:
         return f"{self.net}-{self.codec}-{self.format}"
 
 
-# All networks by the first codecs come first, for time may be up.
-CASES = tuple(Case(net, codec, kind) for kind in FORMATS for codec in CODECS for net in NETS)
+# Exact codecs come first, then another network for each codec and format in turn: time may be up.
+_ROWS = [[Case(net, codec, kind) for net in NETS] for kind in FORMATS for codec in CODECS]
+_LATER = [row[(place + turn) % len(row)] for turn in range(len(NETS)) for place, row in enumerate(_ROWS[1:])]
+CASES = (*_ROWS[0], *_LATER)
 
 
 def check(case: Case, device: str) -> Finding:

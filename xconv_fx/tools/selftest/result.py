@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from xconv_fx.plan.report import Name, report_table
+from xconv_fx.plan.report import report_table
 
 FORMAT = 1
 # Nothing is off; something is; it did not run, because the device has not what it takes, or time was up.
@@ -74,14 +74,14 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = report_table()
-        table.add_column("test")
+        table.add_column("test", no_wrap=True)
         table.add_column("", no_wrap=True)
         table.add_column("s", justify="right", no_wrap=True)
         table.add_column("measured", overflow="fold")
         for result in self.results:
             found = result.finding
             status = Text(found.status, style=STYLES[found.status])
-            table.add_row(Name(result.name), status, f"{result.seconds:.1f}", Text("; ".join(_said(found))))
+            table.add_row(result.name, status, f"{result.seconds:.1f}", Text("; ".join(_said(found))))
         yield table
         counts = {status: sum(r.finding.status == status for r in self.results) for status in STYLES}
         yield Text(f" {self.device}  " + ", ".join(f"{count} {status}" for status, count in counts.items()))

@@ -1,0 +1,26 @@
+"""The audit of generated CUDA code against the plan that the code is of: both count blocks and workspaces alike."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.fake_cuda import FakeCuda
+from helpers.fake_cuda.cases import CHOSEN
+from helpers.fake_cuda.records import Case
+
+# How far a predicted peak may be from the audited one.
+CLOSE = 0.03
+CASES = [case for case in CHOSEN if case.net != "128"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_peaks_are_predicted(cuda: FakeCuda, case: Case) -> None:
+    generated = cuda.generate(case)
+    predicted, audited = max(generated.predicted.values()), max(generated.audited.values())
+    assert predicted == pytest.approx(audited, rel=CLOSE), (generated.predicted, generated.audited)
+
+
+def test_the_fakes_of_the_audit_are_asked_for_no_address(cuda: FakeCuda) -> None:
+    """Inputs that may be misaligned are copied by generated code; the audit's have no memory to look at."""
+    generated = cuda.generate(CHOSEN[0])
+    assert "copy_if_misaligned" in generated.forward.code + generated.backward.code
+    assert not [text for text in generated.warnings if "data pointer" in text]
