@@ -7,8 +7,8 @@ from helpers.fake_cuda import FakeCuda
 from helpers.fake_cuda.cases import CHOSEN
 from helpers.fake_cuda.records import Case
 
-# How far a predicted peak may be from the audited one. In fixed point a kernel of the small 3D network's backward writes
-# one buffer more than the planner foresees.
+# How far a predicted peak may be from the audited one. In fixed point a kernel of the small 3D network's backward
+# writes one buffer more than the planner foresees.
 CLOSE, CLOSE_FIXED = 0.03, 0.04
 CASES = [case for case in CHOSEN if case.net != "128"]
 
