@@ -99,6 +99,7 @@ def test_a_dropout_that_the_backward_does_not_know_is_off(monkeypatch):
             return gradient * (torch.rand_like(gradient) > 0.5) * 2
 
     monkeypatch.setattr(draws.F, "dropout", lambda x, p=0.5, *_: Other.apply(x))
+    monkeypatch.setattr(draws, "_budget", lambda *_: "60%")
     monkeypatch.setattr(draws.training, "compiled", lambda model, **_: model)
     monkeypatch.setattr(draws.xconv_fx, "plans", lambda _: (type("Plan", (), {"slices": 4, "held_slices": 1}),))
     assert "the backward has another dropout" in draws.check_slices("again", "cpu").off
