@@ -19,10 +19,3 @@ def test_peaks_are_predicted(cuda: FakeCuda, case: Case) -> None:
     predicted, audited = max(generated.predicted.values()), max(generated.audited.values())
     close = CLOSE_FIXED if case.force is not None and case.force.codec == "fixed" else CLOSE
     assert predicted == pytest.approx(audited, rel=close), (generated.predicted, generated.audited)
-
-
-def test_the_fakes_of_the_audit_are_asked_for_no_address(cuda: FakeCuda) -> None:
-    """Inputs that may be misaligned are copied by generated code; the audit's have no memory to look at."""
-    generated = cuda.generate(CHOSEN[0])
-    assert "copy_if_misaligned" in generated.forward.code + generated.backward.code
-    assert not [text for text in generated.warnings if "data pointer" in text]
