@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from xconv_fx.codec_spec import CodecSpec
 from xconv_fx.ops import fixed
 from xconv_fx.ops.codec import SavedAs, codec_of
-from xconv_fx.ops.seed import DEFAULT
 from xconv_fx.plan import Choice
 
 from .find_norms import Norm
@@ -42,8 +41,8 @@ def rewrite(
 ) -> None:
     """Apply the choices to the pair in place.
 
-    `stream` names a fixed sequence of seeds (`torch.ops.xconv.seeds`); None draws from torch's generator each step.
-    `norms` are the normalisations of what is held as "fixed".
+    `stream` names a fixed sequence of seeds (`torch.ops.xconv.stream_seeds`); None draws from torch's generator each
+    step. `norms` are the normalisations of what is held as "fixed".
     """
     how = {choice.residual: choice for choice in choices if choice.codec != "keep"}
     writer = _Writer(pair, residuals, chains, how, stream, norms)
@@ -178,10 +177,12 @@ class _Writer:
     def drawn(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """The step's seeds on a device: the forward's node and the backward's placeholder, made once."""
         if device not in self.seeds:
-            stream, count = self.stream or DEFAULT, self.draws
+            stream, count = self.stream, self.draws
 
             def draw() -> Tensor:
-                return torch.ops.xconv.seeds(stream, count, device)
+                if stream is None:
+                    return torch.ops.xconv.seeds(count, device)
+                return torch.ops.xconv.stream_seeds(stream, count, device)
 
             first = next(node for node in self.forward.nodes if node.op != "placeholder")
             with self.forward.inserting_before(first):

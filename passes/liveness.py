@@ -57,10 +57,11 @@ class Timeline:
         return min(bisect_left(self.steps, node), len(self.steps) - 1)
 
 
-def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
+def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = (), images_last: bool = True) -> Timeline:
     """Lifetimes of everything that the graph computes; its placeholders own no buffer here.
 
-    `dropped` are returned values to treat as if they were not: they die after their last reader.
+    `dropped` are returned values to treat as if they were not: they die after their last reader. `images_last` says
+    that Inductor will lay out images channels-last.
     """
     roots = {node: storage_root(node) for node in graph.nodes}
     gone = set(dropped)
@@ -77,7 +78,7 @@ def timeline(graph: fx.Graph, dropped: Iterable[fx.Node] = ()) -> Timeline:
         reads[node] = tuple(inputs)
         if _is_stored(node, len(inputs), returned, roots):
             stored[node] = None
-    return _lifetimes(list(stored), reads, returned)
+    return _lifetimes(list(stored), reads, returned, images_last)
 
 
 def _maker(root: fx.Node) -> fx.Node:
@@ -107,7 +108,9 @@ def _is_stored(node: fx.Node, reads: int, returned: set[fx.Node], roots: dict[fx
     )
 
 
-def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node]) -> Timeline:
+def _lifetimes(
+    stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]], returned: set[fx.Node], images_last: bool
+) -> Timeline:
     step = {node: index for index, node in enumerate(stored)}
     for node in filter(_is_tuple, stored):
         # Each of its elements is a buffer of its own.
@@ -129,7 +132,7 @@ def _lifetimes(stored: list[fx.Node], reads: dict[fx.Node, tuple[fx.Node, ...]],
     for node in stored:
         for source in reads[node]:
             read_at.setdefault(source, []).append(step[node])
-    return Timeline(tuple(stored), buffers, tuple(node_workspace(node) for node in stored), read_at)
+    return Timeline(tuple(stored), buffers, tuple(node_workspace(node, images_last) for node in stored), read_at)
 
 
 def _overwrites(node: fx.Node) -> bool:

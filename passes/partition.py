@@ -89,8 +89,11 @@ class Pair:
         self.backward.graph.erase_node(placeholder)
 
     def _return(self, output: fx.Node, values: list[fx.Node]) -> None:
-        """Set what the forward returns, with one descriptor for each value that is saved."""
+        """Set what the forward returns, with a stack trace for each value, and a descriptor for each that is saved."""
         output.args = (tuple(values),)
+        if "output_stack_traces" in output.meta:  # One for each value: partitions of CUDA graphs look theirs up.
+            traces = [node.meta.get("stack_trace") if isinstance(node, fx.Node) else None for node in values]
+            output.meta["output_stack_traces"] = traces
         described = output.meta.get("desc")
         if described is not None:
             saved = range(len(values) - self.results)

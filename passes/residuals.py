@@ -172,7 +172,7 @@ def _uses(residual: fx.Node, reach: _Reach, tangents: set[fx.Node]) -> frozenset
 
 def _is_weight_gradient(reader: fx.Node, value: fx.Node, tangents: set[fx.Node]) -> bool:
     if _reads_as_input(reader, value):
-        return not ConvBackward.of(reader).of_input
+        return ConvBackward.of(reader).of_weight
     if has(reader, "product"):
         return any(node in tangents for node in reader.all_input_nodes) and leaves_the_graph(reader)
     return False

@@ -3,6 +3,11 @@
 A fused node holds the layer's input until the input gradient has been allocated, which is where a backward pass
 peaks. The weight half comes first in the graph: what is held for it is released before the input gradient exists.
 The input half reads the input's shape alone, so a layer with a frozen weight needs no residual at all.
+
+A depthwise convolution on CUDA has kernels of its own, and those of its input gradient are called by
+`convolution_backward` alone: as a transposed convolution in so many groups it is several times slower. There the input
+half is `convolution_backward` as well. That wants an operand of the input's shape, of which it reads nothing else: the
+incoming gradient where that has it. Where it has not (strides), the node stays whole.
 """
 
 from __future__ import annotations
@@ -19,16 +24,19 @@ from .graph import arguments, inline, is_tangent, origin_meta, tensor_of
 aten = torch.ops.aten
 
 
-def split_backward(gm: fx.GraphModule, channels_last: bool = True) -> None:
+def split_backward(gm: fx.GraphModule, channels_last: bool = True, device: str | None = None) -> None:
     """Rewrite the joint graph in place. A node that computes only a weight gradient stays as it is.
 
-    `channels_last` says that Inductor will lay out images so.
+    `channels_last` says that Inductor will lay out images so, `device` where the graph will be, if that is not where it
+    was traced.
     """
     for node in gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
-        if ConvBackward.of(node).of_input:
+        call = ConvBackward.of(node)
+        if call.of_input:
             if channels_last:
                 _share_layout(gm.graph, node)
-            _split(gm.graph, node)
+            if not (_has_own_kernels(call, device) and _shape(call.x) != _shape(call.grad)):
+                _split(gm.graph, node, device)
     gm.graph.lint()
     gm.recompile()
 
@@ -49,10 +57,25 @@ def _share_layout(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_input_with(grad, copied)
 
 
-def _split(graph: fx.Graph, node: fx.Node) -> None:
+def _has_own_kernels(call: ConvBackward, device: str | None) -> bool:
+    """Whether this is a depthwise convolution that will be on CUDA."""
+    value = tensor_of(call.x)
+    assert value is not None
+    depthwise = 1 < call.geometry.groups == value.shape[1] and not call.geometry.transposed
+    return depthwise and torch.device(device or value.device).type == "cuda"
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = tensor_of(node)
+    assert value is not None
+    return tuple(value.shape)
+
+
+def _split(graph: fx.Graph, node: fx.Node, device: str | None) -> None:
     outputs = {arguments(user)[1]: user for user in node.users}
+    own = _has_own_kernels(ConvBackward.of(node), device)
     with graph.inserting_before(node):
-        halves = {**_parameter_half(graph, node), 0: _input_half(graph, node)}
+        halves = {**_parameter_half(graph, node), 0: (_own_input_half if own else _input_half)(graph, node)}
     for index, old in outputs.items():
         halves[index].meta = {**old.meta, **halves[index].meta}
         old.replace_all_uses_with(halves[index])
@@ -79,6 +102,19 @@ def _bias_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
     grad = ConvBackward.of(node).grad
     dims = [dim for dim in range(len(grad.meta["val"].shape)) if dim != 1]
     return inline(graph, lambda g: aten.sum.dim_IntList(g, dims), [grad], origin_meta(node))[0]
+
+
+def _own_input_half(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """By `convolution_backward`, which the incoming gradient shows the input's shape."""
+    call, value = ConvBackward.of(node), node.meta["val"]
+    wanted = [True, False, False]
+    half = graph.call_function(
+        aten.convolution_backward.default, (call.grad, call.grad, call.weight, None, *call.geometry.arguments, wanted)
+    )
+    half.meta = {**origin_meta(node), "val": (value[0], None, None)}
+    picked = graph.call_function(operator.getitem, (half, 0))
+    picked.meta = {**origin_meta(node), "val": value[0]}
+    return picked
 
 
 def _input_half(graph: fx.Graph, node: fx.Node) -> fx.Node:

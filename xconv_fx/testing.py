@@ -32,10 +32,10 @@ def within_budget(
     """Fails with an `AssertionError` unless the physical peak of the block is at most `size`, such as "1.5GB".
 
     Counted is what the block allocates, on top of the tensors and modules in `resident`. `device` is "cpu" or "cuda",
-    by default CUDA where there is one. The error lists the largest allocations that were alive at the peak with the
-    lines that led to them; the recording has them as numbers. Knowing the lines makes Python several times slower,
-    which matters when a model is compiled in the block: compile it before, or leave `lines` out. Raises `OptionError`
-    for a size or a device that is none.
+    by default where these are, or without any CUDA if the block allocates there. The error lists the largest
+    allocations that were alive at the peak with the lines that led to them; the recording has them as numbers. Knowing
+    the lines makes Python several times slower, which matters when a model is compiled in the block: compile it before,
+    or leave `lines` out. Raises `OptionError` for a size or a device that is none.
     """
     __tracebackhide__ = True
     limit = parse_size(size, option="budget")
@@ -46,10 +46,10 @@ def within_budget(
         raise AssertionError(message)
 
 
-def checked_device(device: str | None) -> str:
-    """The device to measure. Raises `OptionError` for one that is not there."""
+def checked_device(device: str | None) -> str | None:
+    """The device to measure; None is for what is measured to tell. Raises `OptionError` for one that is not there."""
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return None
     if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         here = DEVICES if torch.cuda.is_available() else DEVICES[:1]
         raise OptionError("device", device, f"what can be measured here: {', '.join(map(repr, here))}")

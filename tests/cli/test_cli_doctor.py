@@ -11,7 +11,9 @@ from xconv_fx import hooks
 from xconv_fx.cli import main
 from xconv_fx.cli.arguments import OK
 from xconv_fx.cli.doctor import BROKEN
+from xconv_fx.cost_model.device import DEVICES
 from xconv_fx.hooks.private_parts import Fault, Private
+from xconv_fx.step.trial import Trial
 from xconv_fx.tools import doctor
 
 
@@ -46,6 +48,26 @@ def quick(monkeypatch):
     """Neither plans nor trains."""
     fine = doctor.Finding("planning", doctor.OK, "")
     monkeypatch.setattr(doctor, "_planning", lambda: fine)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("found", "statuses"),
+    [
+        (Trial(1e-4, 100, 80, audited=1000, measured=1010), ("ok", "ok")),
+        (Trial(1e-4, 100, 80, audited=1000, measured=1100), ("broken", "note")),
+        (Trial(1e-2, 100, 80, audited=1000, measured=1000), ("broken", "broken")),
+    ],
+)
+def test_a_gpu_is_trained_on(capsys, monkeypatch, found, statuses):
+    asked = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a board")
+    monkeypatch.setattr("xconv_fx.device.rates.spec", lambda kind: DEVICES[kind])
+    monkeypatch.setattr("xconv_fx.step.trial.train_a_step", lambda device: asked.append(device) or found)
+    main(["doctor", "--json"])
+    rows = {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)["findings"]}
+    assert asked == ["cpu", "cuda"] and (rows["training"], rows["training on cuda"]) == statuses
 
 
 @pytest.mark.usefixtures("quick")

@@ -28,6 +28,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+measure = profile_machine.measure
+
+
 @pytest.fixture(autouse=True)
 def asked(monkeypatch):
     """Nothing is measured: `MEASURED` comes out, and what was asked for is recorded."""
@@ -118,3 +121,15 @@ def test_the_former_name_still_works(capsys):
     assert main(["calibrate", "--device", "cpu", "--json"]) == OK
     out, err = capsys.readouterr()
     assert json.loads(out)["measured"]["weight16"] == 5e9 and "xconv calibrate is now xconv profile-machine" in err
+
+
+@pytest.mark.parametrize(("native", "half"), [(False, torch.float16), (True, torch.bfloat16)])
+def test_bfloat16_is_measured_where_a_gpu_has_it(monkeypatch, native, half):
+    """Not where it is emulated, which torch calls supported as well unless it is asked."""
+    seen = []
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(profile_machine, "convolution_rates", lambda kind, dtype: seen.append(dtype) or (1.0, 1.0))
+    monkeypatch.setattr(profile_machine, "bandwidth", lambda kind: 1.0)
+    monkeypatch.setattr(profile_machine, "start_time", lambda kind: 1.0)
+    measure("cuda")
+    assert seen == [torch.float32, half]

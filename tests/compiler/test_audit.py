@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from xconv_fx.compiler.audit import Audit
+from xconv_fx.cost_model.allocator import block_bytes
+from xconv_fx.hooks.fake import cudnn_layouts, fake_mode
 from xconv_fx.measure import training_peak
 from xconv_fx.plan.report import read_json
 
@@ -128,3 +130,49 @@ def call(args):
         audit = Audit()
         audit.forward("def call(args):\n    return ()", [], 0)
         assert audit.backward(code, [gradient], [True]).bytes == expected * KB
+
+
+def test_inputs_that_may_be_copied_ask_no_fake_for_its_address(monkeypatch):
+    """As CUDA code does with its inputs: torch printed a warning of it, which every user saw once."""
+    code = """
+import torch
+from torch._C._dynamo.guards import copy_if_misaligned
+
+def call(args):
+    x, = args
+    args.clear()
+    x = copy_if_misaligned(x)
+    y = empty_strided_cpu((256,), (1,), torch.float32)
+    del x
+    return (y,)
+"""
+
+    def asks(tensor):
+        raise AssertionError("a fake has no address")
+
+    monkeypatch.setattr("torch._C._dynamo.guards.copy_if_misaligned", asks)
+    assert Audit().forward(code, [torch.empty(256)], results=1).bytes == 2 * KB
+
+
+CUDA = """
+import torch
+
+def call(args):
+    x, weight = args
+    args.clear()
+    y = torch.ops.aten.convolution.default(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return (y,)
+"""
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_on_cuda_workspaces_and_blocks_count_as_the_planner_counts_them(order):
+    """A budget that the audit holds against less than the plan is not enforced."""
+    with fake_mode():
+        x, weight = (torch.empty(size, device="cuda") for size in ((2, 3, 31, 31), (5, 3, 3, 3)))
+        x = x.to(memory_format=order)
+    with cudnn_layouts():
+        peak = Audit().forward(CUDA, [x, weight], results=1)
+    result = 4 * 2 * 5 * 31 * 31
+    workspace = 0 if order == torch.channels_last else x.nbytes + result
+    assert peak.bytes == sum(map(block_bytes, (x.nbytes, weight.nbytes, result))) + workspace

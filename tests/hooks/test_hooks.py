@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_eager_layers_do_without_inductor():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_modules_are_loaded_when_they_are_wanted(monkeypatch):
+def test_modules_are_loaded_when_they_are_wanted(monkeypatch, tmp_path):
     from torch._inductor.codecache import PyCodeCache
 
     loaded = []
@@ -54,14 +55,17 @@ def test_modules_are_loaded_when_they_are_wanted(monkeypatch):
         loaded.append(path)
         return types.SimpleNamespace(call=lambda arguments: [path, *arguments])
 
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    for path in paths:
+        Path(path).write_text("")
     monkeypatch.setattr(PyCodeCache, "load_by_key_path", load)
     deferred = hooks.Deferred()
     with deferred.collect():
-        modules = [PyCodeCache.load_by_key_path("key", path) for path in ("one", "two")]
-    assert not loaded and [module.__file__ for module in modules] == ["one", "two"]
+        modules = [PyCodeCache.load_by_key_path("key", path, attrs={}) for path in paths]
+    assert not loaded and [module.__file__ for module in modules] == paths
     deferred.load({})
-    assert loaded == ["one", "two"]
-    assert modules[1].call([3]) == ["two", 3]
+    assert loaded == paths
+    assert modules[1].call([3]) == [paths[1], 3]
     assert PyCodeCache.load_by_key_path is load
 
 

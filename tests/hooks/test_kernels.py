@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.codecache import CppPythonBindingsCodeCache, PyCodeCache
 
 from xconv_fx.hooks import kernels
 
@@ -92,3 +92,61 @@ def test_parts_are_balanced():
     parts = kernels._balanced(made, 2)
     assert sorted(sum(len(kernel.source) for kernel in part) for part in parts) == [7, 8]
     assert kernels._balanced(made[:1], 4) == [made[:1]] and kernels._balanced([], 4) == []
+
+
+PARTITIONED = """
+def partition_0(args):
+    return ["first", *args]
+
+def partition_1(args):
+    return ["second", *args]
+
+class Runner:
+    def __init__(self, partitions):
+        self.partitions = partitions
+
+    def recursively_apply_fns(self, fns):
+        self.partitions = [fn(part) for fn, part in zip(fns, self.partitions)]
+
+    def call(self, args):
+        return [part(args) for part in self.partitions]
+
+runner = Runner(partitions=[partition_0, partition_1])
+call = runner.call
+recursively_apply_fns = runner.recursively_apply_fns
+"""
+
+
+def deferred(source, attrs=None):
+    """A wrapper as Inductor loads it while its modules are collected."""
+    collected = kernels.Deferred()
+    key, path = PyCodeCache.write(source)
+    with collected.collect():
+        module = PyCodeCache.load_by_key_path(key, path, linemap=[], attrs=attrs)
+    return collected, module
+
+
+def test_what_wraps_partitions_waits_for_them():
+    """Inductor wraps each partition in what captures it, as soon as it has the module."""
+    collected, module = deferred(PARTITIONED, {})
+    assert len(module.runner.partitions) == 2
+    module.runner.recursively_apply_fns([lambda part, n=n: lambda args: [n, *part(args)] for n in (1, 2)])
+    collected.load({})
+    assert module.call([3]) == [[1, "first", 3], [2, "second", 3]]
+    assert len(module.runner.partitions) == 2
+    module.runner.recursively_apply_fns([lambda part: lambda args: [0, *part(args)]] * 2)
+    assert module.call([3]) == [[0, 1, "first", 3], [0, 2, "second", 3]]
+    del module.runner.partitions
+    with pytest.raises(AttributeError):
+        module.call([3])
+
+
+def test_a_wrapper_of_one_partition_or_none():
+    assert len(deferred(PARTITIONED.replace("partition_0, partition_1", "partition_0,"), {})[1].runner.partitions) == 1
+    assert not deferred(PARTITIONED.replace("partition_0, partition_1", ""), {})[1].runner.partitions
+    assert deferred("def call(args):\n    return args\n", {})[1].runner is None
+
+
+def test_a_kernel_that_is_to_be_timed_is_not_deferred():
+    collected, module = deferred("key, value = 'its own', 7\n")
+    assert module.value == 7 and not collected.modules

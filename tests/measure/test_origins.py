@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xconv_fx.measure import Peak, training_peak
+from xconv_fx.measure import Peak, origins, training_peak
 from xconv_fx.measure.origins import Allocation, Recording, alive_in_history, recorded, tensors_of
 
 BIG = (256, 1024)
@@ -106,6 +107,41 @@ def test_resident_tensors_count_once():
 def test_errors_of_the_block_pass():
     with pytest.raises(KeyError), recorded():
         raise KeyError
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is there; what blocks allocate on it is `gpu.bytes`."""
+
+    class Gpu:
+        bytes = 0
+
+        @contextlib.contextmanager
+        def record(self, recording, device):
+            yield
+            recording.peak = Peak(0, self.bytes)
+
+    gpu = Gpu()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(origins, "_cuda", gpu.record)
+    return gpu
+
+
+def test_what_is_measured_is_where_the_tensors_are_and_else_where_the_block_allocates(gpu):
+    """A test of CPU code must not pass on a machine with a GPU because that stays empty."""
+    x = torch.zeros(1000)
+    for resident in ([x], []):
+        with recorded(resident) as recording:
+            torch.zeros(500)
+        assert recording.peak.transient == 2000
+    gpu.bytes = 700
+    with recorded() as recording:
+        torch.zeros(500)
+    assert recording.peak == Peak(0, 700)
+    with recorded([x]) as recording:
+        torch.zeros(500)
+    assert recording.peak == Peak(4000, 2000)
 
 
 def test_a_cuda_history():

@@ -103,7 +103,7 @@ def test_signed_round_trips():
     assert [xhash.signed(word) for word in (0, 1, 2**31 - 1, 2**31, 2**32 - 1)] == [0, 1, 2**31 - 1, -(2**31), -1]
 
 
-def test_too_many_elements_are_refused():
-    assert xhash.check_addressable((2, 3, 4)) == 24
-    with pytest.raises(ValueError, match="2147483647"):
-        xhash.check_addressable((2**16, 2**15))
+def test_what_an_int32_cannot_count_is_refused():
+    xhash.check_countable((2**16, 2**15), 2**31)
+    with pytest.raises(ValueError, match="counts 2147483649 random numbers"):
+        xhash.check_countable((2**16, 2**15), 2**31 + 1)

@@ -8,7 +8,7 @@ import torch
 from xconv_fx.ops import seed as seeds
 
 CPU = torch.device("cpu")
-draw = torch.ops.xconv.seeds
+draw = torch.ops.xconv.stream_seeds
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,21 @@ def test_what_is_drawn():
 
 def test_a_compiler_may_not_merge_draws():
     assert torch.Tag.nondeterministic_seeded in draw.default.tags
+    assert torch.Tag.nondeterministic_seeded in torch.ops.xconv.seeds.default.tags
+
+
+def test_what_a_cuda_graph_may_capture():
+    """A stream is drawn on the host, which a replay does not do again; torch's generator of a device counts replays."""
+    assert torch.Tag.cudagraph_unsafe in draw.default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.xconv.seeds.default.tags
+
+
+def test_a_step_without_a_stream_draws_from_torchs_generator():
+    torch.manual_seed(7)
+    drawn = torch.ops.xconv.seeds(2, CPU)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.randint(-(2**63), 2**63 - 1, (2,)))
+    torch.library.opcheck(torch.ops.xconv.seeds.default, (2, CPU), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_draws_from_torchs_generator():

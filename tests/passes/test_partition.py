@@ -21,6 +21,11 @@ def described(pair):
     return output_node(pair.forward.graph).meta["desc"][pair.results :]
 
 
+def stack_traces(pair):
+    """Those of what the forward returns, as they are looked up by its place."""
+    return output_node(pair.forward.graph).meta["output_stack_traces"]
+
+
 def test_saved_values_are_matched_by_name(traced):
     pair = traced.pair()
     assert pair.results == 1
@@ -40,6 +45,8 @@ def test_one_value_more(traced):
     assert placeholder.target == placeholder.name
     assert placeholder.meta["val"] is producer.meta["val"]
     assert [d.idx for d in described(pair)] == list(range(before + 1))
+    values = output_node(pair.forward.graph).args[0]
+    assert stack_traces(pair) == [value.meta.get("stack_trace") for value in values]
     # What crosses is bound by position: read the new value and see that it is the right one.
     output = output_node(pair.backward.graph)
     output.args = ((*output.args[0], placeholder),)

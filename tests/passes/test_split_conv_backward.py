@@ -98,3 +98,33 @@ def test_nothing_to_do(model):
     before = targets(gm.graph)
     split_backward(gm)
     assert targets(gm.graph) == before
+
+
+DEPTHWISE = {
+    "same size": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), True),
+    "two filters a channel": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4), False),
+    "stride": (lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), False),
+}
+
+
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_depthwise_gradients_on_cuda_stay_with_their_kernels(case):
+    """No transposed convolution; the input half reads no input where the incoming gradient has its shape."""
+    make, in_halves = DEPTHWISE[case]
+    traced = trace(make().double(), torch.randn((2, 4, 9, 9), dtype=torch.float64, requires_grad=True))
+    gm, tangents = traced.joint(), traced.tangents()
+    before = run_joint(gm, traced.primals, tangents)
+    split_backward(gm, device="cuda")
+    assert [node.args[10] for node in fused(gm)] == (
+        [[False, True, True], [True, False, False]] if in_halves else [[True, True, True]]
+    )
+    assert not any(node.args[6] for node in gm.graph.find_nodes(op="call_function", target=aten.convolution.default))
+    for one, other in zip(before, run_joint(gm, traced.primals, tangents), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+def test_other_groups_are_split_on_cuda():
+    traced = trace(nn.Conv2d(4, 6, 3, padding=1, groups=2), torch.randn((2, 4, 9, 9), requires_grad=True))
+    gm = traced.joint()
+    split_backward(gm, device="cuda")
+    assert [node.args[10] for node in fused(gm)] == [[False, True, True]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import device_thread
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks as registry
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -240,6 +241,21 @@ def test_another_loss_is_measured_once(net: Net, judge: Judge) -> None:
     assert len(judge.peaks) == before, "both losses are known"
 
 
+def test_another_loss_is_told_where_backwards_run_in_a_thread_of_their_own(net: Net, judge: Judge) -> None:
+    """As on CUDA, where that thread cannot count the nodes of the loss."""
+    for _ in range(2):
+        device_thread.backward(loss(net(X)))
+    before = len(judge.peaks)
+    for _ in range(4):
+        device_thread.backward(torch.cat([net(X)] * 9).square().mean().sqrt())
+    net.zero_grad()
+    assert len(judge.peaks) > before and max(judge.peaks[before:]) > 2 * max(judge.peaks[:before])
+    before = len(judge.peaks)
+    for _ in range(3):
+        device_thread.backward(loss(net(X)))
+    assert len(judge.peaks) == before, "both losses are known"
+
+
 def test_losses_that_always_differ_are_not_measured_for_ever(net: Net, judge: Judge) -> None:
     for k in range(30):
         sum(net(X).mean() * i for i in range(k + 1)).backward()  # type: ignore[union-attr]
@@ -364,3 +380,18 @@ def test_a_device_that_cannot_be_watched_is_said_once(
     assert [record.getMessage() for record in caplog.records] == [
         "the memory of training steps is not checked: no compiler"
     ]
+
+
+def test_on_cuda_the_first_run_of_a_graph_is_not_judged(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor times its kernels in it, with a buffer of the cache's size; the next step is what a step takes."""
+    allocated = [0]
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: allocated[0])
+    net, judge.limit = Net(judge), 1000
+    net.graph.record = GraphRecord(RECORD.graph, Plan("cuda", None, 0, 0, "", 0, ()))
+    for taken in (50_000, 900, 900):
+        allocated[0] = taken
+        loss(net(X)).backward()
+    net.check.stop()
+    assert set(judge.peaks) == {900}

@@ -7,13 +7,18 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import device_thread
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from xconv_fx import SampleGradients
 from xconv_fx.measure import physical_peak
+from xconv_fx.ops import sample_gradients
+from xconv_fx.passes.batch_separability import BATCH as SHARED
 from xconv_fx.passes.batch_separability import NOTHING, SAMPLES
 from xconv_fx.planner.loss import Ends
 from xconv_fx.planner.microbatches import Batch, Microbatches, PeakScenario
-from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result
+from xconv_fx.runtime.microbatch_step import MicrobatchedStep, Result, _Draws
 
 BATCH, COUNT = 8, 4
 
@@ -170,3 +175,45 @@ def test_episodes_count_what_else_is_alive():
         PeakScenario("backward", 307 + 90 + 50, 2),
         PeakScenario("backward", 307 + 90, 3),
     )
+
+
+def test_a_second_forward_knows_its_samples_in_a_thread_of_its_own():
+    """Backwards on CUDA: what shares bits out among samples must weigh them as the first forward did."""
+    seen, asked = SampleGradients(BATCH), []
+    seen.squares[:] = torch.arange(1.0, 1 + BATCH)
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(sample_gradients.weights(len(x), x.device))
+        return function(x, weight, bias)
+
+    with seen.batch(range(BATCH)):
+        result, _ = MicrobatchedStep(step, microbatches(1))(*inputs())
+        device_thread.backward(result.sum())
+    parts = seen.squares.chunk(COUNT)
+    expected = [*parts, *reversed(parts[:-1])]
+    torch.testing.assert_close(torch.cat(asked), torch.cat(expected))
+
+
+@pytest.mark.parametrize("draws", [SAMPLES, SHARED])
+def test_draws_are_those_of_the_devices_of_the_tensors(monkeypatch, draws):
+    """Not of the current one, which in the backward's thread may be another than in the forward's."""
+    touched: list[int] = []
+
+    class Generator:
+        def __init__(self, device: int) -> None:
+            self.device = device
+
+        def manual_seed(self, seed: int) -> None:
+            touched.append(self.device)
+
+    monkeypatch.setattr("torch.cuda.default_generators", [Generator(0), Generator(1)])
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device=0: torch.tensor([device]))
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device=0: touched.append(device))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    with FakeTensorMode():
+        given = [torch.empty(BATCH, device="cuda:1"), torch.empty(3), 2]
+    drawn = _Draws(microbatches(1, draws=draws), given)
+    for run in (drawn.first_run, drawn.again):
+        with run(0):
+            pass
+    assert touched and set(touched) == {1}

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import device_thread
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from xconv_fx import hooks
+from xconv_fx import SampleGradients, hooks
 from xconv_fx.errors import BudgetLostWarning
+from xconv_fx.ops import sample_gradients
 from xconv_fx.runtime import unplanned
 from xconv_fx.runtime.session import LOST
 from xconv_fx.runtime.unplanned import Watch, planned
@@ -161,3 +164,18 @@ def test_nothing_is_kept_from_call_to_call() -> None:
         with planned():
             torch.ones(1)
     assert len(unplanned._local.spans) == before
+
+
+def test_what_a_checkpoint_runs_again_sees_what_its_first_run_saw():
+    """Also where the backward runs in a thread of its own, as on CUDA."""
+    seen, asked = SampleGradients(2), []
+    seen.squares[:] = torch.tensor([1.0, 3.0])
+
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        asked.append(sample_gradients.weights(len(x), x.device).tolist())
+        return x.sin()
+
+    x = torch.randn(2, 3, requires_grad=True)
+    with seen.batch([0, 1]):
+        device_thread.backward(checkpoint(unplanned.graph(compiled), x, use_reentrant=False).sum())
+    assert asked == [[1, 3], [1, 3]]

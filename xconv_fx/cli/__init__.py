@@ -22,10 +22,10 @@ from xconv_fx.errors import BudgetInfeasibleError, UsageError, XConvError, neare
 from xconv_fx.stack_room import with_stack_room
 from xconv_fx.units import sufficient_size
 
-from . import bench, calibrate, check, completion, doctor, fit, plan, profile_machine, sweep
+from . import bench, calibrate, check, completion, doctor, fit, plan, profile_machine, selftest, sweep
 from .arguments import EXIT_CODES, FAILED, INFEASIBLE
 
-COMMANDS = (plan, sweep, fit, check, bench, calibrate, profile_machine, doctor, completion)
+COMMANDS = (plan, sweep, fit, check, bench, calibrate, profile_machine, doctor, selftest, completion)
 
 
 @with_stack_room

@@ -6,8 +6,11 @@ first appearance to its release. Extern kernels (convolutions, matrix products) 
 outputs count as well; what is allocated inside such a call is measured (`workspace`), but for operators of the user's.
 Of code that decides by values, one way is taken: fakes have none.
 
+On CUDA a storage counts as the block that the caching allocator gives it, and cuDNN's workspaces as they are assumed to
+be: both by the rules that the planner has.
+
 Checked against torch 2.13.0's Python wrapper. Not counted: memory that a library takes outside the tensor
-allocator (oneDNN's scratchpads, cuDNN's algorithm search), and rounding of the CUDA caching allocator.
+allocator (oneDNN's scratchpads, cuDNN's algorithm search).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from xconv_fx.cost_model.allocator import block_bytes
 from xconv_fx.device.workspace import is_counted, workspace_bytes
 from xconv_fx.hooks import dispatch
 from xconv_fx.hooks.dispatch import HigherOrderOperator
@@ -149,7 +153,7 @@ class _Tracker(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 row = self.live.get(storage._cdata)
                 if row is None or row[0].expired():
-                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), label)
+                    self.live[storage._cdata] = (StorageWeakRef(storage), _bytes(tensor), label)
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
         total = self.resident + sum(row[1] for row in self.live.values()) + extra
         if total > self.peak.bytes:
@@ -165,9 +169,15 @@ class _Tracker(TorchDispatchMode):
 dispatch.show_checkpointed_draws(_Tracker)
 
 
+def _bytes(tensor: torch.Tensor) -> int:
+    """What the allocator of its device gives the storage of a tensor."""
+    size = tensor.untyped_storage().nbytes()
+    return block_bytes(size) if tensor.device.type == "cuda" else size
+
+
 def _storage_bytes(values: Sequence[Any], besides: Sequence[Any]) -> int:
     """Bytes of the storages behind the tensors among `values` that are behind none of `besides`."""
-    sizes = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor)}
+    sizes = {v.untyped_storage()._cdata: _bytes(v) for v in values if isinstance(v, torch.Tensor)}
     for value in besides:
         if isinstance(value, torch.Tensor):
             sizes.pop(value.untyped_storage()._cdata, None)
@@ -207,6 +217,7 @@ def _load(source: str) -> dict[str, Any]:
     namespace.update(dict.fromkeys(_NO_OPERATIONS, _nothing))
     namespace.update({name: _allocate(name) for name in _ALLOCATORS})
     namespace["reinterpret_tensor"] = _reinterpret
+    namespace["copy_if_misaligned"] = _same  # Asks for addresses, which fakes have none of.
     return namespace
 
 
@@ -224,6 +235,10 @@ _kernel = _Kernel()
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _allocate(name: str) -> Callable[..., torch.Tensor]:

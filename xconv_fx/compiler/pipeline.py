@@ -151,7 +151,7 @@ NORMALISE: tuple[Pass[Joint], ...] = (
     Pass("canonical_views", lambda joint: name_shapes(joint.graph), optional=True),
 )
 LOWER: tuple[Pass[Joint], ...] = (
-    Pass("split_conv_backward", lambda joint: split_backward(joint.graph, _channels_last(joint))),
+    Pass("split_conv_backward", lambda joint: split_backward(joint.graph, _channels_last(joint), joint.device)),
     Pass("scatter_pooling", lambda joint: scatter_pooling(joint.graph), always=True),
     Pass("gather_pooling", lambda joint: gather_pooling(joint.graph), optional=True),
     Pass("drop_shape_only", lambda joint: shapes_only(joint.graph, _channels_last(joint)), optional=True),

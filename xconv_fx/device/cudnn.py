@@ -17,31 +17,34 @@ convolutions that torch runs by a kernel of its own take none of this.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 aten = torch.ops.aten
 
 WORKSPACE_LIMIT = 1 << 30
 
 
-def cudnn_workspace(node: fx.Node) -> int:
-    """Bytes that a node of a graph on CUDA is assumed to take inside its call; 0 for all but convolutions."""
-    if node.target is aten.convolution.default:
-        operands, weight, results = [_value(node.args[0])], _value(node.args[1]), [node.meta["val"]]
+def cudnn_workspace(func: Any, args: Sequence[Any], results: Any) -> int:
+    """Bytes that a call on CUDA is assumed to take besides its `results`; 0 for all but convolutions.
+
+    The planner asks for calls in a graph, the audit for those in generated code. Tensors may be fake.
+    """
+    if func is aten.convolution.default:
+        operands, weight, made = [args[0]], args[1], [results]
         sums = 0
-    elif node.target is aten.convolution_backward.default:
-        gradient, x, weight = (_value(arg) for arg in node.args[:3])
-        wanted: Any = node.args[10]
+    elif func is aten.convolution_backward.default:
+        gradient, x, weight, wanted = *args[:3], args[10]
         operands = [gradient, x] if wanted[1] else [gradient]
-        results = [node.meta["val"][0]] if wanted[0] else []
+        made = [results[0]] if wanted[0] else []
         sums = 4 * weight.numel() if wanted[1] else 0
     else:
         return 0
     laid_out = any(map(is_channels_last, (*operands, weight)))
-    copies = 0 if laid_out else sum(value.numel() * value.element_size() for value in (*operands, *results))
+    copies = 0 if laid_out else sum(value.numel() * value.element_size() for value in (*operands, *made))
     return min(copies + sums, WORKSPACE_LIMIT)
 
 
@@ -49,9 +52,3 @@ def is_channels_last(value: Tensor) -> bool:
     """Whether images or volumes are laid out channels-last, which those of one channel or pixel always are."""
     order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
     return order is None or value.is_contiguous(memory_format=order)
-
-
-def _value(arg: Any) -> Tensor:
-    value = arg.meta["val"]
-    assert isinstance(value, Tensor)
-    return value

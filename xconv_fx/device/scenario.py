@@ -115,6 +115,8 @@ class Scenario:
             f"segments, {format_size(PARTLY_FREE)} or more, are not, and neither is the CUDA context, some 500 MB",
             "cuDNN's workspaces are assumed: copies of what is not channels-last, sums of weight gradients in float32, "
             f"at most {format_size(WORKSPACE_LIMIT)} a convolution",
+            "the first step takes more: it times kernels, with a buffer of the L2 cache's size and copies of what they "
+            "write to, and with cudnn.benchmark convolutions as well",
         )
 
 

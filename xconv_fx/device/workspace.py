@@ -45,7 +45,7 @@ ROWS, MATRIX_ROWS = 8, 512
 # What may be run to see what it allocates. Others may have side effects.
 _PURE = {"aten", "prims", "xconv", "mkldnn"}
 # These advance a stream of seeds.
-_DRAWS = {"xconv::seeds", "xconv::draw_seed"}
+_DRAWS = {"xconv::seeds", "xconv::stream_seeds", "xconv::draw_seed"}
 
 _declared: dict[Any, Callable[..., int]] = {}
 
@@ -70,9 +70,12 @@ def workspace_bytes(
 ) -> int:
     """Bytes allocated and freed within one call of `func` beyond its `results`; tensors may be fake.
 
-    0 for devices other than the CPU, and for operators that nobody declared.
+    On CUDA, what convolutions are assumed to take (`cudnn.py`). 0 for other devices, and for operators that nobody
+    declared.
     """
     named = kwargs or {}
+    if _on_cuda((args, named)):
+        return _declared[func](*args, **named) if func in _declared else cudnn_workspace(func, args, results)
     if dispatch.is_view(func) or not _on_cpu((args, named)):
         return 0
     if func in _declared:
@@ -246,11 +249,16 @@ def _product(func: Any, args: Any, kwargs: Any) -> int | None:
     return continued(rows, MATRIX_ROWS, MATRIX_ROWS, few)
 
 
-def node_workspace(node: fx.Node) -> int:
-    """`workspace_bytes` of a graph's node, if it is a call, its arguments taken from their fake tensors."""
+def node_workspace(node: fx.Node, images_last: bool = True) -> int:
+    """`workspace_bytes` of a graph's node, if it is a call, its arguments taken from their fake tensors.
+
+    `images_last` says that Inductor will lay out images channels-last; on the CPU it does so for nearly all networks.
+    """
     values = [arg.meta.get("val") for arg in node.all_input_nodes]
-    if any(isinstance(value, Tensor) and value.device.type == "cuda" for value in values):
-        return cudnn_workspace(node)
+    if _on_cuda(values):
+        lay_out = _described if images_last else _as_it_is
+        args: Any = fx.node.map_arg(node.args, lambda arg: lay_out(arg.meta["val"]))  # type: ignore[arg-type]
+        return cudnn_workspace(node.target, args, node.meta.get("val"))
     if not dispatch.is_called(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
         return 0
     if node.target not in (aten.convolution.default, aten.convolution_backward.default):
@@ -261,6 +269,11 @@ def node_workspace(node: fx.Node) -> int:
     return workspace_bytes(
         kernel or node.target, conv3d.arguments_for(kernel, laid_out, laid_out) if kernel else laid_out
     )
+
+
+def _on_cuda(values: Any) -> bool:
+    """Whether a tensor among the values is on CUDA."""
+    return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in torch.utils._pytree.tree_leaves(values))
 
 
 def _on_cpu(values: Any) -> bool:
@@ -279,3 +292,15 @@ def _cut(part: Any, whole: Any) -> Any:
 def _laid_out(value: Tensor) -> Tensor:
     """An operand as Inductor will lay it out: images channels-last, as it decides for nearly all networks."""
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def _described(value: Any) -> Any:
+    """An operand on CUDA as it will be laid out: an image without memory, for autograd may know no such device."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    shape = [int(extent) for extent in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

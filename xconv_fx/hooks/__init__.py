@@ -21,6 +21,8 @@ from .aot import changes as changes
 from .aot import deduplicate as deduplicate
 from .aot import draws as draws
 from .aot import partition as partition
+from .aot import recomputing as recomputing
+from .autograd import as_called as as_called
 from .autograd import at_end_of_backward as at_end_of_backward
 from .autograd import in_backward as in_backward
 from .autograd import nodes_made as nodes_made

@@ -65,6 +65,13 @@ def partition(
         return min_cut_rematerialization_partition(gm, joint_inputs, **arguments)
 
 
+def recomputing(share: float) -> contextlib.AbstractContextManager[None]:
+    """What Inductor compiles meanwhile saves this share of the residuals' bytes (`activation_memory_budget`)."""
+    import torch._functorch.config as functorch_config
+
+    return functorch_config.patch(activation_memory_budget=share)  # type: ignore[no-any-return]
+
+
 def pin_draws(graph: fx.Graph) -> None:
     """Mark every draw as a value that the forward saves, but in what the user checkpoints."""
     for node in graph.nodes:

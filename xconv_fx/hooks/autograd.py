@@ -1,18 +1,27 @@
-"""Where autograd is: how many nodes a thread has made, and when a backward ends.
+"""Where autograd is: how many nodes a thread has made, when a backward ends, and who called the one that runs.
+
+On CUDA a backward runs in a thread of autograd's own, one for each device, in which no context variable has the value
+that the program gave it. PyTorch hands the context of whoever called the backward to these threads, under the name
+"context", and runs compiled backwards in it.
 
 Private parts of PyTorch, read in torch 2.13: `torch._C._current_graph_task_id`, `torch.autograd._get_sequence_nr`, a
-counter of each thread's nodes, and
-`Variable._execution_engine.queue_callback`, by which DistributedDataParallel waits for the end of a backward.
+counter of each thread's nodes, `_is_key_in_tls` and `_get_obj_in_tls` of `torch._C` (`torch/autograd/graph.py`,
+`_engine_run_backward`), and `Variable._execution_engine.queue_callback`, by which DistributedDataParallel waits for the
+end of a backward.
 """
 
 from __future__ import annotations
 
+import contextvars
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+
+_CONTEXT = "context"
 
 
 def nodes_made() -> int:
@@ -28,6 +37,34 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
 def in_backward() -> bool:
     """Whether this thread is running a backward."""
     return torch._C._current_graph_task_id() != -1
+
+
+def as_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which within a backward sees the context variables of whoever called that.
+
+    What this thread has set itself stays as it is.
+    """
+
+    @functools.wraps(function, updated=())
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        context = _missing_context()
+        if context is None:
+            return function(*arguments, **keywords)
+        return context.run(function, *arguments, **keywords)
+
+    return run
+
+
+def _missing_context() -> contextvars.Context | None:
+    """This thread's context with what only the caller of the backward has; None where nothing is missing."""
+    if not in_backward() or not torch._C._is_key_in_tls(_CONTEXT):
+        return None
+    called: contextvars.Context | None = torch._C._get_obj_in_tls(_CONTEXT)
+    here = contextvars.copy_context()
+    missing = {} if called is None else {variable: value for variable, value in called.items() if variable not in here}
+    for variable, value in missing.items():
+        here.run(variable.set, value)
+    return here if missing else None
 
 
 def nodes_of(results: Iterable[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -22,6 +23,8 @@ from unittest import mock
 _PREFIX = re.compile(r"\s*#include <torch/csrc/inductor/cpp_prefix\.h>\n")
 # What the bindings include, which must not happen inside a namespace.
 _HEADERS = ("#include <Python.h>", "#include <sstream>", "#include <cstdlib>", "#include <cerrno>")
+# How a wrapper names its partitions.
+_PARTITIONS = re.compile(r"^runner = Runner\(partitions=\[(.*?),?\]\)$", re.MULTILINE)
 _DECLARATION = re.compile(r'extern "C"\s+void\s+kernel\(')
 
 
@@ -38,8 +41,10 @@ class Deferred:
 
         load = PyCodeCache.load_by_key_path
 
-        def defer(key: str, path: str, *args: Any, **kwargs: Any) -> types.ModuleType:
-            self.modules.append(_DeferredModule(path, lambda: load(key, path, *args, **kwargs)))
+        def defer(key: str, path: str, linemap: Any = None, attrs: Any = None, **options: Any) -> types.ModuleType:
+            if attrs is None:  # No wrapper, which is given its constants, but a kernel that is to be timed now.
+                return load(key, path, linemap, **options)
+            self.modules.append(_DeferredModule(path, lambda: load(key, path, linemap, attrs, **options)))
             return self.modules[-1]
 
         with mock.patch.object(PyCodeCache, "load_by_key_path", defer):
@@ -62,15 +67,53 @@ class _DeferredModule(types.ModuleType):
         super().__init__("xconv_fx_deferred")
         self.__file__ = path
         self._load, self._call = load, None
+        partitioned = _PARTITIONS.search(Path(path).read_text())
+        self.runner = (
+            None if partitioned is None else _DeferredRunner(len(partitioned[1].split(",")) if partitioned[1] else 0)
+        )
 
     def load(self) -> None:
-        self._call = self._load().call
+        module = self._load()
+        self._call = module.call
+        if self.runner is not None:
+            self.runner.wrap(module.runner)
 
     def call(self, arguments: list[Any]) -> Any:
         if self._call is None:
             self.load()
         assert self._call is not None
         return self._call(arguments)
+
+
+class _DeferredRunner:
+    """What wraps the partitions of a module, which CUDA graphs capture one by one, until there is such a module."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._wrappers, self._runner = count, list[Any](), None
+
+    def recursively_apply_fns(self, wrappers: Any) -> None:
+        """Wrap each partition in the function of its place."""
+        if self._runner is not None:
+            self._runner.recursively_apply_fns(wrappers)
+        else:
+            self._wrappers.append(wrappers)
+
+    def wrap(self, runner: Any) -> None:
+        """Give the module's runner what was to wrap its partitions."""
+        self._runner = runner
+        for wrappers in self._wrappers:
+            runner.recursively_apply_fns(wrappers)
+
+    @property
+    def partitions(self) -> list[Any]:
+        """As many as the module has. Inductor deletes them with the graph, and so what was captured of them."""
+        return [None] * self._count if self._runner is None else self._runner.partitions
+
+    @partitions.deleter
+    def partitions(self) -> None:
+        self._wrappers.clear()
+        if self._runner is not None:
+            del self._runner.partitions
 
 
 @dataclass

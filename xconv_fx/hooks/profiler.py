@@ -41,12 +41,12 @@ def _place(frame: Any) -> Place:
 
 
 @contextlib.contextmanager
-def cuda_history() -> Iterator[list[Mapping[str, Any]]]:
-    """The current CUDA device's allocations and frees within the block, in order; filled when it ends."""
+def cuda_history(device: int) -> Iterator[list[Mapping[str, Any]]]:
+    """A CUDA device's allocations and frees within the block, in order; filled when it ends."""
     history: list[Mapping[str, Any]] = []
     torch.cuda.memory._record_memory_history(stacks="python")
     try:
         yield history
-        history.extend(torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()])
+        history.extend(torch.cuda.memory._snapshot()["device_traces"][device])
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)

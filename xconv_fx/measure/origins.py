@@ -85,20 +85,40 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recorded(resident: Iterable[Any] = (), device: str = "cpu", lines: bool = True) -> Iterator[Recording]:
+def recorded(resident: Iterable[Any] = (), device: str | None = None, lines: bool = True) -> Iterator[Recording]:
     """Records what the block allocates on `device`, "cpu" or "cuda". Without `lines` no line of code is known, and
     Python runs at its usual speed.
 
     `resident` are the tensors and modules that are there before, or tuples, lists and dicts of them: their storages
-    count once each. Raises `RuntimeError` if another profiler is running.
+    count once each. Of several GPUs the one that they are on is recorded, else the current one. Without a `device` it
+    is the kind that they are on, CUDA if on both; without any of them, CUDA if the block allocates there. Raises
+    `RuntimeError` if another profiler is running.
     """
+    tensors = tensors_of(resident)
+    found = {kind: Recording() for kind in _kinds(tensors, device)}
     recording = Recording()
-    before = storage_bytes(tensors_of(resident), device)
     # Cyclic garbage of earlier code would otherwise be freed at a random moment of this one.
     gc.collect()
-    with _cpu(recording, lines) if device == "cpu" else _cuda(recording):
+    with contextlib.ExitStack() as stack:
+        if "cuda" in found:
+            index = next((tensor.device.index for tensor in tensors if tensor.is_cuda), None)
+            stack.enter_context(_cuda(found["cuda"], torch.cuda.current_device() if index is None else index))
+        if "cpu" in found:
+            stack.enter_context(_cpu(found["cpu"], lines))
         yield recording
-    recording.peak = Peak(before, recording.peak.transient)
+    kind = next((kind for kind in found if found[kind].peak.transient), next(reversed(found)))
+    recording.peak = Peak(storage_bytes(tensors, kind), found[kind].peak.transient)
+    recording._find = found[kind]._find
+
+
+def _kinds(tensors: Iterable[Tensor], device: str | None) -> tuple[str, ...]:
+    """Kinds of devices to watch, the first that the code allocates on being the one that counts."""
+    if device is not None:
+        return (device,)
+    there = {tensor.device.type for tensor in tensors}
+    if "cuda" in there:
+        return ("cuda",)
+    return ("cpu",) if there or not torch.cuda.is_available() else ("cuda", "cpu")
 
 
 def tensors_of(values: Any) -> list[Tensor]:
@@ -123,14 +143,14 @@ def _cpu(recording: Recording, lines: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cuda(recording: Recording) -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with profiler.cuda_history() as history:
+def _cuda(recording: Recording, device: int) -> Iterator[None]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with profiler.cuda_history(device) as history:
         yield
-        torch.cuda.synchronize()
-    recording.peak = Peak(0, torch.cuda.max_memory_allocated() - before)
+        torch.cuda.synchronize(device)
+    recording.peak = Peak(0, torch.cuda.max_memory_allocated(device) - before)
     recording._find = lambda: alive_in_history(history)
 
 

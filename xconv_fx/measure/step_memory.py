@@ -34,8 +34,10 @@ def prepare(device: str) -> None:
 class StepMemory:
     """Watches one device from here on, until `end` or until nobody holds it.
 
-    `compiled` tells whether something was compiled meanwhile, whose frames may have held the step's tensors for longer
-    than a step does where all is compiled.
+    `unusual` tells whether something was compiled meanwhile, whose frames may have held the step's tensors for longer
+    than a step does where all is compiled, or whether on CUDA a graph ran for the first time: Inductor then times its
+    kernels, with a buffer of the L2 cache's size and copies of operands, cuDNN looks for algorithms
+    (`torch.backends.cudnn.benchmark`), and libraries allocate what they keep.
 
     Raises `RuntimeError` when the device's allocator cannot be watched.
     """
@@ -46,15 +48,19 @@ class StepMemory:
         self._known: set[int] = set()
         self._highest = 0
         self._watch: Any = _CudaWatch(self.device) if self.device.type == "cuda" else allocator_watch.CpuWatch()
-        self.compiled = self._paused = False
+        self.unusual = self._paused = False
         self._compiling = contextlib.ExitStack()
         self._compiling.enter_context(hooks.while_compiling(weak_method(self._pause)))
 
     def _pause(self, on: bool) -> None:
-        self.compiled |= on
+        self.unusual |= on
         if on != self._paused and self.device.type == "cpu":
             self._paused = on
             allocator_watch.pause(on)
+
+    def runs_anew(self) -> None:
+        """A graph is about to run for the first time."""
+        self.unusual |= self.device.type == "cuda"
 
     @property
     def peak(self) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from xconv_fx.codec_spec import CodecSpec
 
+from .counter_rng import INDEX_LIMIT
+
 # How `bits` are shared out among samples: all have the same, or so many on average, in a network that computes samples
 # apart or one that mixes them, as batch normalisation does.
 BY_SAMPLE = ("", "apart", "mixed")
@@ -47,7 +49,8 @@ class Codec:
     `held.order`; `seed` is an int64 tensor with one element, the same for both, or for "fixed" its table of scales.
     `seeded` says that it is a seed. `payload_bytes(held)` is exact.
     `noise(held)` predicts E|decoded - x|^2 / E|x|^2 for x of independent normal values. `traffic(held)` is the bytes
-    that encode and decode read and write, each as kernels of their own.
+    that encode and decode read and write, each as kernels of their own. `counts(held)` is how many numbers its kernels
+    count in an int32, random draws above all; beyond `counter_rng.INDEX_LIMIT` it is no way to hold the tensor.
     """
 
     name: str
@@ -58,6 +61,11 @@ class Codec:
     noise: Callable[[SavedAs], float]
     traffic: Callable[[SavedAs], int]
     seeded: bool = False
+    counts: Callable[[SavedAs], int] = lambda held: 0
+
+    def can_count(self, held: SavedAs) -> bool:
+        """Whether its kernels can count what they count of this tensor."""
+        return self.counts(held) <= INDEX_LIMIT
 
 
 _CODECS: dict[str, Codec] = {}

@@ -11,8 +11,8 @@ between the multiplications: with one 32-bit key, two streams out of a few ten t
 hashed in wrapping int32 arithmetic, because that is what Inductor vectorises. The two keys are derived in int64
 arithmetic that never overflows: in scalar C++ a compiler may assume that a signed product of known sign keeps it.
 
-Known gaps: this is statistics, not cryptography. An index is an int32: tensors of 2**31 elements and more are refused
-by `check_addressable`.
+Known gaps: this is statistics, not cryptography. An index is an int32: what a codec cannot count below 2**31 is refused
+by `check_countable`, and not offered by the planner (`Codec.counts`).
 """
 
 from __future__ import annotations
@@ -61,16 +61,13 @@ def signed(word: int) -> int:
     return (word & _WORD) - ((word & 0x80000000) << 1)
 
 
-def check_addressable(size: Sequence[int]) -> int:
-    """The number of elements of `size`. Raises `ValueError` when an int32 cannot count them."""
-    count = 1
-    for extent in size:
-        count *= extent
-    if count >= INDEX_LIMIT:
+def check_countable(size: Sequence[int], count: int) -> None:
+    """Raises `ValueError` when an int32 cannot count the `count` numbers that a codec of a tensor of `size` needs."""
+    if count > INDEX_LIMIT:
         raise ValueError(
-            f"size {tuple(size)} has {count} elements; the random bits of a codec address {INDEX_LIMIT - 1}"
+            f"size={tuple(size)}: its codec counts {count} random numbers and places, which an int32 cannot; slices of "
+            "the batch have fewer"
         )
-    return count
 
 
 def constants(stream: int) -> tuple[int, int]:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from . import dense, layout
 from .codec import Codec, SavedAs, register
-from .counter_rng import random_bits, random_signs
-from .quantize import bits_of, code_bytes, group_noise
+from .counter_rng import check_countable, random_bits, random_signs
+from .quantize import bits_of, code_bytes, draws, group_noise
 
 STREAM = 2
 KINDS = ("fold", *dense.KINDS)
@@ -96,7 +96,14 @@ def _(sums: Tensor, seed: Tensor, size: Sequence[int], order: Sequence[int], dty
 def _plan(x: Tensor, probes: int, order: Sequence[int]) -> layout.Folding:
     layout.accumulator(x.dtype)
     layout.check_order(x.shape, order)
-    return layout.folding(x.shape, order, probes)
+    plan = layout.folding(x.shape, order, probes)
+    check_countable(x.shape, _counted(plan))
+    return plan
+
+
+def _counted(plan: layout.Folding) -> int:
+    """How many hashes the signs take, or how many rows a sample has with those missing from the last terms."""
+    return plan.batches * max(plan.samples * plan.probes, layout.UNROLLED_TERMS * plan.rows)
 
 
 def _signs(plan: layout.Folding, seed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -218,6 +225,12 @@ def _noise(held: SavedAs) -> float:
     return noise
 
 
+def _counts(held: SavedAs) -> int:
+    probes, kind = _probes_of(held)
+    drawn = _counted(layout.folding(held.size, held.order, probes)) if kind == "fold" else math.prod(held.size[1:])
+    return max(drawn, draws((held.size[0], _sums(held)), (0, 1), bits_of(held)) if _stores_codes(held) else 0)
+
+
 def _traffic(held: SavedAs) -> int:
     # x is read once more when its means come first.
     passes = 3 if held.spec.means else 2
@@ -234,5 +247,6 @@ PROBE = register(
         noise=_noise,
         traffic=_traffic,
         seeded=True,
+        counts=_counts,
     )
 )

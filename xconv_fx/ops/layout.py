@@ -27,8 +27,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .counter_rng import check_addressable
-
 WORD_BITS = 32
 WORD_BYTES = 4
 GROUP = 256
@@ -48,7 +46,7 @@ def check_order(size: Sequence[int], order: Sequence[int]) -> None:
     """Raises `ValueError` unless `order` is a permutation of the dimensions of a codable `size`."""
     if sorted(order) != list(range(len(size))):
         raise ValueError(f"order={tuple(order)}: must be a permutation of the {len(size)} dimensions of {tuple(size)}")
-    if not size or check_addressable(size) == 0:
+    if not size or math.prod(size) == 0:
         raise ValueError(f"size={tuple(size)}: a codec needs at least one dimension and one element")
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import layout
 from .codec import SavedAs
-from .counter_rng import random_halves
+from .counter_rng import check_countable, random_halves
 
 STREAM = 1
 
@@ -155,7 +155,14 @@ def _plan(x: Tensor, bits: int, order: Sequence[int]) -> layout.Packing:
     layout.accumulator(x.dtype)
     layout.check_bits(bits)
     layout.check_order(x.shape, order)
+    check_countable(x.shape, draws(x.shape, order, bits))
     return layout.packing(tuple(x.shape), order, bits)
+
+
+def draws(size: Sequence[int], order: Sequence[int], bits: int) -> int:
+    """How many random numbers the codes of a tensor of `size` take: one for two padded elements."""
+    plan = layout.packing(size, order, bits)
+    return plan.padded_rows // 2 * math.prod(plan.inner)
 
 
 def extremes(physical: Tensor, parts: tuple[int, ...]) -> Tensor:

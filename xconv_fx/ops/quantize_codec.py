@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import samples
 from .codec import Codec, SavedAs, register
-from .quantize import bits_of, code_bytes, group_noise
+from .quantize import bits_of, code_bytes, draws, group_noise
 
 
 def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
@@ -32,6 +32,12 @@ def _payload_bytes(held: SavedAs) -> int:
     return code_bytes(held.size, held.order, bits_of(held), held.dtype)
 
 
+def _counts(held: SavedAs) -> int:
+    if held.spec.by_sample:
+        return samples.counts(held.size, held.order)
+    return draws(held.size, held.order, bits_of(held))
+
+
 def _traffic(held: SavedAs) -> int:
     # Two passes over x, one for the ranges and one for the codes, and one to write it back.
     return 3 * math.prod(held.size) * held.dtype.itemsize + 2 * _payload_bytes(held)
@@ -47,5 +53,6 @@ QUANTIZE = register(
         noise=lambda held: group_noise(held.size, held.order, bits_of(held)),
         traffic=_traffic,
         seeded=True,
+        counts=_counts,
     )
 )

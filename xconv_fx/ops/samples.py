@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from . import layout, quantize, sample_gradients
+from .counter_rng import check_countable
 
 WIDTHS = (1, 2, 4, 8)
 # Averages that leave something to share out.
@@ -67,6 +68,13 @@ def payload_bytes(size: Sequence[int], order: Sequence[int], bits: int, dtype: t
     """Bytes of codes, ranges and widths of a tensor of `size` and `dtype`, in `bits` bits on average."""
     ranges = 2 * math.prod(_group_counts(size, order)) * dtype.itemsize
     return size[0] * bits * rows_of(size, order).word_bytes + ranges + 2 * 4 * size[0]
+
+
+def counts(size: Sequence[int], order: Sequence[int]) -> int:
+    """How many numbers the kernels count in an int32: padded rows, draws for pairs of them, bits of a column."""
+    plan = rows_of(size, order)
+    rows = int(size[0]) * plan.padded_rows
+    return max(rows, rows // 2 * math.prod(plan.inner), plan.padded_rows * WIDTHS[-1])
 
 
 @torch.library.custom_op(
@@ -159,6 +167,7 @@ def quantize_samples(x: Tensor, ranges: Tensor, units: Tensor, seed: Tensor, bit
 
     `ranges` and `units` are those of `group_ranges` and `share_bits`; `seed` is int64 with one element.
     """
+    check_countable(x.shape, counts(x.shape, order))
     plan, physical = rows_of(x.shape, order), layout.to_physical(x, order)
     parts = layout.group_extents(tuple(physical.shape), apart=True)
     words = x.new_zeros(_words(x.shape, bits, plan), dtype=torch.int32)
@@ -174,6 +183,7 @@ def quantize_samples(x: Tensor, ranges: Tensor, units: Tensor, seed: Tensor, bit
 @quantize_samples.register_fake
 def _(x: Tensor, ranges: Tensor, units: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> Tensor:
     layout.accumulator(x.dtype)
+    check_countable(x.shape, counts(x.shape, order))
     return x.new_empty(_words(x.shape, bits, rows_of(x.shape, order)), dtype=torch.int32)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from xconv_fx import hooks
 from xconv_fx.cost_model.memory import Problem, profile
 from xconv_fx.device import rates
 from xconv_fx.options import Options
@@ -98,8 +99,9 @@ def build_problem(
     """
     total = sum(residual.bytes for residual in residuals.values())
     large = {name: residual for name, residual in residuals.items() if not small(residual, total)}
-    forward = timeline(pair.forward.graph, [residual.forward for residual in large.values()])
-    line = StepTimeline(forward, timeline(pair.backward.graph))
+    last = hooks.channels_last_convolutions(pair.forward)
+    forward = timeline(pair.forward.graph, [residual.forward for residual in large.values()], last)
+    line = StepTimeline(forward, timeline(pair.backward.graph, images_last=last))
     device = _device(pair)
     context = Context(
         options,

@@ -20,7 +20,7 @@ from xconv_fx.cost_model.device import DeviceSpec
 from xconv_fx.cost_model.memory import Item, Option
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.ops import samples
-from xconv_fx.ops.codec import codec_of
+from xconv_fx.ops.codec import codec_of, names
 from xconv_fx.options import Options
 from xconv_fx.passes.find_norms import Norm
 from xconv_fx.passes.graph import is_elementwise, is_reduction, numel
@@ -180,6 +180,12 @@ def packed_bytes(node: fx.Node) -> int:
     return 4 * ceil(numel(node) / 32)
 
 
+def _countable(residual: Residual, candidate: StorageCandidate) -> bool:
+    """Whether the candidate's codec, if it has one, can count what it counts of so large a tensor."""
+    spec = candidate.choice.spec
+    return spec.codec not in names() or codec_of(spec.codec).can_count(residual.saved_as(spec))
+
+
 # Yields candidates for a residual.
 Offer = Callable[[Residual, Context], Iterable[StorageCandidate]]
 
@@ -216,7 +222,8 @@ def candidates(residual: Residual, context: Context) -> tuple[StorageCandidate, 
     row = [keep]
     for family in families():
         offered = list(family.offer(residual, context))
+        possible = [candidate for candidate in offered if _countable(residual, candidate)]
         if family.decisive and offered:
-            return (*([keep] if context.options.codecs.preset else []), *offered)
-        row += offered
+            return (*([keep] if context.options.codecs.preset or not possible else []), *possible)
+        row += possible
     return tuple(row)

@@ -9,9 +9,11 @@ or after them, is no part of it. A step that is over its budget is settled there
 of its step: checkpointing runs forwards again there.
 
 The first step that runs whole after compiling is measured (`measure/step_memory.py`), of those that begin with
-arguments of the same sizes; one in which a graph behind a graph break, or a backward, is compiled holds more than those
-that follow. Later ones are where something is new: another loss, by the number of autograd nodes that are made between
-forward and backward. All other steps count calls whose backward is outstanding, and cost nothing else.
+arguments of the same sizes; on CUDA the next, for in the first Inductor and cuDNN time kernels, which takes memory; one
+in which a graph behind a graph break, or a backward, is compiled holds more than those that follow. Later ones are
+where something is new: another loss, by the number of autograd nodes that are made between forward and backward, or
+where that runs in another thread, as on CUDA, until the next step. All other steps count calls whose backward is
+outstanding, and cost nothing else.
 """
 
 from __future__ import annotations
@@ -73,11 +75,13 @@ class CheckedGraph:
     def __init__(self, function: Callable[..., Any], check: StepCheck, record: GraphRecord) -> None:
         self.function, self.check, self.record, self.planned = function, check, record, record.plan.calls
         self.outstanding = self.most = 0
+        self.ran = False
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or hooks.compile_id() is not None:
             return self.function(*inputs)  # The second: DDPOptimizer runs its graphs on fake tensors.
         self.check.begin_call(self, inputs)
+        self.ran = True
         results = self.function(*inputs)
         nodes = hooks.nodes_of(results)
         if nodes:
@@ -126,6 +130,8 @@ class StepCheck:
         self.unmeasured: set[Sizes] = set()
         self.backward_seen = self.queued = False
         self._nodes = self._thread = self._inside = 0
+        self._loss: int | None = None
+        self._measured = False
         self._device: str | None = None
         self._begun = self._partial = False
         self._sizes: Sizes = ()
@@ -156,6 +162,8 @@ class StepCheck:
         self.graphs[graph] = None
         if self.memory is not None:
             self.memory.resident(inputs)
+            if not graph.ran:
+                self.memory.runs_anew()
 
     def _begin(self, device: str, sizes: Sizes = (), partial: bool = False) -> None:
         """A call begins, and with it a step if none goes on."""
@@ -165,6 +173,7 @@ class StepCheck:
         if hooks.in_backward():
             return
         if self.backward_seen:
+            self._look_back()
             self.stop()
             self._new_step()
         elif not any(g.outstanding for g in self.graphs):
@@ -183,26 +192,32 @@ class StepCheck:
     def begin_backward(self) -> None:
         """A backward comes to a graph; the first one of a step tells how often its graphs ran, and with which loss."""
         if not self.backward_seen:
-            self.backward_seen = True
-            # The counter is a thread's own.
-            nodes = hooks.nodes_made() - self._nodes if threading.get_ident() == self._thread else 0
-            self._look_at(nodes)
+            self.backward_seen, self._measured = True, self.memory is not None
+            self._loss = self._nodes_since()
+            self._look_at_calls()
         if self.memory is not None and not self.queued:
             self.queued = True
             hooks.at_end_of_backward(torch.compiler.disable(self._end_backward))
 
-    def _look_at(self, loss: int) -> None:
-        new = loss not in self.losses and len(self.losses) < LOSSES
-        if self.memory is not None:
-            self.wanted = int(self._partial) if new else max(self.wanted - 1, 0)
+    def _nodes_since(self) -> int | None:
+        """Nodes that were made since the last call ended; None in another thread, for the counter is a thread's own."""
+        return hooks.nodes_made() - self._nodes if threading.get_ident() == self._thread else None
+
+    def _look_at_calls(self) -> None:
+        if self._measured:
             self.unmeasured.discard(self._sizes)
-            self.losses.add(loss)
-            return
-        if new:
-            self.wanted = LOOKS
-        more = [graph for graph in self.graphs if graph.most > graph.planned]
-        if more:
+        elif more := [graph for graph in self.graphs if graph.most > graph.planned]:
             self.judge.called(more)
+
+    def _look_back(self) -> None:
+        """A step is over: whether another with its loss is to be measured."""
+        loss = (self._nodes_since() if self._loss is None else self._loss) or 0
+        new = loss not in self.losses and len(self.losses) < LOSSES
+        if self._measured:
+            self.wanted = int(self._partial) if new else max(self.wanted - 1, 0)
+            self.losses.add(loss)
+        elif new:
+            self.wanted = LOOKS
 
     def _end_backward(self) -> None:
         self.queued = False
@@ -213,7 +228,7 @@ class StepCheck:
     def _tell(self) -> None:
         if self.memory is None:
             return
-        if self.memory.compiled:
+        if self.memory.unusual:
             self.again()
         elif self.judge.measured(list(self.graphs), self.memory.peak):
             self.stop()

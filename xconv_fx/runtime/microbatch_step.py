@@ -175,6 +175,7 @@ class _MicrobatchedFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable  # A backward may run inside of a compiled function.
+    @hooks.as_called
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         with torch.no_grad(), planned():
@@ -272,11 +273,13 @@ class _Draws:
 
     def __init__(self, microbatches: Microbatches, inputs: Sequence[Any]) -> None:
         self.kind = microbatches.draws
-        self.cuda = any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)
+        # Those of the tensors: a backward runs in a thread whose current device may be another than the forward's.
+        self.devices = sorted({v.device.index for v in inputs if isinstance(v, Tensor) and v.device.type == "cuda"})
         if self.kind == SAMPLES:
             self.seeds: list[int] = torch.randint(2**63 - 1, (microbatches.count,)).tolist()
         elif self.kind == BATCH:
-            self.states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.cuda else [])]
+            self.state = torch.get_rng_state()
+            self.states = {device: torch.cuda.get_rng_state(device) for device in self.devices}
 
     @contextlib.contextmanager
     def first_run(self, index: int) -> Iterator[None]:
@@ -293,16 +296,16 @@ class _Draws:
         if self.kind == NOTHING:
             yield
             return
-        with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
+        with torch.random.fork_rng(self.devices):
             if self.kind == BATCH:
                 self._rewind()
             else:
                 torch.default_generator.manual_seed(self.seeds[index])
-                if self.cuda:
-                    torch.cuda.manual_seed(self.seeds[index])
+                for device in self.devices:
+                    torch.cuda.default_generators[device].manual_seed(self.seeds[index])
             yield
 
     def _rewind(self) -> None:
-        torch.set_rng_state(self.states[0])
-        if self.cuda:
-            torch.cuda.set_rng_state(self.states[1])
+        torch.set_rng_state(self.state)
+        for device, state in self.states.items():
+            torch.cuda.set_rng_state(state, device)

@@ -68,7 +68,11 @@ def watched() -> bool:
 
 
 def graph(compiled: Callable[..., Any], session: Any = None, key: object = None) -> Callable[..., Any]:
-    """A compiled graph, which the call that runs it hears of; `key` is a session's for one that has a plan."""
+    """A compiled graph, which the call that runs it hears of; `key` is a session's for one that has a plan.
+
+    Checkpointing runs it again in a backward, with what was around the call of that.
+    """
+    compiled = hooks.as_called(compiled)
 
     def run(*inputs: Any) -> Any:
         if _local.watch is None:

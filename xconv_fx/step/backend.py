@@ -33,6 +33,7 @@ from .torch_version import require_usable_torch
 
 @surfaced_by_dynamo
 @with_stack_room
+@hooks.as_called
 def xconv(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -1,8 +1,8 @@
 """What is done about a torch whose minor version was not tested: looked at, tried once, and used or refused.
 
 Private parts are looked at, and what they are called with (`hooks/private_parts.py`). Then a small network is compiled
-and trained for a step in a process of its own, under a budget, and its gradients and its peak are compared with what
-they should be. What came of it is kept for this installation: version of torch, and sources of this package.
+and trained for a step in a process of its own (`trial.py`). What came of it is kept for this installation: version of
+torch, and sources of this package.
 """
 
 from __future__ import annotations
@@ -28,12 +28,6 @@ from xconv_fx.plan.log import log
 TRIAL = "XCONV_FX_TRIAL"
 # Seconds that a trial may take; it takes some twenty.
 PATIENCE = 600
-SIZE = (8, 3, 32, 32)
-BUDGET = "75%"
-# How far the measured peak may be from the audited one.
-CLOSE = 0.03
-# By how much gradients may differ from eager ones, relative to their norm; Inductor's differ by 2e-4.
-ROUNDING = 1e-3
 
 
 def require_usable_torch() -> None:
@@ -78,7 +72,7 @@ def found_wrong() -> str:
     if faults := hooks.probe():
         some = "; ".join(map(str, faults[:3]))
         return some if len(faults) <= 3 else f"{some}; and {len(faults) - 3} more"
-    command = [sys.executable, "-W", "ignore", "-m", "xconv_fx.step.torch_version"]
+    command = [sys.executable, "-W", "ignore", "-m", "xconv_fx.step.trial"]
     try:
         done = subprocess.run(command, env={**os.environ, TRIAL: "1"}, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -87,35 +81,3 @@ def found_wrong() -> str:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
         return f"a small network is not trained rightly: {''.join(last) or f'exit code {done.returncode}'}"
     return ""
-
-
-def trial() -> None:
-    """Train a step of a small network within a budget. Raises `AssertionError` where it is not as it should be."""
-    from torch import nn
-
-    import xconv_fx
-
-    torch.manual_seed(0)
-    inner = [layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *inner, nn.AdaptiveAvgPool2d(1))
-    x = torch.randn(SIZE)
-    net(x).square().mean().backward()
-    expected = [parameter.grad for parameter in net.parameters()]
-    net.zero_grad(set_to_none=True)
-    compiled = torch.compile(net, backend="xconv", options={"mem_budget": BUDGET, "codecs": "exact"})
-    compiled(x).square().mean().backward()
-    found, exact = (torch.cat([value.flatten() for value in row if value is not None]) for row in (
-        [parameter.grad for parameter in net.parameters()], expected
-    ))  # fmt: skip
-    error = float((found - exact).norm() / exact.norm())
-    assert error <= ROUNDING, f"its gradients are off by {error:.1g}"
-
-    (plan,) = xconv_fx.plans(compiled)
-    assert plan.saved_after < plan.saved_before, "nothing is held in less memory"
-    assert plan.audited_peak and plan.measured_peak, "the step was not measured"
-    off = plan.measured_peak / plan.audited_peak - 1
-    assert abs(off) <= CLOSE, f"its peak is {off:+.1%} off the audited one"
-
-
-if __name__ == "__main__":
-    trial()

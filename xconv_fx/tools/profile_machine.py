@@ -100,7 +100,9 @@ def _require_cuda(threads: int | None) -> None:
 
 def measure(kind: str) -> DeviceSpec:
     """The numbers of "cpu", with the threads that torch is set to, or of the current CUDA device; within seconds."""
-    half = torch.bfloat16 if kind == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
+    # Of a GPU that emulates bfloat16, programs use float16.
+    native = kind == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if native else torch.float16
     flops32, weight32 = convolution_rates(kind, torch.float32)
     flops16, weight16 = convolution_rates(kind, half)
     return DeviceSpec(

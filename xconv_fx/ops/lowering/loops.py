@@ -127,6 +127,8 @@ def word_loader(words: ir.TensorBox) -> Callable[[Index], Value]:
     if inner[-1] % pick_vec_isa().nelements() == 0:
         return lambda index: ops.masked(ops.constant(True, torch.bool), lambda: load(index), 0)
     end = math.prod(inner)
+    if end >= counter_rng.INDEX_LIMIT:  # The comparison below is one of int32.
+        return load
 
     def inside(index: Index) -> Value:
         position = ops.index_expr(linear(index[1:], inner), torch.int32)
