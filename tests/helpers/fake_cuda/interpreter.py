@@ -333,6 +333,11 @@ def _nearbyint(x: Any) -> Any:
     return tl.where((x + 0.5 == whole) & (odd != 0), whole - 1, whole)
 
 
+def _late(name: str) -> Any:
+    """A function of Triton's language as it is when it is called: the interpreter replaces them."""
+    return lambda x: getattr(tl, name)(x)
+
+
 _HELPERS = types.SimpleNamespace(
     maximum=lambda a, b: tl.where((a > b) | (a != a), a, b),
     minimum=lambda a, b: tl.where((a < b) | (a != a), a, b),
@@ -347,7 +352,7 @@ _LIBDEVICE = types.SimpleNamespace(
     isnan=lambda x: x != x,
     nearbyint=_nearbyint,
     rsqrt=lambda x: 1.0 / tl.sqrt(x),
-    **{name: getattr(tl, name) for name in ("sqrt", "floor", "abs", "exp", "log", "cos")},
+    **{name: _late(name) for name in ("sqrt", "floor", "abs", "exp", "log", "cos")},
 )
 _HEURISTICS = types.SimpleNamespace(pointwise=_Launcher, reduction=_Launcher, persistent_reduction=_Launcher)
 _PATCHES = "xconv_interpreted_helpers"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import xconv_fx.ops  # noqa: F401 (defines the operators)
 from xconv_fx.ops import layout
 
 from .records import Half
