@@ -16,6 +16,8 @@ ALLOWED = {
     "xconv.seeds",
     "xconv.dense_encode",
     "xconv.dense_decode",
+    "xconv.orthogonal_encode",
+    "xconv.orthogonal_decode",
 }
 
 
