@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 from helpers.fake_cuda import FakeCuda
-from helpers.fake_cuda.cases import MATRIX, UNITS, forced
+from helpers.fake_cuda.cases import ENCODED, MATRIX, UNITS, forced
 from helpers.fake_cuda.records import Case
 from helpers.fake_cuda.units import Unit
 
@@ -45,6 +47,30 @@ def test_operators_alone_give_the_same_bits(cuda: FakeCuda, unit: Unit) -> None:
     """On sizes that fill no block, and in both layouts; only sums are taken in another order."""
     for value in cuda.unit(unit).compared:
         assert value.error <= REORDERED if unit.name == "fold" else value.differing == 0, value
+
+
+@pytest.mark.parametrize("unit", ENCODED, ids=lambda unit: f"{unit.bits} {unit.size} {unit.dtype}")
+def test_encoding_reads_a_tensor_once(cuda: FakeCuda, unit: Unit) -> None:
+    """In one launch, which writes the same codes and ranges as the operator does on a CPU."""
+    found = cuda.unit(unit)
+    assert all(value.differing == 0 for value in found.compared)
+    (launch,) = found.launches
+    assert launch.kernel == "quantize_kernel"
+    assert launch.read == prod(unit.size) * (4 if unit.dtype == "float32" else 2) + 8
+
+
+def test_groups_that_fit_no_tile_are_read_twice(cuda: FakeCuda) -> None:
+    unit = Unit("encode", (3, 1009), (0, 1), 4)
+    found = cuda.unit(unit)
+    assert all(value.differing == 0 for value in found.compared)
+    assert "quantize_kernel" not in {launch.kernel for launch in found.launches}
+    assert sum(launch.read for launch in found.launches) > 2 * 4 * prod(unit.size)
+
+
+@pytest.mark.parametrize("bits", [8, 1])
+def test_the_kernel_of_codes_does_not_spill(cuda: FakeCuda, bits: int) -> None:
+    for capability in CAPABILITIES:
+        assert cuda.call("units:local_memory", bits, capability) == 0
 
 
 def test_a_step_computes_what_its_graphs_do(cuda: FakeCuda) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import probe_kernel
+from . import probe_kernel, triton_words
 from .conv import weight_gradient
 from .counter_rng import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
 from .layout import accumulator, inverse
@@ -68,7 +68,7 @@ class Probes:
         self, seed: Tensor, kind: str, count: int, features: int, dtype: torch.dtype, samples: int = BLOCK
     ) -> None:
         check(kind, count, features)
-        self._own = probe_kernel.usable(seed.device)
+        self._own = triton_words.usable(seed.device)
         self.entries = min(BLOCK, max(LEAST_BLOCK, samples * features // 16)) * (_DRAWN_AT_ONCE if self._own else 1)
         self.kind, self.count, self.features, self.dtype, self.device = kind, count, features, dtype, seed.device
         self._drawn = seed

@@ -184,7 +184,7 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     if held.spec.kind == "fold":
         x = torch.ops.xconv.unfold.default(sums, seed, list(held.size), list(held.order), inner)
     else:
-        x = dense.decode(sums, seed, list(held.size), held.spec.kind, inner)
+        x = dense.decode(sums, seed, list(held.size), _probes_of(held)[1], inner)
     if held.spec.means:
         return torch.ops.prims.convert_element_type.default(torch.ops.aten.add.Tensor(x, payload[-1]), held.dtype)
     return x

@@ -2,7 +2,7 @@
 
 As plain operations a block of `dense.Probes` takes some forty launches, and twice that for normal entries. The kernel
 computes the same function of the seed, the feature and the column: signs are the same bits, normal entries the same to
-rounding of logarithm and cosine. Every integer is an unsigned word, whose products and sums wrap by themselves.
+rounding of logarithm and cosine.
 
 Known gap: where Triton is not installed (a wheel of torch for CUDA brings it on Linux), entries are plain operations.
 """
@@ -14,56 +14,35 @@ import math
 import torch
 from torch import Tensor
 
-from . import counter_rng
+from .triton_words import launched_on, tl, triton
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # The entries are plain operations then.
-    triton = None
+if triton is not None:
+    from .triton_words import FIRST, SECOND, constants, halves, keyed_product
 
 # Entries of a block of threads: of so many columns at most.
 _ENTRIES, _COLUMNS = 1024, 64
 
 
-def usable(device: torch.device) -> bool:
-    """Whether there is such a kernel for tensors of this device."""
-    return triton is not None and device.type == "cuda"
-
-
 if triton is not None:
-    _GOLDEN, _ORIGIN = tl.constexpr(counter_rng._GOLDEN), tl.constexpr(counter_rng._ORIGIN)
-    _FIRST, _SECOND = tl.constexpr(counter_rng._FIRST_FACTOR), tl.constexpr(counter_rng._SECOND_FACTOR)
     _TAU = tl.constexpr(2 * math.pi)
-
-    @triton.jit
-    def _mix(word):
-        """`counter_rng._mix` of a word."""
-        word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
-        word = (word ^ (word >> 15)) * tl.full((), _SECOND, tl.uint32)
-        return word ^ (word >> 16)
 
     @triton.jit
     def _mix_signed(word):
         """The same with shifts that draw the sign along: `dense` derives its keys in int32."""
         word = (word ^ (word.to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)) * tl.full(
-            (), _FIRST, tl.uint32
+            (), FIRST, tl.uint32
         )
         word = (word ^ (word.to(tl.int32, bitcast=True) >> 15).to(tl.uint32, bitcast=True)) * tl.full(
-            (), _SECOND, tl.uint32
+            (), SECOND, tl.uint32
         )
         return word ^ (word.to(tl.int32, bitcast=True) >> 16).to(tl.uint32, bitcast=True)
 
     @triton.jit
     def _uniform(feature, low, high, stream):
         """`counter_rng.uniform` of the hash of each feature, and the hash, under the keys of each stream."""
-        golden = tl.full((), _GOLDEN, tl.uint32)
-        apart = _mix(tl.full((), _ORIGIN, tl.uint32) + stream * golden)
-        one, other = _mix_signed(low ^ apart), _mix_signed(high ^ _mix(apart + golden))
-        word = feature ^ _mix_signed(one ^ other)
-        word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
-        word = (word ^ (word >> 15)) + _mix_signed(one + other)
-        word = word * tl.full((), _SECOND, tl.uint32)
+        apart, second = constants(stream)
+        one, other = _mix_signed(low ^ apart), _mix_signed(high ^ second)
+        word = keyed_product(feature, _mix_signed(one ^ other), _mix_signed(one + other))
         word = word ^ (word >> 16)
         return (word >> 8).to(tl.float32) * (1.0 / 16777216.0), word
 
@@ -74,8 +53,7 @@ if triton is not None:
         """Rows `first` on and columns `column` on of a matrix of probes, to `out` (rows, columns)."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        number = tl.load(seed)
-        low, high = (number & 0xFFFFFFFF).to(tl.uint32), ((number >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        low, high = halves(tl.load(seed))
         feature, stream = (first + row).to(tl.uint32), 2 * (column + place).to(tl.uint32)
         uniform, word = _uniform(feature, low, high, stream)
         if SIGNS:
@@ -98,7 +76,8 @@ def entries(
     wide = min(_COLUMNS, triton.next_power_of_2(len(columns)))
     tall = max(1, _ENTRIES // wide)
     grid = triton.cdiv(last - first, tall), triton.cdiv(len(columns), wide)
-    entries_kernel[grid](
-        out, seed, first, last - first, columns.start, len(columns), SIGNS=signs, ROWS=tall, COLUMNS=wide
-    )
+    with launched_on(seed):
+        entries_kernel[grid](
+            out, seed, first, last - first, columns.start, len(columns), SIGNS=signs, ROWS=tall, COLUMNS=wide
+        )
     return out

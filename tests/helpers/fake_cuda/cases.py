@@ -47,3 +47,11 @@ UNITS = [
     Unit("mask", *_IMAGES),
     Unit("mask", (3, 5, 7, 9), (0, 1, 2, 3)),
 ]
+# Groups of a part of a row, of several rows, and of rows that fill their last word in part.
+ENCODED = [
+    Unit("encode", (2, 16, 16, 16), (0, 1, 2, 3), 4),
+    Unit("encode", (2, 3, 16, 16), (0, 1, 2, 3), 4),
+    Unit("encode", (2, 16, 17, 16), (0, 2, 3, 1), 1, "bfloat16"),
+    Unit("encode", (4, 8, 8, 8), (0, 1, 2, 3), 2),
+    Unit("encode", (1, 3, 16, 16, 16), (0, 1, 2, 3, 4), 8),
+]

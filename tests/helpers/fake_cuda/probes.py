@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xconv_fx.hooks import dispatch
-from xconv_fx.ops import dense, probe_kernel
+from xconv_fx.ops import dense, probe_kernel, triton_words
 
 
 class _Launches(TorchDispatchMode):
@@ -63,6 +63,7 @@ def interpreted(kind: str, seed: int) -> tuple[int, float]:
     """Entries of a block of odd size whose bits differ from those of plain operations, and the largest difference."""
     drawn = torch.tensor([seed])
     wanted = dense.Probes(drawn, kind, 7, 3000, torch.float32)._entries(37, 1999, slice(1, 6))
+    assert not triton_words.usable(drawn.device)
     found = probe_kernel.entries(drawn, 37, 1999, range(1, 6), kind == "rademacher", torch.float32)
     return int((wanted != found).sum()), float((wanted - found).abs().max())
 
