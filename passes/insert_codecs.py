@@ -49,10 +49,28 @@ def rewrite(
     # Readers before what they read: a replayed residual adds readers to its sources.
     for name in reversed([name for name in residuals if name in how]):
         writer.apply(residuals[name], how[name])
+    _ask_once(pair.forward.graph)
     for module in (pair.forward, pair.backward):
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
+
+
+def _ask_once(graph: fx.Graph) -> None:
+    """Ask for the gradients that were noted of samples where the graph begins, and for all that read them.
+
+    Between the layers, each would end what a CUDA graph can capture.
+    """
+    asked: dict[Any, fx.Node] = {}
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in graph.find_nodes(op="call_function", target=torch.ops.xconv.noted_gradients.default):
+        same = asked.setdefault(node.args, node)
+        if same is node:
+            if node is not first:
+                first.prepend(node)
+        else:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
 
 
 def _element(seeds: Tensor, number: int) -> Tensor:

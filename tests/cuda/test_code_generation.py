@@ -14,8 +14,11 @@ ALLOWED = {
     "extern_kernels.convolution",
     "aten.convolution_backward",
     "xconv.seeds",
+    "xconv.quantize",
     "xconv.dense_encode",
     "xconv.dense_decode",
+    "xconv.orthogonal_encode",
+    "xconv.orthogonal_decode",
 }
 
 

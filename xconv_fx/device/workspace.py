@@ -45,7 +45,7 @@ ROWS, MATRIX_ROWS = 8, 512
 # What may be run to see what it allocates. Others may have side effects.
 _PURE = {"aten", "prims", "xconv", "mkldnn"}
 # These advance a stream of seeds.
-_DRAWS = {"xconv::seeds", "xconv::stream_seeds", "xconv::draw_seed"}
+_DRAWS = {"xconv::seeds", "xconv::stream_seeds", "xconv::draw_seed", "xconv::noted_gradients"}
 
 _declared: dict[Any, Callable[..., int]] = {}
 

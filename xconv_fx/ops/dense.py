@@ -14,13 +14,15 @@ X^ = S Z^T / r in place of X, which is unbiased because a weight gradient is lin
 Z is never stored. Entry (d, j) is a function of the seed, d and j (`xconv_fx.ops.counter_rng`), drawn again wherever it
 is read, in blocks of at most `BLOCK` entries, and of a sixteenth of the input's where that is less (but at least
 `LEAST_BLOCK`, or one row of max(r, N) entries). Besides inputs and outputs encoding and decoding hold at most six such
-blocks: less than half of the input, and 6 MB in single precision, whatever N and D are.
+blocks: less than half of the input, and 6 MB in single precision, whatever N and D are. On a GPU a kernel of ours draws
+a block (`xconv_fx.ops.probe_kernel`) where plain operations hold four to draw one: blocks are three times as large.
 
 What it costs: D r hashed entries and 2 N D r flops to encode, and again to decode. `orthogonal` draws Z twice each
 time and adds 2 D r^2 flops in double precision for a Gram matrix, and an r x r eigendecomposition: for large D it is
 the r^2 term that hurts. Folding (`xconv_fx.ops.fold`) reaches the noise of orthogonal probes for O(N D).
 
-Known gaps: these ops run as plain ATen, also inside compiled graphs, where each is one opaque node.
+Known gaps: these ops run as calls, also inside compiled graphs, where each is one opaque node. Eigenvalues of the Gram
+matrix are asked for by the host, so that no CUDA graph captures `orthogonal`, whose ops have names of their own.
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import probe_kernel, triton_words
 from .conv import weight_gradient
 from .counter_rng import TENSORS, constants, derive_keys, keyed_hash, random_signs, split_seed, uniform
 from .layout import accumulator, inverse
 
 BLOCK, LEAST_BLOCK = 2**18, 2**12
+# How much larger blocks are that are drawn by a kernel, and none besides the one that it writes.
+_DRAWN_AT_ONCE = 3
 
 
 def _signs(index: Tensor, keys: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
@@ -63,12 +68,15 @@ class Probes:
         self, seed: Tensor, kind: str, count: int, features: int, dtype: torch.dtype, samples: int = BLOCK
     ) -> None:
         check(kind, count, features)
-        self.entries = min(BLOCK, max(LEAST_BLOCK, samples * features // 16))
+        self._own = triton_words.usable(seed.device)
+        self.entries = min(BLOCK, max(LEAST_BLOCK, samples * features // 16)) * (_DRAWN_AT_ONCE if self._own else 1)
         self.kind, self.count, self.features, self.dtype, self.device = kind, count, features, dtype, seed.device
-        self._seed = split_seed(seed.reshape(()))
-        # Every column has streams of its own, so that an index is a feature and never overflows an int32.
-        streams = [[constants(2 * column + draw) for column in range(count)] for draw in range(2)]
-        self._constants = torch.tensor(streams, dtype=torch.int32, device=self.device).movedim(2, 1)
+        self._drawn = seed
+        if not self._own:
+            self._seed = split_seed(seed.reshape(()))
+            # Every column has streams of its own, so that an index is a feature and never overflows an int32.
+            streams = [[constants(2 * column + draw) for column in range(count)] for draw in range(2)]
+            self._constants = torch.tensor(streams, dtype=torch.int32, device=self.device).movedim(2, 1)
         self._mixing = self._orthogonaliser() if kind == "orthogonal" else None
 
     def block(self, first: int, last: int, columns: slice = slice(None)) -> Tensor:
@@ -92,6 +100,9 @@ class Probes:
         return out
 
     def _entries(self, first: int, last: int, columns: slice) -> Tensor:
+        if self._own:
+            among = range(*columns.indices(self.count))
+            return probe_kernel.entries(self._drawn, first, last, among, self.kind == "rademacher", self.dtype)
         index = torch.arange(first, last, dtype=torch.int32, device=self.device).unsqueeze(1)
         constants: Any = self._constants[:, :, columns]
 
@@ -143,6 +154,16 @@ def dense_noise(kind: str, probes: int, features: int, channels: int = 1) -> flo
     return energy[kind] / probes
 
 
+def encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
+    """`dense_encode`, by the name that says whether CUDA graphs may capture it."""
+    return (orthogonal_encode if kind == "orthogonal" else dense_encode)(x, seed, probes, kind)
+
+
+def decode(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
+    """`dense_decode`, likewise."""
+    return (orthogonal_decode if kind == "orthogonal" else dense_decode)(sums, seed, size, kind, dtype)
+
+
 @torch.library.custom_op("xconv::dense_encode", mutates_args=())
 def dense_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     """S = X Z of `x` (N, C, ...), read in logical order whatever its memory format.
@@ -172,6 +193,13 @@ def dense_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
         return sums
 
 
+@torch.library.custom_op("xconv::orthogonal_encode", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def orthogonal_encode(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
+    """`dense_encode` of a kind that waits for its eigenvalues."""
+    return dense_encode(x, seed, probes, kind)
+
+
+@orthogonal_encode.register_fake
 @dense_encode.register_fake
 def _(x: Tensor, seed: Tensor, probes: int, kind: str) -> Tensor:
     check(kind, probes, _features(x.shape))
@@ -196,6 +224,13 @@ def dense_decode(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dty
         return out.view(size)
 
 
+@torch.library.custom_op("xconv::orthogonal_decode", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def orthogonal_decode(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
+    """`dense_decode` of a kind that waits for its eigenvalues."""
+    return dense_decode(sums, seed, size, kind, dtype)
+
+
+@orthogonal_decode.register_fake
 @dense_decode.register_fake
 def _(sums: Tensor, seed: Tensor, size: Sequence[int], kind: str, dtype: torch.dtype) -> Tensor:
     return sums.new_empty(size, dtype=dtype)

@@ -174,7 +174,7 @@ def _encode(x: Tensor, seed: Tensor, held: SavedAs) -> tuple[Tensor, ...]:
     if kind == "fold":
         sums = torch.ops.xconv.fold.default(x, seed, probes, list(held.order))
     else:
-        sums = dense.dense_encode(x, seed, probes, kind)
+        sums = dense.encode(x, seed, probes, kind)
     if not _stores_codes(held):
         return (sums, *means)
     return (*torch.ops.xconv.quantize.default(sums, seed, bits_of(held), [0, 1]), *means)
@@ -191,7 +191,7 @@ def _decode(payload: tuple[Tensor, ...], seed: Tensor, held: SavedAs) -> Tensor:
     if held.spec.kind == "fold":
         x = torch.ops.xconv.unfold.default(sums, seed, list(held.size), list(held.order), inner)
     else:
-        x = dense.dense_decode(sums, seed, list(held.size), held.spec.kind, inner)
+        x = dense.decode(sums, seed, list(held.size), _probes_of(held)[1], inner)
     if held.spec.means:
         return torch.ops.prims.convert_element_type.default(torch.ops.aten.add.Tensor(x, payload[-1]), held.dtype)
     return x

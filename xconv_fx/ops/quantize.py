@@ -27,9 +27,10 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from . import layout
+from . import layout, triton_words
 from .codec import SavedAs
 from .counter_rng import check_countable, random_halves
+from .quantize_kernel import quantize_once, tiles_of
 
 STREAM = 1
 
@@ -56,6 +57,9 @@ def quantize(x: Tensor, seed: Tensor, bits: int, order: Sequence[int]) -> tuple[
         in x.dtype (shape (2, *layout.group_counts(physical size))).
     """
     plan = _plan(x, bits, order)
+    tiles = tiles_of(plan, x.dtype) if triton_words.usable(x.device) else None
+    if tiles is not None:
+        return quantize_once(x, seed, tuple(order), tiles, STREAM, *fixed_point(bits))
     physical = layout.to_physical(x, order)
     ranges = extremes(physical, layout.group_extents(plan.physical))
     codes = positions(physical, ranges, layout.group_extents(plan.physical), bits)

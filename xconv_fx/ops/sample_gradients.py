@@ -118,6 +118,22 @@ def weights(samples: int, device: torch.device) -> Tensor | None:
     return found.to(device) if len(found) == samples else None
 
 
+@torch.library.custom_op(
+    "xconv::noted_gradients",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def noted_gradients(samples: int, device: torch.device) -> Tensor:
+    """`weights` for a graph: NaN where there are none. Another batch's are others: no CUDA graph may capture it."""
+    found = weights(samples, device)
+    return torch.full((samples,), float("nan"), device=device) if found is None else found.clone()
+
+
+@noted_gradients.register_fake
+def _(samples: int, device: torch.device) -> Tensor:
+    return torch.empty((samples,), device=device)
+
+
 @contextlib.contextmanager
 def samples_of_slice(first: int, count: int) -> Iterator[None]:
     """Weights asked for inside are those of `count` samples from `first` on."""

@@ -22,7 +22,6 @@ network's results, the same for every layer.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -30,21 +29,11 @@ import torch
 from torch import Tensor
 
 from . import layout, quantize, sample_gradients
+from .bit_shares import COSTS, GAINS, LEAST_WEIGHT, MIXED, STALE, WIDTHS, shares
 from .counter_rng import check_countable
 
-WIDTHS = (1, 2, 4, 8)
 # Averages that leave something to share out.
 AVERAGES = (2, 4)
-# What the next width costs in bits, and the noise that each of these takes away.
-_COSTS = [after - before for before, after in itertools.pairwise(WIDTHS)]
-_GAINS = [
-    (1 / (2.0**before - 1) ** 2 - 1 / (2.0**after - 1) ** 2) / (after - before)
-    for before, after in itertools.pairwise(WIDTHS)
-]
-# Samples that count for nothing are still told apart by the noise of their widths.
-_LEAST_WEIGHT = 1e-150
-# How much the batch's mean gradient counts for each sample: what was noted is old, and some networks mix samples.
-_STALE, _MIXED = 0.05, 0.5
 # Elements that a sample's last words may leave unused, relative to all.
 _ALLOWED_PADDING = 1 / 16
 
@@ -110,7 +99,7 @@ def share_bits(ranges: Tensor, bits: int, mixed: bool) -> tuple[Tensor, Tensor]:
     weights = (high - low).square().sum(1)
     noted = sample_gradients.weights(len(weights), weights.device)
     if noted is not None:
-        weights = weights * (noted + noted.mean() * (_MIXED if mixed else _STALE))
+        weights = weights * (noted + noted.mean() * (MIXED if mixed else STALE))
     widths = least_noise(weights, bits)
     first = widths.cumsum(0) - widths
     unit = torch.arange(len(widths) * bits, device=widths.device)
@@ -135,15 +124,15 @@ def least_noise(weights: Tensor, average: int) -> Tensor:
     """
     weights = weights.double().nan_to_num(nan=math.inf, posinf=math.inf)
     weights = weights.clamp(max=weights.masked_fill(weights.isinf(), 0).amax())
-    costs = weights.new_tensor(_COSTS)
+    costs = weights.new_tensor(COSTS)
     # Steps by samples: among equals, all samples take a step before one takes two.
-    worth = weights.new_tensor(_GAINS)[:, None] * weights.clamp(min=_LEAST_WEIGHT)
+    worth = weights.new_tensor(GAINS)[:, None] * weights.clamp(min=LEAST_WEIGHT)
     order = worth.flatten().argsort(descending=True, stable=True)
     taken = costs.repeat_interleave(len(weights))[order]
     given = torch.zeros_like(taken)
     given[order] = taken * (taken.cumsum(0) <= (average - WIDTHS[0]) * len(weights))
     widths = (WIDTHS[0] + given.view(len(costs), -1).sum(0)).long()
-    for width, cost in zip(WIDTHS, _COSTS, strict=False):
+    for width, cost in zip(WIDTHS, COSTS, strict=False):
         widths = _widened(widths, width, cost, worth[0], average)
     return widths
 
@@ -219,9 +208,15 @@ def _(
 
 
 def encode(x: Tensor, seed: Tensor, bits: int, order: Sequence[int], mixed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and widths: what is held of `x`. `mixed` as in `share_bits`."""
+    """Codes, ranges and widths: what is held of `x`. `mixed` as in `share_bits`.
+
+    On a device that launches every operation, the widths are found by loops of the graph (`bit_shares`).
+    """
     ranges = torch.ops.xconv.group_ranges(x, order)
-    widths, units = torch.ops.xconv.share_bits(ranges, bits, mixed)
+    if x.device.type == "cpu":
+        widths, units = torch.ops.xconv.share_bits(ranges, bits, mixed)
+    else:
+        widths, units = shares(ranges, torch.ops.xconv.noted_gradients(x.shape[0], x.device), bits, mixed)
     return torch.ops.xconv.quantize_samples(x, ranges, units, seed, bits, order), ranges, widths
 
 

@@ -70,6 +70,10 @@ class FakeCuda:
         """What a function of this package, "module:name", gives where the device is."""
         return self._kept(self.device, function, *arguments)
 
+    def interpret_call(self, function: str, *arguments: Any) -> Any:
+        """What a function of this package gives where kernels are interpreted."""
+        return self._kept(self.interpreter, function, *arguments)
+
     def _kept(self, worker: Worker, function: str, *arguments: Any) -> Any:
         """An answer of a worker; other processes of the same test run find it."""
         asked = pickle.dumps((function, arguments))

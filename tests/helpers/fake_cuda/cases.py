@@ -7,6 +7,7 @@ import itertools
 from xconv_fx.codec_spec import CodecSpec
 
 from .records import Case
+from .units import Unit
 
 _QUANTIZE = [CodecSpec("quantize", bits=bits) for bits in (8, 4, 2, 1)]
 _FIXED = [CodecSpec("fixed", bits=bits) for bits in (8, 4, 2)]
@@ -35,4 +36,22 @@ CHOSEN = [
     forced("3d", CodecSpec("fixed", bits=4)),
     forced("3d", CodecSpec("quantize", bits=2), "bfloat16"),
     forced("128", CodecSpec("probe", kind="fold", bits=4, means=True), "bfloat16"),
+]
+_IMAGES, _VOLUMES = ((2, 16, 17, 19), (0, 2, 3, 1)), ((2, 3, 5, 6, 70), (0, 1, 2, 3, 4))
+UNITS = [
+    *(Unit("quantize", *_IMAGES, bits) for bits in (16, 8, 4, 2, 1)),
+    Unit("quantize", *_IMAGES, 4, "bfloat16"),
+    Unit("quantize", *_VOLUMES, 2),
+    Unit("quantize", (3, 1009), (0, 1), 8),
+    Unit("fold", *_VOLUMES, 350),
+    Unit("mask", *_IMAGES),
+    Unit("mask", (3, 5, 7, 9), (0, 1, 2, 3)),
+]
+# Groups of a part of a row, of several rows, and of rows that fill their last word in part.
+ENCODED = [
+    Unit("encode", (2, 16, 16, 16), (0, 1, 2, 3), 4),
+    Unit("encode", (2, 3, 16, 16), (0, 1, 2, 3), 4),
+    Unit("encode", (2, 16, 17, 16), (0, 2, 3, 1), 1, "bfloat16"),
+    Unit("encode", (4, 8, 8, 8), (0, 1, 2, 3), 2),
+    Unit("encode", (1, 3, 16, 16, 16), (0, 1, 2, 3, 4), 8),
 ]

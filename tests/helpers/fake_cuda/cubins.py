@@ -42,21 +42,23 @@ def _cubin(name: str, source: str, capability: int, folder: str) -> Cubin:
     config, meta, arguments = tuned.configs[0], tuned.triton_meta, tuned.fn.arg_names
     constants = {**meta.get("constants", {}), **config.kwargs}
     signature = {**meta["signature"], **dict.fromkeys(config.kwargs, "constexpr")}
-    compiled: Any = triton.compile(
-        ASTSource(
-            tuned.fn,
-            {argument: signature[argument] for argument in arguments},
-            {(arguments.index(one),): value for one, value in constants.items() if one in arguments},
-            meta["configs"][0],
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    source = ASTSource(
+        tuned.fn,
+        {argument: signature[argument] for argument in arguments},
+        {(arguments.index(one),): value for one, value in constants.items() if one in arguments},
+        meta["configs"][0],
     )
+    return usage(name, source, capability, {"num_warps": config.num_warps, "num_stages": config.num_stages})
+
+
+def usage(name: str, source: ASTSource, capability: int, options: dict[str, Any]) -> Cubin:
+    """What a kernel takes that is compiled for a compute capability."""
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         said = subprocess.run([str(_CUOBJDUMP), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {key: int(value) for key, value in _USAGE.findall(said.stdout)}
+    taken = {key: int(value) for key, value in _USAGE.findall(said.stdout)}
     divisions = tuple(sorted(set(_DIVISION.findall(compiled.asm["ptx"]))))
-    local = usage["STACK"] + usage["LOCAL"]
-    return Cubin(name, capability, usage["REG"], local, int(compiled.metadata.shared), divisions)
+    local = taken["STACK"] + taken["LOCAL"]
+    return Cubin(name, capability, taken["REG"], local, int(compiled.metadata.shared), divisions)

@@ -40,6 +40,7 @@ def _depthwise(channels: int = 32) -> nn.Sequential:
 
 NETS = {
     "2d": Net(lambda: _net(nn.BatchNorm2d, 16), (8, 3, 32, 32)),
+    "2d-small": Net(lambda: _net(nn.BatchNorm2d, 16, 1), (2, 3, 16, 16)),
     "2d-instance": Net(lambda: _net(nn.InstanceNorm2d, 16), (8, 3, 32, 32)),
     "2d-plain": Net(lambda: _net(None, 16), (8, 3, 32, 32)),
     "2d-dropout": Net(_dropping, (8, 3, 32, 32)),

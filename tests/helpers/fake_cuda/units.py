@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import xconv_fx.ops  # noqa: F401 (defines the operators)
 from xconv_fx.ops import layout
 
 from .records import Half
@@ -91,3 +92,28 @@ def interpret(unit: Unit, half: Half, folder: str) -> Any:
     from .interpreter import interpret_function
 
     return interpret_function(half, unit.inputs(), folder)
+
+
+def local_memory(bits: int, capability: int) -> int:
+    """Bytes of spills and stack of the kernel that reads once, for groups of 256 columns."""
+    from triton.compiler import ASTSource
+
+    from xconv_fx.ops import quantize, quantize_kernel
+
+    from .cubins import usage
+
+    kernel = quantize_kernel.quantize_kernel
+    fraction, top = quantize.fixed_point(bits)
+    constants = {
+        "STREAM": quantize.STREAM, "BITS": bits, "FRACTION": fraction, "TOP": top,
+        "LARGEST": torch.finfo(torch.float32).max, "ROWS": 32 // bits, "RUN": 1, "COLUMNS": 256, "BLOCK": 256,
+    }  # fmt: skip
+    pointers = {"x": "*fp32", "seed": "*i64", "words": "*i32", "ranges": "*fp32"}
+    signature = {
+        **pointers,
+        **dict.fromkeys(("rows", "width", "groups"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    warps = max(4, min(16, 32 // bits * 256 // 1024))
+    return usage("quantize_kernel", ASTSource(kernel, signature, places), capability, {"num_warps": warps}).local

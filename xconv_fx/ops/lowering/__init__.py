@@ -13,6 +13,8 @@ What the loops look like, and why:
   encoder reads (the comparison that makes a mask, the subtraction of a mean) is inlined, on top of realised inputs.
   Inlining through to the producer's inputs would keep those alive.
 
+* On a GPU, quantisation whose groups fit is a call of a kernel of ours that reads the tensor once (`quantize_kernel`).
+
 Known gap: none of this is dynamic; sizes are integers.
 """
 
@@ -31,7 +33,15 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from .. import fold, layout, materialize, pool, quantize  # noqa: F401 (`materialize` defines an operator)
+from .. import (
+    fold,
+    layout,
+    materialize,  # noqa: F401 (defines an operator)
+    pool,
+    quantize,
+    quantize_kernel,
+    triton_words,
+)
 from . import fixed, loops, samples, words
 from .loops import Index, Value
 
@@ -97,6 +107,8 @@ def _lower_quantize(
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     x.realize()
     plan = layout.packing(x.get_size(), order, bits)
+    if triton_words.usable(x.get_device()) and quantize_kernel.tiles_of(plan, x.get_dtype()) is not None:
+        return loops.called(torch.ops.xconv.quantize.default, order, x, seed, bits, list(order))
     ranges = loops.ranges(x, order, layout.group_extents(plan.physical))
     wide = layout.accumulator(x.get_dtype())
     load, range_of = loops.loader(x, order, wide), _ranges_by_row(ranges, plan)

@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from torch._inductor import config, ir
 from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
-from torch._inductor.lowering import lowerings
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -66,6 +66,13 @@ def keys(seed: ir.TensorBox, stream: int) -> ir.TensorBox:
     pair = ir.Pointwise.create(device=seed.get_device(), dtype=torch.int32, inner_fn=body, ranges=[2])
     pair.realize()
     return pair
+
+
+def called(op: Any, order: Sequence[int], x: ir.TensorBox, *arguments: Any) -> Any:
+    """A call of the operator itself, its first operand laid out as `order` says."""
+    strides = layout.dense_strides([int(extent) for extent in x.get_size()], order)
+    laid_out = ir.ExternKernel.require_exact_strides(x, strides)
+    return fallback_handler(op, add_to_fallback_set=False)(laid_out, *arguments)
 
 
 def random_bits(keys: ir.TensorBox, row: sympy.Expr, inner: Index, extents: Sequence[int]) -> Value:
