@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from xconv_fx import hooks
 from xconv_fx.errors import UnsupportedTorchError, UntestedTorchWarning
 from xconv_fx.hooks.private_parts import Fault, Private
+from xconv_fx.hooks.version import SUPPORTED, TESTED
 from xconv_fx.step import torch_version
 from xconv_fx.step.explain import explain
 from xconv_fx.step.torch_version import require_usable_torch
@@ -27,7 +30,7 @@ def untested(monkeypatch, tmp_path):
     torch_version._verdict.cache_clear()
 
 
-@pytest.mark.parametrize("patch", ["2.13.0", "2.13.7", "2.13.1+cu126"])
+@pytest.mark.parametrize("patch", ["2.12.1", "2.13.0", "2.13.7", "2.13.1+cu126", "2.14.1", "2.15.0+cu132"])
 def test_patches_of_a_tested_version_pass_silently(monkeypatch, patch):
     monkeypatch.setattr(torch, "__version__", patch)
     monkeypatch.setattr(torch_version, "found_wrong", lambda: pytest.fail("a tested version is tried"))
@@ -36,10 +39,17 @@ def test_patches_of_a_tested_version_pass_silently(monkeypatch, patch):
         require_usable_torch()
 
 
+def test_the_installer_lets_in_what_was_tested():
+    assert f'"torch{SUPPORTED}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    allowed = SpecifierSet(SUPPORTED)
+    assert tuple(f"2.{minor}" for minor in range(30) if allowed.contains(f"2.{minor}.1")) == TESTED
+
+
 def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monkeypatch):
     trials = []
     monkeypatch.setattr(torch_version, "found_wrong", lambda: trials.append(1) or "")
-    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.13"):
+    told = r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.12, 2\.13, 2\.14, 2\.15\)"
+    with pytest.warns(UntestedTorchWarning, match=told):
         require_usable_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
