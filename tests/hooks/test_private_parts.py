@@ -45,6 +45,12 @@ def test_what_is_needed(path):
     assert path in {private.path for private in needed()}
 
 
+@pytest.mark.parametrize(("version", "asks"), [("2.12.1+cu130", True), ("2.13.0", False), ("2.99.0", False)])
+def test_what_an_old_torch_alone_needs_is_asked_of_no_other(monkeypatch, version, asks):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert ("torch._dynamo.convert_frame.input_codes" in {private.path for private in needed()}) == asks
+
+
 def test_names_are_followed_to_what_they_stand_for():
     assert named("import torch._a.b as c\nc.d.e(c.f)") == {"torch._a.b", "torch._a.b.d.e", "torch._a.b.f"}
     assert named("from torch._a import b as c\nmock.patch.object(c, 'd', 1)") == {"torch._a.b", "torch._a.b.d"}

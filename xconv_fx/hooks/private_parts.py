@@ -28,6 +28,8 @@ from .version import minor
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE, _HERE.parent / "ops" / "lowering")
 _SIGNATURES = _HERE / "signatures"
+# The last minor version of torch that a file needs private parts of, where that is not every one.
+_UNTIL = {"hooks/compiled_apart.py": (2, 12)}
 _FORGIVEN = {"ImportError", "ModuleNotFoundError", "AttributeError"}
 
 
@@ -88,12 +90,14 @@ def write_signatures() -> None:
 
 
 def needed() -> tuple[Private, ...]:
-    """Everything that the sources name, in their order."""
+    """Everything that the sources name for the installed torch, in their order."""
     found: dict[Private, None] = {}
+    installed = minor(torch.__version__)
     for folder in _FOLDERS:
         for path in sorted(folder.glob("*.py")):
             user = str(path.relative_to(_HERE.parent))
-            found.update(dict.fromkeys(_Names(user).of(ast.parse(path.read_text()))))
+            if installed <= _UNTIL.get(user, installed):
+                found.update(dict.fromkeys(_Names(user).of(ast.parse(path.read_text()))))
     return tuple(found)
 
 

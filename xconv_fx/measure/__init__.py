@@ -205,7 +205,9 @@ def cpu_events(stacks: bool = False) -> Iterator[Events]:
     """
     events = Events()
     activities = [ProfilerActivity.CPU]
-    with _quiet_kineto(), profile(activities=activities, profile_memory=True, with_stack=stacks) as profiled:
+    # torch 2.12 warns that events of former cycles are lost unless they are asked for; there is one cycle.
+    profiler = profile(activities=activities, profile_memory=True, with_stack=stacks, acc_events=True)
+    with _quiet_kineto(), profiler as profiled:
         # A byte allocated and freed on either side of the step proves that the profiler saw all there was to see.
         torch.empty(1, dtype=torch.uint8)
         yield events
