@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 HOMES = {"xconv_fx.passes": "passes", "xconv_fx.cost_model": "cost_model", "xconv_fx": "xconv_fx"}
 # Lowest first. Packages of one line do not import each other.
 LAYERS = (
-    {"units", "codec_spec", "reproducible", "progress", "moved", "stack_room"},
+    {"units", "codec_spec", "fingerprint", "reproducible", "progress", "moved", "stack_room"},
     {"errors"},
     {"cost_model", "hooks"},
     {"options", "plan"},

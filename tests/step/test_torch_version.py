@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,12 @@ def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monk
     with pytest.warns(UntestedTorchWarning):
         require_usable_torch()
     assert len(trials) == 2
+    # The same of both on another Python, whose frames Dynamo and this package look into.
+    torch_version._verdict.cache_clear()
+    monkeypatch.setattr(torch_version.sys, "version_info", SimpleNamespace(major=3, minor=99))
+    with pytest.warns(UntestedTorchWarning):
+        require_usable_torch()
+    assert len(trials) == 3
 
 
 def test_what_is_missing_is_named(untested, monkeypatch):
