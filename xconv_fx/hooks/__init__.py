@@ -30,6 +30,7 @@ from .backward import repeatable as repeatable
 from .dynamo import call_behind as call_behind
 from .dynamo import compiling_is_off as compiling_is_off
 from .dynamo import gave_up as gave_up
+from .dynamo import owner_of as owner_of
 from .dynamo import skip as skip
 from .dynamo import specialise as specialise
 from .dynamo import watch_calls as watch_calls

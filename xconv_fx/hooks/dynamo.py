@@ -70,6 +70,11 @@ def call_behind(compiled: Any) -> Any:
     return None
 
 
+def owner_of(compiled: Any) -> Any:
+    """The object whose method a function is that `torch.compile` made; None where it is no method's."""
+    return getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)
+
+
 def _backend(call: Any) -> Any:
     function = call.compiler_fn
     return function.func if isinstance(function, functools.partial) else function

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from xconv_fx.hooks.profiler import is_allocation
+from xconv_fx.hooks.pytree import tree_leaves
 
 DEVICES = ("cpu", "cuda")
 
@@ -85,7 +86,7 @@ def allocated_by(call: Callable[[], object]) -> tuple[int, list[Tensor]]:
     """
     kept: list[object] = []
     transient = _cpu_transient(lambda: kept.append(call()))
-    return transient, [leaf for leaf in torch.utils._pytree.tree_leaves(kept) if isinstance(leaf, Tensor)]
+    return transient, [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def training_peak(
