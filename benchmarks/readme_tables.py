@@ -20,6 +20,7 @@ import compile_times
 import fidelity_report
 import first_step
 import peers_readme
+import versions_report
 from fidelity_training import METHODS
 
 HERE = Path(__file__).parent
@@ -53,6 +54,7 @@ TABLES = {
     "fidelity bfloat16": Source("fidelity.jsonl", _scores(bf16=True)),
     "compile_times": Source("compile_times.jsonl", compile_times.readme),
     "first_step": Source("first_step.jsonl", first_step.readme),
+    "versions": Source("versions.jsonl", versions_report.readme),
 }
 
 
