@@ -1,7 +1,8 @@
 """Compilations of code that count in no limit of recompilations but their own.
 
 `torch.compile` takes `isolate_recompiles` from torch 2.13 on. In 2.12 all compilations of one piece of code count
-together, so that those made here are made invalid at the end, and taken off what Dynamo counts.
+together: a user's copies of a model share their limit there, while those that are made to look ahead are made invalid
+at the end, and taken off what Dynamo counts.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from .frames import invalidate
 _REASON = "xconv-fx compiled it to look ahead"
 
 
+def own_limit() -> dict[str, Any]:
+    """What `torch.compile` is given for a limit of its own, where it takes that."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+
+
 @contextlib.contextmanager
 def compiling_apart() -> Iterator[Callable[..., Any]]:
     """`torch.compile`, for what is compiled and called within."""
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        yield functools.partial(torch.compile, isolate_recompiles=True)  # type: ignore[call-arg]
+    if own_limit():
+        yield functools.partial(torch.compile, **own_limit())
         return
     _discount()
     known = {id(entry.guard_manager) for entry in _entries()}
