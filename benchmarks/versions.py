@@ -28,6 +28,8 @@ from typing import Any
 from harness import records
 from versions_report import readme
 
+from xconv_fx.step.torch_version import TRIAL
+
 NET = "vgg"
 METHODS = ("inductor", "budget*", "xconv-exact")
 SOURCES = ("benchmarks/versions.py", "tests")
@@ -50,9 +52,10 @@ def built(version: str, constraints: Path = records.ROOT / "constraints.txt") ->
 
 
 def settings(python: Path, caches: str) -> dict[str, str]:
-    """The environment's variables: its own programs first, caches of its own, one thread."""
+    """The environment's variables: its own programs first, caches of its own, one thread, and no trial before."""
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "TORCHINDUCTOR_CACHE_DIR": caches, "OMP_NUM_THREADS": "1"}
+    own = {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": caches, "OMP_NUM_THREADS": "1", TRIAL: "1"}
+    return {**os.environ, **own}
 
 
 def identity(python: Path) -> dict[str, str]:

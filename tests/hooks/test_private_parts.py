@@ -11,10 +11,13 @@ from torch._inductor.codecache import PyCodeCache
 
 from xconv_fx.hooks import private_parts
 from xconv_fx.hooks.private_parts import needed, probe
-from xconv_fx.hooks.version import TESTED, is_tested
+from xconv_fx.hooks.version import TESTED, minor
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
+RECORDED = private_parts.signatures(torch.__version__).stem == ".".join(map(str, minor(torch.__version__)))
 
 
 def named(source):
@@ -84,7 +87,7 @@ def test_a_parameter_that_must_be_given(monkeypatch):
     assert probe() == ()
 
 
-@pytest.mark.skipif(not is_tested(), reason="signatures are recorded of tested versions")
+@pytest.mark.skipif(not RECORDED, reason="no signatures are recorded of this version")
 def test_signatures_are_recorded_of_all(monkeypatch, tmp_path):
     """`python -c "from xconv_fx.hooks import private_parts; private_parts.write_signatures()"` renews the file."""
     recorded = private_parts.signatures(torch.__version__)
@@ -94,7 +97,7 @@ def test_signatures_are_recorded_of_all(monkeypatch, tmp_path):
 
 
 def test_every_tested_version_has_its_signatures():
-    assert {file.stem for file in private_parts._SIGNATURES.iterdir()} == set(TESTED)
+    assert {file.stem for file in private_parts._SIGNATURES.iterdir()} >= set(TESTED)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Minor versions on one patch of which the whole suite passed.
-TESTED = ("2.12", "2.13", "2.14", "2.15")
+# Minor versions on one patch of which the whole suite passed. Others that are let in were tested in part.
+TESTED = ("2.13",)
 SUPPORTED = ">=2.12,<2.16"
 
 
