@@ -121,7 +121,8 @@ def _found(private: Private) -> Any:
 
 def _parameters(value: Any) -> list[list[Any]] | None:
     """Name, kind, and whether it must be given, of each parameter; None for what is not called, or not described."""
-    if not callable(value):
+    # What is written in C is described on some versions of Python and not on others.
+    if not callable(value) or inspect.isbuiltin(value):
         return None
     try:
         parameters = inspect.signature(value).parameters.values()
