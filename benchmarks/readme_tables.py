@@ -21,6 +21,7 @@ import fidelity_report
 import first_step
 import peers_readme
 import plan_times
+import versions_report
 from fidelity_training import METHODS
 
 HERE = Path(__file__).parent
@@ -55,6 +56,7 @@ TABLES = {
     "compile_times": Source("compile_times.jsonl", compile_times.readme),
     "plan_times": Source("plan_times.jsonl", plan_times.readme),
     "first_step": Source("first_step.jsonl", first_step.readme),
+    "versions": Source("versions.jsonl", versions_report.readme),
 }
 
 

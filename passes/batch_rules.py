@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xconv_fx.hooks.dispatch import OpOverload
+from xconv_fx.hooks.dispatch import OpOverload, arguments_of
 
 from .graph import arguments, is_elementwise, is_reduction, shape_of
 from .op_table import batch_rule
@@ -38,7 +38,7 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The operator's argument of this name, positional, by keyword or as its schema has it; else `default`."""
-    for place, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for place, known in enumerate(arguments_of(node.target)):
         if known.name == name:
             if place < len(node.args):
                 return node.args[place]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from xconv_fx.hooks.autograd import version_of
 from xconv_fx.ops import layout
 
 from .early_draws import draws_any
@@ -115,7 +116,7 @@ def _has_order(node: Any) -> bool:
 def _changes(node: fx.Node) -> bool:
     """Whether an input was changed in place, itself or through a view, while the graph was traced."""
     value = _value(node)
-    return value is not None and value._version > 0
+    return value is not None and version_of(value) > 0
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from xconv_fx.hooks import dispatch
+
 # The largest value that is drawn early, in bytes a sample.
 LARGEST = 1024
 
@@ -48,7 +50,7 @@ def name_of(node: fx.Node) -> str:
     """What a node of Dynamo's graph calls: a method's or a function's own name."""
     if node.op == "call_method":
         return str(node.target)
-    return str(getattr(node.target, "__name__", "")) or str(getattr(node.target, "_name", ""))
+    return str(getattr(node.target, "__name__", "")) or dispatch.name_of(node.target)
 
 
 def draws_any(gm: fx.GraphModule) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.ops import fixed
 from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.plan import Choice
@@ -284,7 +285,7 @@ class _Writer:
         """An operation like `like` in the forward, behind its arguments; the same one for the same arguments."""
         key = (like.target, _frozen(args), _frozen(kwargs))
         if key not in self.lifted:
-            inputs = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, fx.Node)]
+            inputs = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, fx.Node)]
             place = max(inputs).next if inputs else next(n for n in self.forward.nodes if n.op != "placeholder")
             while place.op == "placeholder":
                 place = place.next

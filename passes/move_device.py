@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from xconv_fx import hooks
 from xconv_fx.hooks.fake import FakeTensor
+from xconv_fx.hooks.pytree import tree_map_only
 
 from .graph import is_primal, is_tangent
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from xconv_fx import hooks
+from xconv_fx.hooks.pytree import tree_leaves
 
 from .batch_rules import samples_after_view
 from .early_draws import find_early_draws, name_of, take_early_draws
@@ -251,7 +251,7 @@ class _SideBySide:
 
     def compare(self, node: fx.Node, whole: Any, part: Any) -> None:
         """Raise `_Conflict` unless the slice's value has the batch's shape but for one dimension that holds samples."""
-        ours, theirs = pytree.tree_leaves(part), pytree.tree_leaves(whole)
+        ours, theirs = tree_leaves(part), tree_leaves(whole)
         if len(ours) != len(theirs):
             raise _Conflict(node, self.order, "another number of results for a slice")
         for small, large in zip(ours, theirs, strict=True):
@@ -376,7 +376,7 @@ def _check_bodies(name: str, args: Any, batch: int) -> None:
         if not isinstance(body, fx.GraphModule):
             continue
         for node in body.graph.nodes:
-            written = [arg for arg in pytree.tree_leaves((node.args[1:], node.kwargs)) if type(arg) is int]
+            written = [arg for arg in tree_leaves((node.args[1:], node.kwargs)) if type(arg) is int]
             if name_of(node) in _SIZES and any(size and size % batch == 0 for size in written):
                 raise NotSliceable(f"sizes inside {name} may be the batch's")
 

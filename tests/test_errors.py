@@ -23,7 +23,7 @@ ERRORS = [
     XConvError("plain"),
     OptionError("codecs", ["quantise"], "write 'quantize'"),
     BudgetInfeasibleError(10**9, 2 * 10**9, CONSUMERS),
-    UnsupportedTorchError("2.9.0", ">=2.13,<2.14", "no custom_partitioner_fn"),
+    UnsupportedTorchError("2.9.0", ">=2.12,<2.16", "no custom_partitioner_fn"),
     UnsupportedModelError("decoder.up", "a view of a saved output", "return a copy"),
     UsageError("no such file: nets.py", "did you mean 'net.py'?"),
 ]

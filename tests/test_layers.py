@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 HOMES = {"xconv_fx.passes": "passes", "xconv_fx.cost_model": "cost_model", "xconv_fx": "xconv_fx"}
 # Lowest first. Packages of one line do not import each other.
 LAYERS = (
-    {"units", "codec_spec", "reproducible", "progress", "moved", "stack_room"},
+    {"units", "codec_spec", "fingerprint", "reproducible", "progress", "moved", "stack_room"},
     {"errors"},
     {"cost_model", "hooks"},
     {"options", "plan"},
@@ -101,20 +101,63 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert not circles, circles
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Names of functions, and of what is assigned or annotated, also as attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def torch_privates(tree: ast.AST) -> Iterator[str]:
+    """Private names that a source reads of something, as attributes or by `getattr`, and does not define itself.
+
+    Names of operators are not private, whatever they begin with.
+    """
+    ours = {*defined(tree), "_public"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in ours:
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1] not in ("aten", "prims", "sys"):
+                yield f"{owner}.{node.attr}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and private(str(name.value)) and name.value not in ours:
+                yield f"{ast.unparse(node.args[0])}.{name.value}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                if any(map(private, f"{node.module}.{alias.name}".split("."))):
+                    yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if any(map(private, alias.name.split("."))))
+
+
 def test_what_is_private_to_torch_stays_in_its_place() -> None:
     wrong = [
-        f"{module}:{node.lineno} names torch.{node.attr}"
+        f"{module} names {name}"
         for module, path in MODULES.items()
         if not module.removeprefix("xconv_fx.").startswith(PRIVATE)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
-        and node.attr.startswith("_") and not node.attr.startswith("__")
-    ]  # fmt: skip
-    wrong += [
-        f"{module} imports {other}"
-        for module, found in IMPORTS.items()
-        if not module.removeprefix("xconv_fx.").startswith(PRIVATE)
-        for other in found
-        if other.startswith("torch._")
+        for name in torch_privates(ast.parse(path.read_text()))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_private_names_are_seen() -> None:
+    source = """
+import torch._a, torch.b
+from torch.utils import _c, d
+from torch.utils._e import f
+torch.nn._g.h; layer._hooks; torch.ops.aten._operator; self.__class__
+getattr(model, "_orig_mod", model); getattr(model, "shown")
+def _own(): other._own()
+"""
+    assert sorted(torch_privates(ast.parse(source))) == [
+        "layer._hooks", "model._orig_mod", "torch._a", "torch.nn._g", "torch.utils._c", "torch.utils._e.f",
+    ]  # fmt: skip

@@ -111,7 +111,7 @@ class UntestedTorchWarning(UserWarning):
 class UnsupportedTorchError(XConvError):
     """The installed torch is not one that this package works on.
 
-    `found` is the installed version, `supported` a requirement such as `">=2.13,<2.14"`, `reason` what is missing.
+    `found` is the installed version, `supported` a requirement such as `">=2.12,<2.16"`, `reason` what is missing.
     """
 
     _fields = ("found", "supported", "reason")

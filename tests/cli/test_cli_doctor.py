@@ -84,7 +84,7 @@ def test_a_torch_without_what_is_needed(capsys, monkeypatch):
     monkeypatch.setattr(hooks, "probe", lambda: (gone,))
     found = findings(capsys, "--quick", code=BROKEN)
     assert "hooks/dynamo.py: torch._dynamo.reset is not there" in found["hooks"]["detail"]
-    assert found["hooks"]["fix"] == "pip install 'torch>=2.13,<2.14'" and "training" not in found
+    assert found["hooks"]["fix"] == "pip install 'torch>=2.12,<2.16'" and "training" not in found
 
 
 @pytest.mark.usefixtures("quick")

@@ -105,7 +105,8 @@ def test_a_real_step_agrees_with_the_allocator(tmp_path):
         layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
     x, report = torch.randn(8, 3, 32, 32), tmp_path / "plan.json"
-    options = {"mem_budget": "88%", "report": str(report)}
+    # In bytes, for Inductor by itself takes more on torch 2.12 than on later ones.
+    options = {"mem_budget": 2_650_000, "report": str(report)}
     measured = training_peak(torch.compile(model, backend="xconv", options=options), x, lambda y: y.square().mean())
     (plan,) = read_json(report)
     assert any(choice.codec != "keep" for choice in plan.choices)

@@ -127,6 +127,20 @@ class Centred(nn.Module):
         return self.last(self.centre(self.first(x).relu()).relu())
 
 
+def test_another_torch_and_other_sources_search_anew(tmp_path, cache, searches, monkeypatch):
+    compiled(tmp_path, build(), mem_budget="70%")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", torch.__version__.replace("2.", "2.9"))
+        patch.setattr("xconv_fx.step.backend.require_usable_torch", lambda: None)
+        compiled(tmp_path, build(), mem_budget="70%")
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_plans, "source_hash", lambda: "those of another version")
+        compiled(tmp_path, build(), mem_budget="70%")
+    assert len(searches) == 3 == len(list(cache.iterdir()))
+    compiled(tmp_path, build(), mem_budget="70%")
+    assert len(searches) == 3
+
+
 def test_a_function_of_the_same_name_is_another(tmp_path, cache, searches):
     """One treats samples apart and may run in slices, the other does not."""
     for number, apart in enumerate((True, False), start=1):

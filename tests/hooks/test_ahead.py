@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from xconv_fx import hooks
@@ -39,14 +40,14 @@ class Broken(nn.Module):
 
 
 def looking(graphs: list[Any], ahead: list[Any]) -> Callable[..., Any]:
-    """A backend that looks ahead once, when it is handed its first graph, and keeps what it is handed."""
+    """A backend that looks ahead when it is handed the first graph of a step, and keeps what it is handed."""
 
     def collect(gm: Any, inputs: Any) -> Any:
         ahead.append(gm)
         return gm.forward
 
     def backend(gm: Any, inputs: Any) -> Any:
-        if not graphs:
+        if hooks.compiling_code() is Broken.forward.__code__:
             call = hooks.current_call()
             assert call is not None
             assert hooks.more_follows(call.module)
@@ -87,13 +88,20 @@ def test_all_graphs_are_seen_and_nothing_is_disturbed(capsys: pytest.CaptureFixt
 
 
 def test_what_was_compiled_ahead_leaves_room_for_as_many_compilations() -> None:
-    """Dynamo gives up on code that it has compiled eight times."""
-    graphs: list[Any] = []
+    """Dynamo gives up on code that it has compiled as often as it may."""
+    torch._dynamo.reset()
     ahead: list[Any] = []
-    ran(looking(graphs, ahead))
-    code = Broken.forward.__code__
-    assert len(torch._C._dynamo.eval_frame._get_cache_entries_for_region(code, -1)) == 1
-    assert len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)) >= 1
+    net = Broken()
+    compiled = torch.compile(net, backend=looking([], ahead), dynamic=False)
+    limited = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+    with limited, pytest.warns(UserWarning, match="between"):  # type: ignore[no-untyped-call]
+        for count, samples in enumerate((2, 3), 1):
+            net.calls = 0
+            compiled(torch.ones(samples, 4))
+            assert len(ahead) == 2 * count
+        net.calls = 0
+        with pytest.raises(FailOnRecompileLimitHit):
+            compiled(torch.ones(4, 4))
 
 
 def test_functions_have_no_call_of_a_module() -> None:

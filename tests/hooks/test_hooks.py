@@ -123,11 +123,11 @@ def test_channels_last_is_inductors_decision():
     graph.output((operands[0],))
     gm = fx.GraphModule(nn.Module(), graph)
     assert not hooks.channels_last_convolutions(gm)
-    with gm.graph.inserting_before(next(reversed(gm.graph.nodes))):
+    with gm.graph.inserting_before(gm.graph.output_node()):
         x, weight = gm.graph.find_nodes(op="placeholder")
         node = gm.graph.call_function(aten.convolution.default, (x, weight, *geometry))
     node.meta["val"] = result
-    next(reversed(gm.graph.nodes)).args = ((node,),)
+    gm.graph.output_node().args = ((node,),)
     assert hooks.channels_last_convolutions(gm)
 
 

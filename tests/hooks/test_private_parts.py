@@ -11,9 +11,13 @@ from torch._inductor.codecache import PyCodeCache
 
 from xconv_fx.hooks import private_parts
 from xconv_fx.hooks.private_parts import needed, probe
+from xconv_fx.hooks.version import TESTED, minor
 
 # Raised by torch 2.13 itself, while it imports Inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
+RECORDED = private_parts.signatures(torch.__version__).stem == ".".join(map(str, minor(torch.__version__)))
 
 
 def named(source):
@@ -42,6 +46,12 @@ def test_what_the_package_itself_replaces_counts_as_it_was():
 )
 def test_what_is_needed(path):
     assert path in {private.path for private in needed()}
+
+
+@pytest.mark.parametrize(("version", "asks"), [("2.12.1+cu130", True), ("2.13.0", False), ("2.99.0", False)])
+def test_what_an_old_torch_alone_needs_is_asked_of_no_other(monkeypatch, version, asks):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert ("torch._dynamo.convert_frame.input_codes" in {private.path for private in needed()}) == asks
 
 
 def test_names_are_followed_to_what_they_stand_for():
@@ -77,10 +87,25 @@ def test_a_parameter_that_must_be_given(monkeypatch):
     assert probe() == ()
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13.0"), reason="the signatures are those of torch 2.13.0")
+@pytest.mark.skipif(not RECORDED, reason="no signatures are recorded of this version")
 def test_signatures_are_recorded_of_all(monkeypatch, tmp_path):
     """`python -c "from xconv_fx.hooks import private_parts; private_parts.write_signatures()"` renews the file."""
-    recorded = private_parts._SIGNATURES.read_text()
-    monkeypatch.setattr(private_parts, "_SIGNATURES", tmp_path / "signatures.json")
+    recorded = private_parts.signatures(torch.__version__)
+    monkeypatch.setattr(private_parts, "_SIGNATURES", tmp_path)
     private_parts.write_signatures()
-    assert private_parts._SIGNATURES.read_text() == recorded
+    assert (tmp_path / recorded.name).read_text() == recorded.read_text()
+
+
+def test_every_tested_version_has_its_signatures():
+    assert {file.stem for file in private_parts._SIGNATURES.iterdir()} >= set(TESTED)
+
+
+@pytest.mark.parametrize(
+    ("version", "held_against"),
+    [("2.13.1+cu130", "2.13"), ("2.10.0a0+git1", "2.9"), ("2.11.0", "2.9"), ("3.0", "2.13"), ("2.8.0", "2.9")],
+)
+def test_a_torch_is_held_against_the_last_before_it(monkeypatch, tmp_path, version, held_against):
+    for known in ("2.9", "2.12", "2.13"):
+        (tmp_path / f"{known}.json").write_text("{}")
+    monkeypatch.setattr(private_parts, "_SIGNATURES", tmp_path)
+    assert private_parts.signatures(version).stem == held_against

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -104,4 +105,20 @@ def test_fusion_does_not_reach_across_an_extern_kernel(nodes):
 def test_the_pass_is_part_of_the_cache_key():
     from xconv_fx.hooks.scheduler import GraphOrder
 
-    assert GraphOrder("key").uuid() == "key"
+    order = GraphOrder("key")
+    assert order.uuid() == "key" == pickle.loads(pickle.dumps(order))
+
+
+def test_code_is_cached_for_each_key():
+    """By torch's own hash of what code depends on, of a graph that the pass is the only difference of."""
+    from torch._inductor import config
+    from torch._inductor.codecache import compiled_fx_graph_hash
+
+    from xconv_fx.hooks.scheduler import in_order
+
+    def found(key: str) -> str:
+        gm = fx.symbolic_trace(lambda x: x.sin())
+        with config.patch(in_order(key)):
+            return compiled_fx_graph_hash(gm, [torch.zeros(2)], {}, [])[0]
+
+    assert found("one") == found("one") != found("another")

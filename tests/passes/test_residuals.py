@@ -10,6 +10,7 @@ from helpers.tracing import trace
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from xconv_fx.passes.provenance import layer_of
 from xconv_fx.passes.residuals import find_residuals, is_linear, physical_order, small, uncompressible
 
 aten = torch.ops.aten
@@ -69,6 +70,25 @@ def test_nonlinear_backwards_are_nonlinear(activation):
     found = uses(conv(3, 8), activation, conv(8, 8))
     assert "nonlinear" in found["0"]
     assert found["1"] == {"weight_grad"}
+
+
+class Scaled(nn.Module):
+    """Multiplies with a tensor of ones, which Inductor takes out in every version of torch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.ones_like(x)).exp()
+
+
+def test_what_an_operation_that_does_nothing_reads_stays_in_its_layer():
+    net = nn.Sequential(conv(3, 8), Scaled(), conv(8, 8))
+    (first, second) = (
+        trace(net, torch.randn(2, 3, 16, 16))
+        .joint()
+        .graph.find_nodes(op="call_function", target=aten.convolution.default)
+    )
+    assert (layer_of(first), layer_of(second)) == ("0", "2")
+    assert first.meta["seq_nr"] < second.meta["seq_nr"]
+    assert first.meta["partitioner_tag"] == "is_forward"
 
 
 def test_sigmoid_reads_its_output_nonlinearly():

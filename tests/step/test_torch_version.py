@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from xconv_fx import hooks
 from xconv_fx.errors import UnsupportedTorchError, UntestedTorchWarning
+from xconv_fx.hooks import private_parts
 from xconv_fx.hooks.private_parts import Fault, Private
+from xconv_fx.hooks.version import SUPPORTED, TESTED
 from xconv_fx.step import torch_version
 from xconv_fx.step.explain import explain
 from xconv_fx.step.torch_version import require_usable_torch
@@ -20,6 +25,7 @@ from xconv_fx.step.torch_version import require_usable_torch
 def untested(monkeypatch, tmp_path):
     """A version of the next year; the list says what each trial of it found wrong."""
     monkeypatch.setattr(torch, "__version__", "2.99.1+cu150")
+    monkeypatch.delenv(torch_version.TRIAL, raising=False)
     monkeypatch.setenv("XCONV_FX_CACHE", str(tmp_path))
     monkeypatch.setattr(hooks, "probe", lambda: ())
     torch_version._verdict.cache_clear()
@@ -36,10 +42,18 @@ def test_patches_of_a_tested_version_pass_silently(monkeypatch, patch):
         require_usable_torch()
 
 
+def test_the_installer_lets_in_what_was_looked_at():
+    """Every minor whose private parts are recorded, tested ones among them."""
+    assert f'"torch{SUPPORTED}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    allowed = SpecifierSet(SUPPORTED)
+    found = {f"2.{minor}" for minor in range(30) if allowed.contains(f"2.{minor}.1")}
+    assert set(TESTED) <= found == {file.stem for file in private_parts._SIGNATURES.iterdir()}
+
+
 def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monkeypatch):
     trials = []
     monkeypatch.setattr(torch_version, "found_wrong", lambda: trials.append(1) or "")
-    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.13"):
+    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.13\)"):
         require_usable_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -55,6 +69,12 @@ def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monk
     with pytest.warns(UntestedTorchWarning):
         require_usable_torch()
     assert len(trials) == 2
+    # The same of both on another Python, whose frames Dynamo and this package look into.
+    torch_version._verdict.cache_clear()
+    monkeypatch.setattr(torch_version.sys, "version_info", SimpleNamespace(major=3, minor=99))
+    with pytest.warns(UntestedTorchWarning):
+        require_usable_torch()
+    assert len(trials) == 3
 
 
 def test_what_is_missing_is_named(untested, monkeypatch):

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from xconv_fx.cost_model.allocator import block_bytes
 from xconv_fx.device.workspace import is_counted, workspace_bytes
 from xconv_fx.hooks import dispatch
-from xconv_fx.hooks.dispatch import HigherOrderOperator
+from xconv_fx.hooks.ahead import storage_of
+from xconv_fx.hooks.dispatch import HigherOrderOperator, TorchDispatchMode
 from xconv_fx.hooks.fake import FakeTensor, FakeTensorMode
+from xconv_fx.hooks.pytree import tree_leaves, tree_map_only
 
 # Names that the wrapper binds for allocation and layout, replaced by their documented meaning on fake tensors.
 _ALLOCATORS = ("empty_strided_cpu", "empty_strided_cuda", "empty_strided_xpu", "empty_strided_cpu_pinned")
@@ -147,13 +147,15 @@ class _Tracker(TorchDispatchMode):
 
     def see(self, values: Any, label: str, extra: int = 0) -> None:
         """Count these values, and for once `extra` bytes."""
-        for tensor in torch.utils._pytree.tree_leaves(values):
+        for tensor in tree_leaves(values):
             # A sparse tensor owns nothing: its indices and values are tensors of their own, seen when they were made.
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
-                row = self.live.get(storage._cdata)
+                place = storage_of(tensor)
+                assert place is not None
+                row = self.live.get(place)
                 if row is None or row[0].expired():
-                    self.live[storage._cdata] = (StorageWeakRef(storage), _bytes(tensor), label)
+                    self.live[place] = (StorageWeakRef(storage), _bytes(tensor), label)
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
         total = self.resident + sum(row[1] for row in self.live.values()) + extra
         if total > self.peak.bytes:
@@ -177,10 +179,10 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _storage_bytes(values: Sequence[Any], besides: Sequence[Any]) -> int:
     """Bytes of the storages behind the tensors among `values` that are behind none of `besides`."""
-    sizes = {v.untyped_storage()._cdata: _bytes(v) for v in values if isinstance(v, torch.Tensor)}
+    sizes = {storage_of(v): _bytes(v) for v in values if isinstance(v, torch.Tensor)}
     for value in besides:
         if isinstance(value, torch.Tensor):
-            sizes.pop(value.untyped_storage()._cdata, None)
+            sizes.pop(storage_of(value), None)
     return sum(sizes.values())
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from xconv_fx import hooks
 from xconv_fx.errors import find_ours
+from xconv_fx.fingerprint import source_hash
 from xconv_fx.hooks.capture import Capture, copied
 from xconv_fx.hooks.dispatch import OpOverload
 from xconv_fx.hooks.scheduler import LocalFusion, in_order
@@ -34,7 +35,6 @@ from xconv_fx.runtime.microbatch_step import slice_inputs
 from xconv_fx.runtime.session import TOGETHER, Graph, Session
 
 from .candidates import FULL_BATCH, Variant, compared_variant
-from .fingerprint import source_hash
 from .pipeline import Analysed, Joint, analyse
 
 T = TypeVar("T")

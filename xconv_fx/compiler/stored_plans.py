@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from xconv_fx import hooks
 from xconv_fx.device import rates
 from xconv_fx.errors import BudgetInfeasibleError
+from xconv_fx.fingerprint import source_hash
 from xconv_fx.hooks import dispatch
 from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
@@ -35,7 +36,6 @@ from xconv_fx.planner.microbatches import Microbatches
 
 from .candidates import FULL_BATCH, Variant
 from .capture import CaptureRequest, JointText
-from .fingerprint import source_hash
 from .pipeline import disabled
 
 FORMAT = 1

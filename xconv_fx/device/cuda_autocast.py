@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter, tree_map_only
 
+from xconv_fx.hooks import dispatch
 from xconv_fx.hooks.dispatch import OpOverload, autocast_cuda_included, below_autocast_cuda
+from xconv_fx.hooks.pytree import tree_iter, tree_map_only
 
 LOWER_PRECISION = """
     _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
@@ -75,7 +76,7 @@ def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
     finally:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
-        library._destroy()
+        dispatch.put_back(library)
 
 
 def _kernels() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -117,7 +118,7 @@ def _float32_result(operator: OpOverload, typed: OpOverload) -> Callable[..., An
         with below_autocast_cuda():
             if not _is_eligible(args[0]):
                 return operator(*args, **kwargs)
-            declared = operator._schema.arguments
+            declared = dispatch.arguments_of(operator)
             named = {item.name: item.default_value for item in declared if item.has_default_value()}
             named.update(zip((item.name for item in declared), args, strict=False), **kwargs)
             if named.get("dtype") is None:

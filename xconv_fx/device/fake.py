@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.hooks.fake import FakeTensorMode
+from xconv_fx.hooks.modules import values_of
 
 
 def fake_module(module: nn.Module, mode: FakeTensorMode, device: str | None, channels_last: bool = False) -> nn.Module:
@@ -40,7 +41,7 @@ def fake_module(module: nn.Module, mode: FakeTensorMode, device: str | None, cha
     """
     memo: dict[int, Any] = {}
     for layer in module.modules():
-        for value in (*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values()):
+        for value in values_of(layer):
             if is_lazy(value):
                 hint = f"give {type(layer).__name__} its sizes, or call the model once before it is planned"
                 raise UnsupportedModelError(type(module).__name__, "it has layers whose sizes are not known yet", hint)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from xconv_fx.hooks import dispatch
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.measure import allocated_by, storage_bytes
 
 from . import known_scratch
@@ -141,7 +142,7 @@ def continued(extent: int, least: int, step: int, call: Callable[[int], int | No
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
-    return (leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _real(value: Any, fill: Callable[[Tensor], Tensor]) -> Any:

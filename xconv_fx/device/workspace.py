@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from xconv_fx.hooks import dispatch
 from xconv_fx.hooks.dispatch import OpOverload
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.ops import conv3d
 from xconv_fx.reproducible import is_portable
 
@@ -278,7 +279,7 @@ def _on_cuda(values: Any) -> bool:
 
 def _on_cpu(values: Any) -> bool:
     """Whether there are tensors among the values, all of them on the CPU."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return bool(tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
 
 

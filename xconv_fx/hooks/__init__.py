@@ -29,9 +29,11 @@ from .autograd import nodes_made as nodes_made
 from .autograd import nodes_of as nodes_of
 from .backward import named_double_backward as named_double_backward
 from .backward import repeatable as repeatable
+from .compiled_apart import own_limit as own_limit
 from .dynamo import call_behind as call_behind
 from .dynamo import compiling_is_off as compiling_is_off
 from .dynamo import gave_up as gave_up
+from .dynamo import owner_of as owner_of
 from .dynamo import skip as skip
 from .dynamo import specialise as specialise
 from .dynamo import watch_calls as watch_calls

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
 import operator
 import os
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from .compiled_apart import compiling_apart
 from .frames import compiling_code, goes_on
 
 # Variants of one piece of code that Dynamo traces before it gives up.
@@ -100,8 +100,9 @@ def run_ahead(function: Callable[..., Any], args: Any, kwargs: Any, backend: Bac
             stack.enter_context(entered)
         patched = {"recompile_limit": MANY, "accumulated_recompile_limit": MANY, "suppress_errors": False}
         stack.enter_context(torch._dynamo.config.patch(patched))  # type: ignore[no-untyped-call]
-        isolated = functools.partial(torch.compile, dynamic=False, isolate_recompiles=True)  # type: ignore[call-arg]
-        compiled = isolated(function, backend=lambda gm, example_inputs: backend(gm, example_inputs))
+        compiled = stack.enter_context(compiling_apart())(
+            function, dynamic=False, backend=lambda gm, example_inputs: backend(gm, example_inputs)
+        )
         return compiled(*args, **kwargs)
 
 

@@ -18,6 +18,8 @@ import functools
 import weakref
 from typing import Any
 
+from .plain_library import plain_library
+
 SOURCE = r"""
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -161,12 +163,11 @@ void xconv_pause(int more) { std::lock_guard<std::mutex> lock(mutex); paused += 
 
 @functools.cache
 def _library() -> Any:
-    from torch._inductor.codecache import CppCodeCache
     from torch.utils.cpp_extension import TORCH_LIB_PATH
 
     # Inductor's own kernels need no symbol of torch's, so it does not link them.
     linked = (f"-L{TORCH_LIB_PATH}", "-Wl,--no-as-needed", "-lc10")
-    library = CppCodeCache.load(SOURCE, needs_vec_isa=False, extra_flags=linked)
+    library = plain_library(SOURCE, linked)
     for name in ("xconv_live", "xconv_most", "xconv_disown"):
         getattr(library, name).restype = ctypes.c_int64
     for name in ("xconv_owns", "xconv_disown"):

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 # What `torch.nn.functional.pad` is in a graph of Dynamo's.
@@ -127,3 +128,19 @@ def autocast_cuda_included() -> Any:
 def below_autocast_cuda() -> Any:
     """A context in which none does: for the kernels behind those rules."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA))
+
+
+def arguments_of(operator: Any) -> Sequence[Any]:
+    """The arguments that an overload of an operator declares: their names, and their defaults."""
+    declared: Sequence[Any] = operator._schema.arguments
+    return declared
+
+
+def name_of(operator: Any) -> str:
+    """The name of an overload of an operator, with its namespace; "" for any other function."""
+    return str(getattr(operator, "_name", ""))
+
+
+def put_back(library: torch.library.Library) -> None:
+    """Take away the kernels that a library put into the place of torch's own."""
+    library._destroy()

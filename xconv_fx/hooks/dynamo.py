@@ -70,6 +70,11 @@ def call_behind(compiled: Any) -> Any:
     return None
 
 
+def owner_of(compiled: Any) -> Any:
+    """The object whose method a function is that `torch.compile` made; None where it is no method's."""
+    return getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)
+
+
 def _backend(call: Any) -> Any:
     function = call.compiler_fn
     return function.func if isinstance(function, functools.partial) else function
@@ -91,7 +96,8 @@ def watch_frames(note: Callable[[str | None], None]) -> None:
         note(None)
         try:
             result = convert(self, frame, *arguments, **keywords)
-            why = result.skip_reason if result.guarded_code is None else None
+            # torch 2.12 has a reason only where it raises an error.
+            why = getattr(result, "skip_reason", None) if result.guarded_code is None else None
             if why and not any(some in why for some in _NOTHING_THERE):
                 note(f"{_place(frame.f_code)} for: {why}")
             return result

@@ -78,17 +78,22 @@ def forget(compiled: Mapping[CompileId, types.CodeType]) -> None:
     What was compiled runs on where it has begun, and backwards of what ran have their own code.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     for code in set(compiled.values()):
         for entry in _debug_get_cache_entry_list(code):
             identity = entry.compile_id
-            manager: Any = entry.guard_manager
-            if identity is None or (identity.frame_id, identity.frame_compile_id) not in compiled:
-                continue
-            if getattr(manager, "extra_state", None) is not None:
-                manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("xconv-fx plans the step again"))
-                manager.cache_entry = manager.extra_state = None
+            if identity is not None and (identity.frame_id, identity.frame_compile_id) in compiled:
+                invalidate(entry, "xconv-fx plans the step again")
+
+
+def invalidate(entry: Any, reason: str) -> None:
+    """Make an entry of Dynamo's cache one that is never used again; nothing happens where it is that already."""
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    manager = entry.guard_manager
+    if getattr(manager, "extra_state", None) is not None:
+        manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper(reason))
+        manager.cache_entry = manager.extra_state = None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from .stride_home import stride_home
+
 
 @contextlib.contextmanager
 def cheap_strides(enabled: bool = True) -> Iterator[None]:
@@ -22,15 +24,16 @@ def cheap_strides(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    from torch._inductor import sizevars
     from torch._inductor.codegen import cpp
+
+    home = stride_home()
 
     def stride_at_vec_range(index: Any, var: Any, vec_length: int | None = None) -> Any:
         return _stride(_in_vector(index, var, vec_length) if vec_length else index, var)
 
     with (
-        mock.patch.object(sizevars, "stride_at", _stride),
-        mock.patch.object(sizevars, "stride_at_vec_range", stride_at_vec_range),
+        mock.patch.object(home, "stride_at", _stride),
+        mock.patch.object(home, "stride_at_vec_range", stride_at_vec_range),
         mock.patch.object(cpp, "stride_at_vec_range", stride_at_vec_range),
     ):
         yield

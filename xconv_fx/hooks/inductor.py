@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .backward import named_double_backward, repeatable
+from .no_ops import own_metadata
 from .saved_views import views_of_inputs, with_versions
 
 
@@ -89,7 +90,7 @@ def compile_graph(
             return repeatable(code)
         return with_versions(code, views) if views else code
 
-    with named_double_backward():
+    with named_double_backward(), own_metadata():
         compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
     assert callable(compiled)
     return compiled

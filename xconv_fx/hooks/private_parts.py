@@ -1,10 +1,10 @@
 """Whether the private parts of torch that this package leans on are there, and are called as they were.
 
 What is leaned on is read off the sources of `hooks` and of the lowerings themselves: what they import from torch, the
-attributes that they read of that, and what they replace (`mock.patch.object`). For functions and classes
-`signatures.json` has the parameters that they have on the torch that this package is developed on. Others must have
-those that must be given, and those that the source which needs them names, and no more that must be given. Nothing is
-compiled, and nothing runs but imports.
+attributes that they read of that, and what they replace (`mock.patch.object`). The folder `signatures` has the
+parameters of functions and classes on every torch that was tested, a file each. The installed one must have those of
+the next tested torch before it that must be given, and those that the source which needs them names, and no more that
+must be given. Nothing is compiled, and nothing runs but imports.
 
 What a module looks for and does without (in a `try` that catches the failure) is not asked for.
 """
@@ -21,9 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .version import minor
+
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE, _HERE.parent / "ops" / "lowering")
-_SIGNATURES = _HERE / "signatures.json"
+_SIGNATURES = _HERE / "signatures"
+# The last minor version of torch that a file needs private parts of, where that is not every one.
+_UNTIL = {"hooks/compiled_apart.py": (2, 12)}
 _FORGIVEN = {"ImportError", "ModuleNotFoundError", "AttributeError"}
 
 
@@ -53,7 +59,7 @@ class Fault:
 
 def probe() -> tuple[Fault, ...]:
     """What the installed torch lacks, or takes other arguments for than it did; nothing where all is as it was."""
-    recorded: dict[str, list[list[Any]]] = json.loads(_SIGNATURES.read_text())
+    recorded: dict[str, list[list[Any]]] = json.loads(signatures(torch.__version__).read_text())
     faults: dict[str, Fault] = {}
     for private in needed():
         if private.path in faults:
@@ -68,21 +74,30 @@ def probe() -> tuple[Fault, ...]:
     return tuple(faults.values())
 
 
+def signatures(version: str) -> Path:
+    """The file that a torch is held against: that of the last minor version up to its own, else of the first."""
+    files = sorted(_SIGNATURES.glob("*.json"), key=lambda file: minor(file.stem))
+    return next((file for file in reversed(files) if minor(file.stem) <= minor(version)), files[0])
+
+
 def write_signatures() -> None:
     """Record the parameters that everything has on the installed torch."""
     found = {private.path: _parameters(_found(private)) for private in needed()}
     rows = {path: parameters for path, parameters in sorted(found.items()) if parameters is not None}
     lines = [f"  {json.dumps(path)}: {json.dumps(parameters)}" for path, parameters in rows.items()]
-    _SIGNATURES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    place = _SIGNATURES / f"{'.'.join(map(str, minor(torch.__version__)))}.json"
+    place.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def needed() -> tuple[Private, ...]:
-    """Everything that the sources name, in their order."""
+    """Everything that the sources name for the installed torch, in their order."""
     found: dict[Private, None] = {}
+    installed = minor(torch.__version__)
     for folder in _FOLDERS:
         for path in sorted(folder.glob("*.py")):
             user = str(path.relative_to(_HERE.parent))
-            found.update(dict.fromkeys(_Names(user).of(ast.parse(path.read_text()))))
+            if installed <= _UNTIL.get(user, installed):
+                found.update(dict.fromkeys(_Names(user).of(ast.parse(path.read_text()))))
     return tuple(found)
 
 
@@ -106,7 +121,8 @@ def _found(private: Private) -> Any:
 
 def _parameters(value: Any) -> list[list[Any]] | None:
     """Name, kind, and whether it must be given, of each parameter; None for what is not called, or not described."""
-    if not callable(value):
+    # What is written in C is described on some versions of Python and not on others.
+    if not callable(value) or inspect.isbuiltin(value):
         return None
     try:
         parameters = inspect.signature(value).parameters.values()

@@ -10,7 +10,7 @@ alive beside one gradient more. Two things put that right:
   other needs it.
 * `GraphOrder`, run after fusion, takes among the kernels that are ready the one whose operations stand first.
 
-Leans on private API of Inductor's scheduler, checked against torch 2.13.0.
+Leans on private API of Inductor's scheduler, checked against torch 2.12 to 2.15.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 import networkx as nx
 from torch._inductor.choices import InductorChoices
-from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.virtualized import V
+
+from .scheduler_pass import SchedulerPass
 
 
 def in_order(key: str) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def _places() -> dict[Any, int]:
     return graph.xconv_places
 
 
-class GraphOrder(CustomSchedulerPass):
+class GraphOrder(SchedulerPass):
     """A scheduler pass; `key` stands for it in Inductor's cache keys."""
 
     def __init__(self, key: str) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from xconv_fx.hooks.profiler import is_allocation
+from xconv_fx.hooks.pytree import tree_leaves
 
 DEVICES = ("cpu", "cuda")
 
@@ -85,7 +86,7 @@ def allocated_by(call: Callable[[], object]) -> tuple[int, list[Tensor]]:
     """
     kept: list[object] = []
     transient = _cpu_transient(lambda: kept.append(call()))
-    return transient, [leaf for leaf in torch.utils._pytree.tree_leaves(kept) if isinstance(leaf, Tensor)]
+    return transient, [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def training_peak(
@@ -205,7 +206,9 @@ def cpu_events(stacks: bool = False) -> Iterator[Events]:
     """
     events = Events()
     activities = [ProfilerActivity.CPU]
-    with _quiet_kineto(), profile(activities=activities, profile_memory=True, with_stack=stacks) as profiled:
+    # torch 2.12 warns that events of former cycles are lost unless they are asked for; there is one cycle.
+    profiler = profile(activities=activities, profile_memory=True, with_stack=stacks, acc_events=True)
+    with _quiet_kineto(), profiler as profiled:
         # A byte allocated and freed on either side of the step proves that the profiler saw all there was to see.
         torch.empty(1, dtype=torch.uint8)
         yield events

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from xconv_fx.hooks import profiler
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.units import format_size
 
 from . import Event, Peak, cpu_events, replay, storage_bytes
@@ -124,7 +125,7 @@ def _kinds(tensors: Iterable[Tensor], device: str | None) -> tuple[str, ...]:
 def tensors_of(values: Any) -> list[Tensor]:
     """All tensors in modules, and in tuples, lists and dicts of them; gradients included."""
     found: list[Tensor] = []
-    for leaf in torch.utils._pytree.tree_leaves(values):
+    for leaf in tree_leaves(values):
         tensors = [leaf] if isinstance(leaf, Tensor) else []
         if isinstance(leaf, nn.Module):
             tensors = [*leaf.parameters(), *leaf.buffers()]

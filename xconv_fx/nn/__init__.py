@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xconv_fx.hooks.modules import padding_for, padding_of_output
 from xconv_fx.ops import masked_relu, sketched_layers  # noqa: F401 (define the operators)
 
 from .sketch import PLAIN_BITS, Sketch
@@ -91,18 +92,18 @@ class Sketching(nn.Module):
 
 
 class _Convolution(Sketching):
-    """A convolution from its input to its output; the part of `torch.nn`'s layers that computes is replaced."""
+    """A convolution from its input to its output."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.is_plain:
-            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
-        return self.compute(input, weight, bias)
+            return super().forward(input)
+        return self.compute(input, self.weight, self.bias)  # type: ignore[arg-type]
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer: Any = self
         padding = layer.padding
         if layer.padding_mode != "zeros":
-            input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            input = F.pad(input, padding_for(layer), mode=layer.padding_mode)
             padding = 0
         geometry = (layer.stride, padding, layer.dilation, layer.groups)
         return convolution(input, weight, bias, layer.kernel_size, *geometry, self.sketch)
@@ -120,8 +121,7 @@ class _Transposed(Sketching):
         self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
     ) -> Tensor:
         layer: Any = self
-        geometry = (layer.stride, layer.padding, layer.kernel_size)
-        added = layer._output_padding(input, output_size, *geometry, len(layer.kernel_size), layer.dilation)
+        added = padding_of_output(layer, input, output_size)
         return ops.convolution(
             input, weight, bias, layer.stride, layer.padding, layer.dilation, True, added, layer.groups,
             *self.sketch.recipe,

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from xconv_fx import nn as xnn
 from xconv_fx.errors import OptionError, UnsupportedModelError
+from xconv_fx.hooks.modules import values_of
 from xconv_fx.options import PROBES_HINT, Probes
 
 from .assignment import EAGER_CODECS, Assignment, ByPattern, ByPlan
@@ -150,7 +151,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the model's modules that has the same parameters, buffers and other tensors."""
     memo: dict[int, Any] = {}
     for layer in model.modules():
-        for value in (*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values()):
+        for value in values_of(layer):
             if isinstance(value, Tensor):
                 memo[id(value)] = value
     try:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from xconv_fx import nn as xnn
 from xconv_fx.hooks.dispatch import OpOverload
+from xconv_fx.hooks.modules import has_hooks
 from xconv_fx.passes.provenance import layer_of
 
 from .convert import SKETCHING
@@ -103,7 +104,7 @@ def _layer_site(
     reason = ""
     if type(layer) not in kinds:
         reason = "a class of its own"
-    elif any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):
+    elif has_hooks(layer):
         reason = "it has hooks, which an operation would not run"
     elif len(node.args) > 1 or node.kwargs.keys() - {"input"}:
         reason = "the size of its output is an argument"

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from xconv_fx.errors import UnsupportedModelError
+from xconv_fx.hooks.modules import uncompiled
 from xconv_fx.options.statistics import Statistics
 from xconv_fx.progress import announce
 
@@ -59,7 +60,7 @@ def calibrate(
 
     Raises `UnsupportedModelError` where there is nothing to measure, and `OSError` when the file cannot be written.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     catcher = _Catcher(model)
     count = 0
     with untouched(model), torch.enable_grad(), catcher:

@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from xconv_fx.errors import OptionError, UnsupportedModelError
+from xconv_fx.hooks.modules import uncompiled
 from xconv_fx.plan.report import Name, report_table
 from xconv_fx.progress import announce
 
@@ -95,7 +96,7 @@ def gradient_check(
     """
     if not isinstance(draws, int) or draws < 2:
         raise OptionError("draws", draws, "write a number from 2; 16 tell biases of a quarter of a draw's error")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     inputs, targets = unpack(batch)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 

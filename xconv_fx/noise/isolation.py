@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from xconv_fx.hooks.modules import put_buffer
+
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -42,4 +44,4 @@ def saved_buffers(model: nn.Module) -> Iterator[None]:
         for name, (buffer, value) in buffers.items():
             owner, _, key = name.rpartition(".")
             with torch.no_grad():
-                model.get_submodule(owner)._buffers[key] = buffer.copy_(value)
+                put_buffer(model.get_submodule(owner), key, buffer.copy_(value))

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.hooks.modules import BATCH_NORM, CONVOLUTION, INSTANCE_NORM, TRANSPOSED_CONVOLUTION, convolved
 from xconv_fx.ops import SavedAs, codec_of, layout
 from xconv_fx.ops.conv import left_over
 from xconv_fx.ops.fold import FEWEST, fold_noise
@@ -40,8 +41,7 @@ from xconv_fx.options.codecs import BITS
 from xconv_fx.options.statistics import Fold, Pairs, Spread
 
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-BATCH_NORM, INSTANCE_NORM = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+WEIGHTED = (CONVOLUTION, nn.Linear)
 NORMALISATIONS = (BATCH_NORM, INSTANCE_NORM, nn.GroupNorm, nn.LayerNorm)
 
 # Terms of a sum at which folding is measured, and widths to which sums are rounded: of wider codes little is seen.
@@ -70,9 +70,9 @@ class Bilinear:
         assert isinstance(weight, Tensor)
         if isinstance(module, nn.Linear):
             return Bilinear(tuple(weight.shape), x.dim() - 1, F.linear)
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        if isinstance(module, TRANSPOSED_CONVOLUTION):
             return Bilinear(tuple(weight.shape), 1, functools.partial(_transposed, module, out.shape[2:]))
-        return Bilinear(tuple(weight.shape), 1, functools.partial(_convolved, module))
+        return Bilinear(tuple(weight.shape), 1, functools.partial(convolved, module, bias=None))
 
     @torch.enable_grad()
     def gradient(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -94,10 +94,6 @@ class Bilinear:
     def terms(self, x: Tensor) -> Tensor:
         """In how many terms of the weight gradient each element of a sample's output gradient is."""
         return self.function(torch.ones_like(x[:1]), x.new_ones(self.weight))
-
-
-def _convolved(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    return module._conv_forward(x, weight, None)
 
 
 def _transposed(module: Any, size: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:

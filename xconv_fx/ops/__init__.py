@@ -7,6 +7,7 @@ graph calls the eager reference.
 
 from . import conv3d, materialize, pool, seed  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
+from .cached_code import tag_cached_code
 from .codec import Codec, SavedAs, codec_of, names, register
 from .fixed import FIXED
 from .fold import PROBE
@@ -26,3 +27,5 @@ __all__ = [
     "order_of",
     "register",
 ]
+
+tag_cached_code()

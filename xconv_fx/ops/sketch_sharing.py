@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from xconv_fx import hooks
+from xconv_fx.hooks.autograd import version_of
 
 from .codec import SavedAs
 
@@ -83,7 +84,7 @@ def shared(source: Tensor, weight: Tensor, seed: Tensor, held: SavedAs, encode: 
     """
     if source.is_inference():  # It has no version.
         return list(encode(seed)), seed
-    sketch = _Sketch(source._version, held, _surroundings(source), seed, readers={id(weight)})
+    sketch = _Sketch(version_of(source), held, _surroundings(source), seed, readers={id(weight)})
     earlier = _sketches.get(source)
     if earlier is not None and earlier.serves(sketch):
         earlier.readers |= sketch.readers

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from xconv_fx import hooks
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.hooks.weak import weak_method
 from xconv_fx.measure.step_memory import StepMemory, prepare
 from xconv_fx.plan.log import log

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from xconv_fx import hooks
+from xconv_fx.hooks.pytree import tree_leaves
 
 
 class _Local(threading.local):

@@ -14,7 +14,6 @@ Results are searched in what `torch.utils._pytree` and attributes of objects lea
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,6 +24,8 @@ from torch.autograd.graph import Node
 
 from xconv_fx import hooks
 from xconv_fx.errors import BudgetLostError, BudgetLostWarning, UnsupportedModelError, find_ours, warn_user
+from xconv_fx.hooks.autograd import bytes_of, holds_tensors, number_of
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.options import Options
 from xconv_fx.options.budget import MemoryLimit
 from xconv_fx.units import format_size
@@ -34,8 +35,6 @@ from .step_inputs import called_with
 # Bytes that eager operations may hold where the budget is not known in bytes: scalars of a loss or a gate.
 SMALL = 4096
 SHOWN = 4
-
-_number = torch.autograd._get_sequence_nr
 
 
 class _Local(threading.local):
@@ -54,12 +53,12 @@ _local = _Local()
 @contextlib.contextmanager
 def planned() -> Iterator[None]:
     """Operations that are recorded inside belong to a plan."""
-    start = _number()
+    start = hooks.nodes_made()
     try:
         yield
     finally:
         if _local.watch is not None:
-            _local.spans.append((start, _number()))
+            _local.spans.append((start, hooks.nodes_made()))
 
 
 def watched() -> bool:
@@ -120,14 +119,14 @@ class Watch:
             return self._named(arguments, keywords)
         outer, spans = _local.watch, _local.spans
         _local.watch, _local.spans, self.ran, self.converted = self, [], [], False
-        start = _number()
+        start = hooks.nodes_made()
         checks = [session.verifier.check for session in self.sessions.values()]
         try:
             for check in checks:
                 check.enter((arguments, keywords))
             with called_with((arguments, keywords)):
                 result = self._named(arguments, keywords)
-            outside = _number() - start - sum(stop - first for first, stop in _local.spans)
+            outside = hooks.nodes_made() - start - sum(stop - first for first, stop in _local.spans)
             if outside not in self.fine:
                 self._look(result, start, outside)
             if self.converted or not self.sessions:
@@ -137,7 +136,7 @@ class Watch:
             for check in checks:
                 check.leave()
             if outer is not None:
-                spans.append((start, _number()))
+                spans.append((start, hooks.nodes_made()))
             _local.watch, _local.spans = outer, spans
 
     def note(self, reason: str | None) -> None:
@@ -162,7 +161,7 @@ class Watch:
         """Find out what ran eagerly, and say so if that holds memory."""
         options = Options.parse(self.call.kwargs.get("options"), self.call.kwargs.get("mode"))
         nodes = list(_unplanned(_tensors(result), start, _local.spans))
-        held = sum(map(_bytes, filter(_holds, nodes)))
+        held = sum(map(bytes_of, filter(holds_tensors, nodes)))
         budget = options.mem_budget.bytes if options.mem_budget is not None else None
         inside = not nodes and not self.converted  # Differentiated, if at all, before the call returned.
         if options.plain or (held <= (SMALL if budget is None else MemoryLimit(budget).unseen) and not inside):
@@ -187,7 +186,7 @@ class Watch:
         what = [f"xconv: {asked} is not kept: part of {name} ran eagerly, without a plan:"]
         if nodes:
             layers = sorted(_layers(nodes, module))
-            kinds = list(dict.fromkeys(node.name().partition("Backward")[0] for node in filter(_holds, nodes)))
+            kinds = list(dict.fromkeys(node.name().partition("Backward")[0] for node in filter(holds_tensors, nodes)))
             what.append(f"{_some(kinds)}{f' in {_some(layers)}' if layers else ''}, {format_size(held)} of results.")
         else:
             what.append(f"{outside} operations that were differentiated inside of the call.")
@@ -201,7 +200,7 @@ class Watch:
         return " ".join(what)
 
     def _module(self) -> nn.Module | None:
-        owner = getattr(getattr(self.compiled, "_torchdynamo_orig_callable", None), "__self__", None)
+        owner = hooks.owner_of(self.compiled)
         return owner if isinstance(owner, nn.Module) else hooks.compiled_module()
 
     def _forget_plans(self) -> None:
@@ -219,7 +218,7 @@ def _unplanned(results: Iterable[Tensor], start: int, spans: list[tuple[int, int
         if node is None or node in seen or hasattr(node, "variable"):
             continue
         seen.add(node)
-        number = node._sequence_nr()
+        number = number_of(node)
         if number < start:
             continue
         if not any(first <= number < stop for first, stop in spans):
@@ -228,23 +227,9 @@ def _unplanned(results: Iterable[Tensor], start: int, spans: list[tuple[int, int
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    for leaf in torch.utils._pytree.tree_leaves(result):
+    for leaf in tree_leaves(result):
         inner = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
         yield from (value for value in (leaf, *inner) if isinstance(value, Tensor) and value.requires_grad)
-
-
-def _holds(node: Node) -> bool:
-    """Whether an operation holds tensors for its backward. They are not asked for: unpacking them may cost a lot."""
-    try:
-        return any(name.startswith("_raw_saved") and getattr(node, name) != () for name in dir(node))
-    except RuntimeError:  # Its backward has run.
-        return True
-
-
-def _bytes(node: Node) -> int:
-    """Bytes of what an operation returned."""
-    described = node._input_metadata
-    return sum(math.prod(int(n) for n in one.shape) * one.dtype.itemsize for one in described if one is not None)
 
 
 def _layers(nodes: Iterable[Node], module: nn.Module | None) -> set[str]:

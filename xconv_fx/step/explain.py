@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from xconv_fx import hooks
 from xconv_fx.compiler import predicted
@@ -23,6 +22,7 @@ from xconv_fx.device.fake import fake_module, fake_tensor
 from xconv_fx.device.scenario import Scenario
 from xconv_fx.errors import UnsupportedModelError
 from xconv_fx.hooks.fake import fake_mode
+from xconv_fx.hooks.pytree import tree_map_only
 from xconv_fx.hooks.surfacing import surfaced_by_dynamo
 from xconv_fx.ops import lowering
 from xconv_fx.options import Options

@@ -64,7 +64,7 @@ def compile(
         dynamic=False,
         options=given or None,
         recompile_limit=recompile_limit,
-        isolate_recompiles=True,
+        **hooks.own_limit(),
     )
     _watch(compiled).strict = True
     return compiled

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xconv_fx import hooks
 from xconv_fx.device.fake import fake_module, fake_tensor
 from xconv_fx.hooks.fake import fake_mode
+from xconv_fx.hooks.pytree import tree_leaves, tree_map_only
 from xconv_fx.planner.loss import LOSS_ITEMSIZE
 from xconv_fx.runtime.signature import Signature
 

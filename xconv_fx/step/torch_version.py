@@ -1,8 +1,8 @@
 """What is done about a torch whose minor version was not tested: looked at, tried once, and used or refused.
 
 Private parts are looked at, and what they are called with (`hooks/private_parts.py`). Then a small network is compiled
-and trained for a step in a process of its own (`trial.py`). What came of it is kept for this installation: version of
-torch, and sources of this package.
+and trained for a step in a process of its own (`trial.py`). What came of it is kept for this installation: versions of
+torch and of Python, and sources of this package.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from xconv_fx import hooks
-from xconv_fx.compiler.fingerprint import source_hash
 from xconv_fx.device import rates
 from xconv_fx.errors import UnsupportedTorchError, UntestedTorchWarning
+from xconv_fx.fingerprint import source_hash
 from xconv_fx.hooks.version import SUPPORTED, TESTED
 from xconv_fx.plan.log import log
 
@@ -44,7 +44,8 @@ def require_usable_torch() -> None:
 @functools.cache
 def _verdict(version: str) -> str:
     """Why this torch cannot be used; "" where it can, of which the user is told."""
-    place = rates.folder() / "torch" / f"{version}-{source_hash()[:16]}.json"
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    place = rates.folder() / "torch" / f"{version}-{python}-{source_hash()[:16]}.json"
     try:
         reason = str(json.loads(place.read_text())["reason"])
     except (OSError, ValueError, KeyError, TypeError):

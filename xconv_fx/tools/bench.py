@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from xconv_fx.hooks.pytree import tree_leaves, tree_map_only
 from xconv_fx.measure import interleaved_times, physical_peak
 from xconv_fx.options.budget import Budget
 from xconv_fx.plan import Totals

@@ -112,7 +112,7 @@ def _hooks() -> Finding:
     detail = f"{number} private parts of torch are there and take what they are given"
     if hooks.is_tested():
         return Finding("hooks", OK, f"{detail}; tested on torch {', '.join(TESTED)}")
-    return Finding("hooks", NOTE, f"{detail}, but this version was not tested", f"pip install 'torch{SUPPORTED}'")
+    return Finding("hooks", NOTE, f"{detail}, but this version was not tested", f"pip install 'torch=={TESTED[-1]}.*'")
 
 
 def _backend() -> Finding:

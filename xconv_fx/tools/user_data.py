@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xconv_fx.errors import UsageError, XConvError
+from xconv_fx.hooks.pytree import tree_leaves, tree_map_only
 from xconv_fx.noise.calibrate import calibrate
 from xconv_fx.options.statistics import Statistics
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xconv_fx.errors import UsageError, XConvError, join_clauses, nearest
+from xconv_fx.hooks.pytree import tree_map_only
 
 from .target import Target, build, called, function, summary
 
@@ -244,7 +245,7 @@ def _backward(loss: Callable[..., Any], output: Any, *targets: Any) -> None:
     import torch
 
     with torch.enable_grad():
-        leaves = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(), output)
+        leaves = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(), output)
         loss(leaves, *targets).backward()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xconv_fx
 from xconv_fx import cost_model, passes
-from xconv_fx.compiler.fingerprint import hash_of, source_hash
+from xconv_fx.fingerprint import hash_of, source_hash
 
 
 def test_every_source_file_is_part_of_the_hash(tmp_path):
