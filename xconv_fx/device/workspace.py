@@ -274,7 +274,7 @@ def node_workspace(node: fx.Node, images_last: bool = True) -> int:
 
 def _on_cuda(values: Any) -> bool:
     """Whether a tensor among the values is on CUDA."""
-    return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in torch.utils._pytree.tree_leaves(values))
+    return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in tree_leaves(values))
 
 
 def _on_cpu(values: Any) -> bool:

@@ -28,11 +28,11 @@ INDEX_LIMIT = 2**31
 
 _WORD = 0xFFFFFFFF
 _HALF_WORD = 0xFFFF
-_GOLDEN = 0x9E3779B9
+GOLDEN = 0x9E3779B9
 # The hash of any one number: streams do not start at zero, which the mixer maps to itself.
-_ORIGIN = 0x23064794
-_FIRST_FACTOR = 0x7FEB352D
-_SECOND_FACTOR = 0x846CA68B
+ORIGIN = 0x23064794
+FIRST_FACTOR = 0x7FEB352D
+SECOND_FACTOR = 0x846CA68B
 _UNIT = 2.0**-24
 
 
@@ -72,8 +72,8 @@ def check_countable(size: Sequence[int], count: int) -> None:
 
 def constants(stream: int) -> tuple[int, int]:
     """Two int32 constants that tell the draws under one seed apart."""
-    first = _mix_int(_ORIGIN + stream * _GOLDEN)
-    return signed(first), signed(_mix_int(first + _GOLDEN))
+    first = _mix_int(ORIGIN + stream * GOLDEN)
+    return signed(first), signed(_mix_int(first + GOLDEN))
 
 
 def derive_keys(low: Any, high: Any, apart: tuple[Any, Any], over: Arithmetic) -> tuple[Any, Any]:
@@ -106,9 +106,9 @@ def keyed_halves(index: Any, keys: tuple[Any, Any], count: int, over: Arithmetic
 
 def _keyed_product(index: Any, keys: tuple[Any, Any], over: Arithmetic) -> Any:
     word = index ^ keys[0]
-    word = (word ^ logical_shift(word, 16, over)) * over.constant(_FIRST_FACTOR, torch.int32)
+    word = (word ^ logical_shift(word, 16, over)) * over.constant(FIRST_FACTOR, torch.int32)
     word = (word ^ logical_shift(word, 15, over)) + keys[1]
-    return word * over.constant(signed(_SECOND_FACTOR), torch.int32)
+    return word * over.constant(signed(SECOND_FACTOR), torch.int32)
 
 
 def logical_shift(word: Any, count: int, over: Arithmetic = TENSORS) -> Any:
@@ -161,8 +161,8 @@ def random_signs(bits: Tensor, bit: int = 0, dtype: torch.dtype = torch.float32)
 
 def _mix(word: Any, over: Arithmetic) -> Any:
     """The mixer without keys, on int64 in 0 .. 2**32 - 1."""
-    word = _product(word ^ over.shift(word, 16, torch.int64), _FIRST_FACTOR, over)
-    word = _product(word ^ over.shift(word, 15, torch.int64), _SECOND_FACTOR, over)
+    word = _product(word ^ over.shift(word, 16, torch.int64), FIRST_FACTOR, over)
+    word = _product(word ^ over.shift(word, 15, torch.int64), SECOND_FACTOR, over)
     return word ^ over.shift(word, 16, torch.int64)
 
 
@@ -181,6 +181,6 @@ def _signed(word: Any, over: Arithmetic) -> Any:
 
 def _mix_int(word: int) -> int:
     word &= _WORD
-    word = ((word ^ (word >> 16)) * _FIRST_FACTOR) & _WORD
-    word = ((word ^ (word >> 15)) * _SECOND_FACTOR) & _WORD
+    word = ((word ^ (word >> 16)) * FIRST_FACTOR) & _WORD
+    word = ((word ^ (word >> 15)) * SECOND_FACTOR) & _WORD
     return word ^ (word >> 16)

@@ -33,8 +33,8 @@ def launched_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 if triton is not None:
-    GOLDEN, ORIGIN = tl.constexpr(counter_rng._GOLDEN), tl.constexpr(counter_rng._ORIGIN)
-    FIRST, SECOND = tl.constexpr(counter_rng._FIRST_FACTOR), tl.constexpr(counter_rng._SECOND_FACTOR)
+    GOLDEN, ORIGIN = tl.constexpr(counter_rng.GOLDEN), tl.constexpr(counter_rng.ORIGIN)
+    FIRST, SECOND = tl.constexpr(counter_rng.FIRST_FACTOR), tl.constexpr(counter_rng.SECOND_FACTOR)
 
     @triton.jit
     def mix(word):

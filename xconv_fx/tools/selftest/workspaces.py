@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xconv_fx.device.workspace import workspace_bytes
+from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.measure import physical_peak
 
 from .result import Finding
@@ -91,5 +92,5 @@ def _taken(func: Callable[..., Any], args: tuple[Any, ...], device: str) -> int:
     func(*args)
     kept: list[Any] = []
     peak = physical_peak(lambda: kept.append(func(*args)), device=device).transient
-    results = [leaf for leaf in torch.utils._pytree.tree_leaves(kept) if isinstance(leaf, Tensor)]
+    results = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
     return max(0, peak - sum(value.untyped_storage().nbytes() for value in results))
