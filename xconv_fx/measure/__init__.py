@@ -23,6 +23,7 @@ import gc
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -205,10 +206,15 @@ def cpu_events(stacks: bool = False) -> Iterator[Events]:
     `RuntimeError` if another profiler is running.
     """
     events = Events()
-    activities = [ProfilerActivity.CPU]
-    # torch 2.12 warns that events of former cycles are lost unless they are asked for; there is one cycle.
-    profiler = profile(activities=activities, profile_memory=True, with_stack=stacks, acc_events=True)
-    with _quiet_kineto(), profiler as profiled:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_kineto())
+        with warnings.catch_warnings():
+            # torch 2.12 says that events of former cycles are lost; there is one cycle. To ask for them, as it advises,
+            # has the names of all events read, which with stacks are not always text.
+            warnings.filterwarnings("ignore", message=".*Profiler clears events")
+            profiled = stack.enter_context(
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=stacks)
+            )
         # A byte allocated and freed on either side of the step proves that the profiler saw all there was to see.
         torch.empty(1, dtype=torch.uint8)
         yield events

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xconv_fx.errors import UsageError, XConvError, join_clauses, nearest
-from xconv_fx.hooks.pytree import tree_map_only
 
 from .target import Target, build, called, function, summary
 
@@ -243,6 +242,8 @@ def _eager_failure(function: Callable[..., Any], arguments: Sequence[Any]) -> tu
 def _backward(loss: Callable[..., Any], output: Any, *targets: Any) -> None:
     """Forward and backward of the loss: on the meta device some shapes are checked only by the latter."""
     import torch
+
+    from xconv_fx.hooks.pytree import tree_map_only
 
     with torch.enable_grad():
         leaves = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(), output)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from xconv_fx import __version__
-from xconv_fx.compiler.fingerprint import source_hash
 from xconv_fx.device.rates import Machine, spec
+from xconv_fx.fingerprint import source_hash
 
 PACKAGES = ("triton", "numpy", "scipy", "networkx", "sympy")
 
