@@ -10,6 +10,7 @@ Known gap: all of it leans on private parts of torch and Triton, so other versio
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class FakeCuda:
 
 def _found(path: Path, make: Callable[[], Any]) -> Any:
     if not path.exists():
-        made = path.with_suffix(f".{id(path)}")
+        made = path.with_suffix(f".{os.getpid()}")
         made.write_bytes(pickle.dumps(make()))
         made.replace(path)
     return pickle.loads(path.read_bytes())

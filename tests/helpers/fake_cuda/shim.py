@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def build(folder: Path) -> Path:
     if not library.exists():
         torch = _torch()
         includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
-        made = folder / "shim.tmp.so"
+        made = folder / f"shim.{os.getpid()}.so"  # Other processes of a test run build theirs at the same time.
         subprocess.run(
             ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *includes, str(_SOURCE), "-o", str(made),
              f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"],
