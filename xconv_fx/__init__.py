@@ -40,7 +40,8 @@ _HOMES = {
     "report": "step.front_door",
     "substitute": "nn.substitute",
 }
-_MODULES = ("nn",)
+# Modules with public names of their own, which need not be imported to be used.
+_MODULES = ("errors", "measure", "nn", "testing")
 
 __all__ = [
     "SampleGradients",

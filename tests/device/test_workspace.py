@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xconv_fx.device import workspace
 from xconv_fx.device.workspace import node_workspace, workspace_bytes
+from xconv_fx.hooks import dispatch
 from xconv_fx.measure import allocated_by, physical_peak, storage_bytes
 
 aten = torch.ops.aten
@@ -293,3 +294,11 @@ def test_a_profile_of_the_users_own_is_left_alone():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         bound = workspace_bytes(CONVOLUTION, (x, weight, None, *geometry))
     assert bound >= workspace_bytes(CONVOLUTION, (x, weight, None, *geometry)) > 0
+
+
+def test_settings_tell_whether_nnpack_is_used():
+    """ATen unfolds images itself where NNPACK is off: another scratch, which must not be taken for the one before."""
+    before = dispatch.settings()
+    with torch.backends.nnpack.flags(enabled=False):
+        assert dispatch.settings() != before
+    assert dispatch.settings() == before

@@ -91,6 +91,23 @@ def test_the_plain_step_is_feasible_although_it_is_predicted_not_to_be(compile_m
     assert plain.plan.audited_peak == whole.plan.audited_peak and plain.plan.noise == 0
 
 
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_no_number_of_slices_is_lower_than_what_is_named(count):
+    """Of a batch of six, three slices may be lower than two and than six."""
+
+    def least(**options: object) -> int:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU()]
+        net = nn.Sequential(*body, nn.MaxPool2d(2), nn.Conv2d(8, 4, 3, padding=1))
+        call = torch.compile(net, backend="xconv", options={"mem_budget": 1000, "codecs": "exact", **options})
+        with pytest.raises(BudgetInfeasibleError) as caught:
+            call(torch.randn(6, 3, 20, 20))
+        return caught.value.smallest
+
+    assert least() <= least(slices=count)
+
+
 def test_more_codecs_are_never_noisier(compile_model, exact):
     """Where exact codecs fit, what is allowed besides adds no noise to what prefers none."""
     assert smallest(codecs="all") <= exact

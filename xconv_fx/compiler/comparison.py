@@ -197,14 +197,14 @@ class Comparison:
                 yield variant
 
     def _slicings(self, batch: Batch) -> list[Microbatches]:
-        """What to compare: numbers of slices that cut the batch into equal parts, each about twice the one before."""
+        """What to compare: numbers of slices that cut the batch into equal parts, each at least 1.5 times the last."""
         counts, fixed = batch.counts(), self.request.options.slices
         if fixed is not None and fixed not in counts:
             some = f"write one of {', '.join(map(str, counts))}, which divide a batch of {batch.size}, 1, or None"
             raise OptionError("slices", fixed, some)
         chosen: list[int] = []
         for count in counts:
-            if count == counts[-1] or not chosen or count >= 2 * chosen[-1]:
+            if count == counts[-1] or not chosen or 2 * count >= 3 * chosen[-1]:
                 chosen.append(count)
         whole = self._full_batch()
         return [

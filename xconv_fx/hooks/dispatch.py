@@ -1,8 +1,8 @@
 """How ATen and Inductor run an operation: which convolution, by a call or by a generated kernel, under which settings.
 
-Private parts of PyTorch, read in torch 2.13: `torch._C._select_conv_backend`, `OpOverload.is_view`, the tables of
-`torch._inductor.lowering`, the guards of dispatch keys in `torch._C`, and `_disable_current_modes`, which suspends
-whatever intercepts operations.
+Private parts of PyTorch, read in torch 2.13: `torch._C._select_conv_backend`, `torch._C._get_nnpack_enabled`,
+`OpOverload.is_view`, the tables of `torch._inductor.lowering`, the guards of dispatch keys in `torch._C`, and
+`_disable_current_modes`, which suspends whatever intercepts operations.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def settings() -> Hashable:
     return (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
+        torch._C._get_nnpack_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
