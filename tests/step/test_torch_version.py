@@ -33,7 +33,7 @@ def untested(monkeypatch, tmp_path):
     torch_version._verdict.cache_clear()
 
 
-@pytest.mark.parametrize("patch", ["2.13.0", "2.13.7", "2.13.1+cu126"])
+@pytest.mark.parametrize("patch", ["2.13.0", "2.13.7", "2.13.1+cu126", "2.14.1"])
 def test_patches_of_a_tested_version_pass_silently(monkeypatch, patch):
     monkeypatch.setattr(torch, "__version__", patch)
     monkeypatch.setattr(torch_version, "found_wrong", lambda: pytest.fail("a tested version is tried"))
@@ -53,7 +53,7 @@ def test_the_installer_lets_in_what_was_looked_at():
 def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monkeypatch):
     trials = []
     monkeypatch.setattr(torch_version, "found_wrong", lambda: trials.append(1) or "")
-    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.13\)"):
+    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.13, 2\.14\)"):
         require_usable_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
