@@ -152,8 +152,8 @@ def measurements(nets: list[str], budgets: list[str], repeats: int) -> Iterator[
 
 def newest(results: Path) -> list[Record]:
     """What is known of each network and budget, in the order of networks."""
-    found = {(data["net"], data["budget"]): Record.from_json(data) for data in records.read(results)}
-    return sorted(found.values(), key=lambda record: list(PEER_NETS).index(record.net))
+    found = map(Record.from_json, records.latest(results, "net", "budget").values())
+    return sorted(found, key=lambda record: list(PEER_NETS).index(record.net))
 
 
 @dataclass(frozen=True)

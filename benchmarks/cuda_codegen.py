@@ -130,8 +130,7 @@ def measurements(wanted: str, capabilities: Sequence[int], interpreted: bool, fo
 
 def report(path: Path) -> Iterator[Table]:
     """The tables of what is known, the last record of each case."""
-    rows = records.read(path)
-    cases = {row["case"]: row for row in rows if "case" in row}
+    cases = records.latest(path, "case")
     table = Table("case", "launches", "other calls", "kernels", "registers", "local B", "audited / predicted",
                   "worst error", "words apart")  # fmt: skip
     for row in cases.values():
@@ -141,7 +140,7 @@ def report(path: Path) -> Iterator[Table]:
         table.add_row(row["case"], "/".join(map(str, row["launches"])), calls, *(str(row[name]) for name in
                       ("kernels", "registers", "local")), ratio, *worst)  # fmt: skip
     yield table
-    encoded = {row["unit"]: row for row in rows if "unit" in row}
+    encoded = records.latest(path, "unit")
     table = Table("encoded alone", "bytes read an element", "written", "launches")
     for name, row in encoded.items():
         table.add_row(name, f"{row['read']:.2f}", f"{row['written']:.2f}", str(row["launches"]))

@@ -82,7 +82,7 @@ def measurements(nets: Sequence[str], budget: str, rounds: int) -> Iterator[Reco
 
 def newest(results: Path) -> list[Record]:
     """What is known of each network."""
-    return list({data["net"]: Record(**data) for data in records.read(results)}.values())
+    return [Record(**data) for data in records.latest(results, "net").values()]
 
 
 def readme(results: Path) -> str | None:

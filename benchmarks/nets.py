@@ -61,7 +61,7 @@ class PeerNet(Net):
         return replace(self, input_shape=(2, channels, *([64] if len(space) == 2 else [16]) * len(space)))
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """Unwraps the output object of a transformers model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ def resnet() -> nn.Module:
         num_channels=3, embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic"
     )
     config.num_labels = 10
-    return _Logits(ResNetForImageClassification(config))
+    return Logits(ResNetForImageClassification(config))
 
 
 def vgg() -> nn.Module:
@@ -163,7 +163,7 @@ def convnext() -> nn.Module:
 
     config = ConvNextConfig(num_channels=3, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], num_stages=3)
     config.num_labels = 10
-    return _Logits(ConvNextForImageClassification(config))
+    return Logits(ConvNextForImageClassification(config))
 
 
 MAIN_JOB: dict[str, Net] = {

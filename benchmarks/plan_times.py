@@ -25,7 +25,7 @@ from typing import Any
 from harness import records
 from harness.clock import Clock
 from harness.console import wide
-from nets import _Logits, plain_unet
+from nets import Logits, plain_unet
 from rich.table import Table
 from torch import nn
 
@@ -47,7 +47,7 @@ def resnet152() -> nn.Module:
 def _resnet(depths: list[int]) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return _Logits(ResNetForImageClassification(ResNetConfig(depths=depths, num_labels=1000)))
+    return Logits(ResNetForImageClassification(ResNetConfig(depths=depths, num_labels=1000)))
 
 
 def nnunet3d() -> nn.Module:
@@ -131,8 +131,8 @@ def measurements(nets: Sequence[str]) -> Iterator[Record]:
 
 def newest(results: Path) -> list[Record]:
     """What is known of each network."""
-    found = {data["net"]: Record(**data) for data in records.read(results)}
-    return [found[net] for net in INPUTS if net in found]
+    found = records.latest(results, "net")
+    return [Record(**found[net]) for net in INPUTS if net in found]
 
 
 def table(found: Sequence[Record]) -> Table:

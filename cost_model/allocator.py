@@ -32,3 +32,8 @@ def block_bytes(size: int) -> int:
         return block
     segment = -(-block // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
     return segment if segment - block <= SMALL else block
+
+
+def allocated_bytes(size: int, device: str) -> int:
+    """What the allocator of a type of device gives a tensor of this `size`: on CUDA a block, elsewhere its bytes."""
+    return block_bytes(size) if device == "cuda" else size

@@ -25,6 +25,7 @@ from xconv_fx.hooks.autograd import version_of
 from xconv_fx.ops import layout
 
 from .early_draws import draws_any
+from .graph import first_operation
 
 _CONVOLUTIONS = (
     torch.conv3d,
@@ -44,7 +45,7 @@ def volumes_channels_last(gm: fx.GraphModule, draws_as_aten: bool = False) -> No
     weights = [_operand(node, 1, "weight") for node in convolutions]
     volumes = [node for node in gm.graph.find_nodes(op="placeholder") if node in weights or _is_volume_on_cpu(node)]
     volumes = [node for node in volumes if not _changes(node)]
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    first = first_operation(gm.graph)
     for node in volumes:
         with gm.graph.inserting_before(first):
             relaid = gm.graph.call_function(channels_last, (node,))

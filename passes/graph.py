@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from xconv_fx import hooks
-from xconv_fx.cost_model.allocator import block_bytes
+from xconv_fx.cost_model.allocator import allocated_bytes
 from xconv_fx.hooks.dispatch import OpOverload
 
 from .op_table import has
@@ -41,7 +41,7 @@ def nbytes(node: fx.Node) -> int:
     if value is None:
         return 0
     size = prod(int(n) for n in value.shape) * value.element_size()
-    return block_bytes(size) if value.device.type == "cuda" else size
+    return allocated_bytes(size, value.device.type)
 
 
 def numel(node: fx.Node) -> int:
@@ -117,6 +117,11 @@ def _reached(roots: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[
             reached.add(node)
             stack += neighbours(node)
     return reached
+
+
+def first_operation(graph: fx.Graph) -> fx.Node:
+    """The first node that is no placeholder."""
+    return next(node for node in graph.nodes if node.op != "placeholder")
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -22,7 +22,7 @@ from xconv_fx.ops.codec import SavedAs, codec_of
 from xconv_fx.plan import Choice
 
 from .find_norms import Norm
-from .graph import inline, origin_meta, tensor_of
+from .graph import first_operation, inline, origin_meta, tensor_of
 from .partition import Pair
 from .rematerialize import RecomputeSubgraph
 from .residuals import Residual, physical_order
@@ -63,7 +63,7 @@ def _ask_once(graph: fx.Graph) -> None:
     Between the layers, each would end what a CUDA graph can capture.
     """
     asked: dict[Any, fx.Node] = {}
-    first = next(node for node in graph.nodes if node.op != "placeholder")
+    first = first_operation(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.xconv.noted_gradients.default):
         same = asked.setdefault(node.args, node)
         if same is node:
@@ -203,8 +203,7 @@ class _Writer:
                     return torch.ops.xconv.seeds(count, device)
                 return torch.ops.xconv.stream_seeds(stream, count, device)
 
-            first = next(node for node in self.forward.nodes if node.op != "placeholder")
-            with self.forward.inserting_before(first):
+            with self.forward.inserting_before(first_operation(self.forward)):
                 (node,) = inline(self.forward, draw, [])
             self.seeds[device] = (node, self.pair.add_saved(node, "xconv_seeds"))
         return self.seeds[device]
@@ -286,7 +285,7 @@ class _Writer:
         key = (like.target, _frozen(args), _frozen(kwargs))
         if key not in self.lifted:
             inputs = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, fx.Node)]
-            place = max(inputs).next if inputs else next(n for n in self.forward.nodes if n.op != "placeholder")
+            place = max(inputs).next if inputs else first_operation(self.forward)
             while place.op == "placeholder":
                 place = place.next
             with self.forward.inserting_before(place):

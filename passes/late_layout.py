@@ -22,7 +22,18 @@ from torch import fx
 from xconv_fx import hooks
 from xconv_fx.ops import layout
 
-from .graph import arguments, inline, is_primal, is_view, nbytes, origin_meta, output_node, storage_root, tensor_of
+from .graph import (
+    arguments,
+    first_operation,
+    inline,
+    is_primal,
+    is_view,
+    nbytes,
+    origin_meta,
+    output_node,
+    storage_root,
+    tensor_of,
+)
 from .op_table import has
 from .partition import Pair
 
@@ -159,9 +170,7 @@ def _save_as_matrix(pair: Pair, image: fx.Node, placeholder: fx.Node) -> None:
         (matrix,) = inline(pair.forward.graph, lambda x: aten.view.default(x, [size[0], -1]), [image])
     matrix.name = f"{image.name}_matrix"
     saved = pair.add_saved(matrix, matrix.name)
-    with pair.backward.graph.inserting_before(
-        next(node for node in pair.backward.graph.nodes if node.op != "placeholder")
-    ):
+    with pair.backward.graph.inserting_before(first_operation(pair.backward.graph)):
         (restored,) = inline(pair.backward.graph, lambda x: aten.view.default(x, size), [saved])
     placeholder.replace_all_uses_with(restored)
     pair.remove_saved(image, placeholder)

@@ -13,13 +13,14 @@ incoming gradient where that has it. Where it has not (strides), the node stays 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from xconv_fx.ops.conv import ConvBackward, input_gradient
 
-from .graph import arguments, inline, is_tangent, origin_meta, tensor_of
+from .graph import arguments, inline, is_tangent, origin_meta, shape_of, tensor_of
 
 aten = torch.ops.aten
 
@@ -35,8 +36,9 @@ def split_backward(gm: fx.GraphModule, channels_last: bool = True, device: str |
         if call.of_input:
             if channels_last:
                 _share_layout(gm.graph, node)
-            if not (_has_own_kernels(call, device) and _shape(call.x) != _shape(call.grad)):
-                _split(gm.graph, node, device)
+            own = _has_own_kernels(call, device)
+            if not own or shape_of(call.x) == shape_of(call.grad):
+                _split(gm.graph, node, _own_input_half if own else _input_half)
     gm.graph.lint()
     gm.recompile()
 
@@ -65,17 +67,10 @@ def _has_own_kernels(call: ConvBackward, device: str | None) -> bool:
     return depthwise and torch.device(device or value.device).type == "cuda"
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = tensor_of(node)
-    assert value is not None
-    return tuple(value.shape)
-
-
-def _split(graph: fx.Graph, node: fx.Node, device: str | None) -> None:
+def _split(graph: fx.Graph, node: fx.Node, input_half: Callable[[fx.Graph, fx.Node], fx.Node]) -> None:
     outputs = {arguments(user)[1]: user for user in node.users}
-    own = _has_own_kernels(ConvBackward.of(node), device)
     with graph.inserting_before(node):
-        halves = {**_parameter_half(graph, node), 0: (_own_input_half if own else _input_half)(graph, node)}
+        halves = {**_parameter_half(graph, node), 0: input_half(graph, node)}
     for index, old in outputs.items():
         halves[index].meta = {**old.meta, **halves[index].meta}
         old.replace_all_uses_with(halves[index])

@@ -60,3 +60,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """In order; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def latest(path: Path, *names: str) -> dict[Any, dict[str, Any]]:
+    """The last record of each thing that these names tell apart, of those that have them; by one name its value, by
+    several a tuple."""
+    whole = [row for row in read(path) if row.keys() >= set(names)]
+    return {row[names[0]] if len(names) == 1 else tuple(row[name] for name in names): row for row in whole}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from xconv_fx.cost_model.allocator import block_bytes
+from xconv_fx.cost_model.allocator import allocated_bytes
 from xconv_fx.device.workspace import is_counted, workspace_bytes
 from xconv_fx.hooks import dispatch
 from xconv_fx.hooks.ahead import storage_of
@@ -173,8 +173,7 @@ dispatch.show_checkpointed_draws(_Tracker)
 
 def _bytes(tensor: torch.Tensor) -> int:
     """What the allocator of its device gives the storage of a tensor."""
-    size = tensor.untyped_storage().nbytes()
-    return block_bytes(size) if tensor.device.type == "cuda" else size
+    return allocated_bytes(tensor.untyped_storage().nbytes(), tensor.device.type)
 
 
 def _storage_bytes(values: Sequence[Any], besides: Sequence[Any]) -> int:

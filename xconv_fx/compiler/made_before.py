@@ -8,13 +8,13 @@ from xconv_fx.errors import BudgetInfeasibleError, OptionError
 from xconv_fx.plan import Plan
 from xconv_fx.plan.log import log
 
-from .candidates import FULL_BATCH, Variant
+from .candidates import Variant
 from .capture import CaptureRequest
 from .comparison import Comparison
 from .generate import Generated, generate
 from .outcome import Outcome, PlanFacts
 from .pipeline import planned_as
-from .stored_plans import StoredPlan
+from .stored_plans import StoredPlan, full_batch_of
 
 
 def as_stored(request: CaptureRequest, stored: StoredPlan) -> Outcome | None:
@@ -64,7 +64,7 @@ def _given(request: CaptureRequest, plan: Plan) -> tuple[Generated, int | None]:
     budget = plan.budget if wanted is None else request.session.resolve(wanted, plan.baseline_peak, request.graph)
     if plan.inductor:
         request = request.plain()
-    variant = replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout)
+    variant = full_batch_of(plan)
     if plan.slices > 1:
         sliced = replace(request, options=replace(request.options, slices=plan.slices))
         microbatches = Comparison(sliced).asked_slices()

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,13 +73,19 @@ class StoredPlan:
 
     def variant(self, request: CaptureRequest) -> Variant:
         """The variant that it is a plan for, of a graph that it was stored for."""
+        whole = full_batch_of(self.plan)
         if self.plan.slices == 1:
-            return replace(FULL_BATCH, saved=self.plan.saved_share, relayout=self.plan.relayout)
+            return whole
         assert request.batch is not None, "the key says that the inputs are the same"
         microbatches = Microbatches(
             request.batch, self.plan.slices, self.plan.held_slices, self.draws, self.relaid, self.copies, self.changed
         )
-        return Variant(microbatches, self.plan.saved_share, self.plan.relayout)
+        return replace(whole, microbatches=microbatches)
+
+
+def full_batch_of(plan: Plan) -> Variant:
+    """The variant that a plan was made for, but for its slices."""
+    return replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout)
 
 
 def look_up(path: Path) -> StoredPlan | BudgetInfeasibleError | None:
@@ -125,7 +130,7 @@ def find(request: CaptureRequest) -> tuple[Path | None, StoredPlan | None]:
 
     Raises the `BudgetInfeasibleError` that a search ended with before.
     """
-    if os.environ.get("XCONV_FX_PLAN_CACHE", "1") == "0":
+    if not rates.keeps_findings():
         return None, None
     known = _known(request)
     place: Path | None = None

@@ -22,7 +22,7 @@ import torch
 
 from xconv_fx.ops import conv3d
 
-from .rates import Machine, folder
+from .rates import Machine, folder, keeps_findings
 
 # The beginnings of variables by which libraries choose their kernels.
 VARIABLES = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "LRU_CACHE_", "TORCH_NNPACK")
@@ -57,8 +57,7 @@ def path() -> Path:
 
 
 def _is_kept(func: Any) -> bool:
-    known = func.namespace in _KEPT or func in conv3d.OPERATORS
-    return known and os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
+    return keeps_findings() and (func.namespace in _KEPT or func in conv3d.OPERATORS)
 
 
 def _key(func: Any, call: Any) -> str:

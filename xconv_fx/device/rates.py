@@ -67,6 +67,11 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "xconv-fx"
 
 
+def keeps_findings() -> bool:
+    """Whether plans, and what library calls allocate, are kept in the cache: unless XCONV_FX_PLAN_CACHE=0."""
+    return os.environ.get("XCONV_FX_PLAN_CACHE", "1") != "0"
+
+
 def spec(name: str) -> DeviceSpec:
     """The calibrated numbers of a device, or the generic ones, as always in plans for no machine in particular.
 

@@ -257,8 +257,9 @@ def node_workspace(node: fx.Node, images_last: bool = True) -> int:
     """
     values = [arg.meta.get("val") for arg in node.all_input_nodes]
     if _on_cuda(values):
-        lay_out = _described if images_last else _as_it_is
-        args: Any = fx.node.map_arg(node.args, lambda arg: lay_out(arg.meta["val"]))  # type: ignore[arg-type]
+        args: Any = fx.node.map_arg(
+            node.args, lambda arg: _described(arg.meta["val"]) if images_last else arg.meta["val"]
+        )
         return cudnn_workspace(node.target, args, node.meta.get("val"))
     if not dispatch.is_called(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
         return 0
@@ -301,7 +302,3 @@ def _described(value: Any) -> Any:
         return value
     shape = [int(extent) for extent in value.shape]
     return torch.empty(shape, dtype=value.dtype, device="meta", memory_format=torch.channels_last)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value

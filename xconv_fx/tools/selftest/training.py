@@ -15,19 +15,18 @@ def loss(output: Tensor) -> Tensor:
     return output.float().square().mean()
 
 
-def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """All gradients of `loss(call(x))`, in double precision in a row; leaves none behind."""
-    model.zero_grad(set_to_none=True)
-    loss(call(x)).backward()
-    row = torch.cat([p.grad.detach().double().flatten() for p in model.parameters() if p.grad is not None])
-    model.zero_grad(set_to_none=True)
-    return row
-
-
 def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Forward and backward; the gradients stay."""
     model.zero_grad(set_to_none=True)
     loss(call(x)).backward()
+
+
+def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """All gradients of `loss(call(x))`, in double precision in a row; leaves none behind."""
+    step(model, call, x)
+    row = torch.cat([p.grad.detach().double().flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return row
 
 
 def error(found: Tensor, exact: Tensor) -> float:

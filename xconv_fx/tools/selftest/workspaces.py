@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xconv_fx.device.workspace import workspace_bytes
 from xconv_fx.hooks.pytree import tree_leaves
-from xconv_fx.measure import physical_peak
+from xconv_fx.measure import physical_peak, storage_bytes
 
 from .result import Finding
 
@@ -93,4 +93,4 @@ def _taken(func: Callable[..., Any], args: tuple[Any, ...], device: str) -> int:
     kept: list[Any] = []
     peak = physical_peak(lambda: kept.append(func(*args)), device=device).transient
     results = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
-    return max(0, peak - sum(value.untyped_storage().nbytes() for value in results))
+    return max(0, peak - storage_bytes(results))
