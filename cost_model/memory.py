@@ -34,7 +34,8 @@ class Option:
     the variance it adds to the gradients (see `noise.py`; 0 for lossless codecs), `time` the extra seconds a step, and
     `layers` the variance that it adds to the gradient of each layer, relative to that gradient's own yardstick.
     `needs` lists (item, options): this option is allowed only while that item takes one of those options, for every
-    entry of the list.
+    entry of the list. `segment` counts how long a part of the step it makes something again for at once (None: it is
+    not made again).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Option:
     time: float = 0.0
     needs: tuple[tuple[int, frozenset[int]], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
+    segment: int | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .greedy import Costs, Mask, Table, descend, relax
 from .limits import NO_LIMITS, Limits
 from .memory import Problem, peak
 from .program import RELATIVE_GAP, TOLERANCE, Answer, Cap, Effort, Program
+from .segments import segmented
 
 # Plans whose first objective is within this fraction of the least are told apart by the second one. The noise model is
 # no better than that, and a looser cap lets the second program find plans quickly.
@@ -182,8 +183,8 @@ def _objectives(problem: Problem, tradeoff: float) -> tuple[Costs, Costs]:
 
 
 def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[int] | None:
-    """The best greedy plan that fits, or None. Three starts: without paying in the first cost, without options that
-    have needs (one of those can pin its neighbours for good), and with everything."""
+    """The best greedy plan that fits, or None. It begins with everything kept, to change it without paying in the first
+    cost, without options that have needs (one of those can pin its neighbours for good), or at all; and in segments."""
     if not table.sizes:
         return [] if table.base.max() <= budget else None
     blend = _unit(first) + 1e-6 * _unit(second)
@@ -192,8 +193,10 @@ def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[
     simple = everything.copy()
     simple[table.needing] = False
     found = []
-    for allowed in (free, simple, everything):
-        choice = descend(table, budget, blend, allowed)
+    keep = [0] * len(table.sizes)
+    starts = [(start, everything) for start in segmented(table.problem) if table.keeps(start)]
+    for start, allowed in ((keep, free), (keep, simple), (keep, everything), *starts):
+        choice = descend(table, budget, blend, allowed, start)
         if table.alive(choice).max() <= budget:
             choice = relax(table, choice, budget, blend, everything)
             found.append((table.cost(first, choice), table.cost(second, choice), choice))
@@ -290,14 +293,20 @@ def _better(
 
 def _lowest_greedy(table: Table) -> list[int]:
     """The lowest peak that the greedy walk reaches, by bisection over budgets."""
+    keep = [0] * len(table.sizes)
+    starts = [keep, *(start for start in segmented(table.problem) if table.keeps(start))]
+    return min((_lowered(table, start) for start in starts), key=lambda choice: int(table.alive(choice).max()))
+
+
+def _lowered(table: Table, start: list[int]) -> list[int]:
+    """The lowest peak that the greedy walk reaches from a plan."""
     nothing = np.zeros(table.loads.shape[1])
-    allowed = table.permitted
-    best = [0] * len(table.sizes)
+    best = start
     low, high = int(_floor(table)), int(table.alive(best).max())
     for _ in range(8):
         if low >= high:
             break
-        choice = descend(table, (low + high) // 2, nothing, allowed)
+        choice = descend(table, (low + high) // 2, nothing, table.permitted, start)
         top = int(table.alive(choice).max())
         if top < int(table.alive(best).max()):
             best = choice

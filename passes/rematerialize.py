@@ -2,8 +2,8 @@
 
 A chain is the part of the forward between the residual and values that the backward has anyway: other residuals,
 parameters and inputs, and statistics so small that saving them costs nothing. It consists of loops that Inductor fuses
-(normalisation's affine map, activations, additions, concatenation, padding, resampling), never of random draws. The
-result of a convolution has a chain that ends in that convolution: a *rerun*, which takes its time.
+(normalisation's affine map, activations, additions, concatenation, padding, resampling), never of random draws. A chain
+with a convolution or a product of matrices in it, or a few, is a *rerun*, which takes their time.
 
 Replayed from an exact source the residual is exact. From a source held approximately it stays unbiased when the chain
 is *affine* in it: comparisons, and ReLU's, are then taken from bit masks of the true values instead of being
@@ -25,8 +25,10 @@ from .step_time import node_flops
 
 aten = torch.ops.aten
 
-# Longest chain that is replayed, in operations; and the largest value saved for it besides residuals, as a fraction.
+# Longest chain that is replayed, in operations, and how many of them are run as kernels of a library; and the largest
+# value saved for it besides residuals, as a fraction.
 LONGEST = 48
+MOST_RERUN = 4
 SMALL = 1 / 64
 
 
@@ -50,18 +52,28 @@ class RecomputeSubgraph:
         return sum(nbytes(node) for node in self.extras if not is_primal(node))
 
     @property
+    def rerun(self) -> tuple[fx.Node, ...]:
+        """The convolutions and products of the chain, in order."""
+        return tuple(filter(_is_rerun, self.nodes))
+
+    @property
     def reruns(self) -> bool:
-        """Whether the chain ends in a convolution."""
-        return self.nodes[-1].target is aten.convolution.default
+        """Whether there are any."""
+        return bool(self.rerun)
+
+    @property
+    def between(self) -> int:
+        """Bytes of what is made on the way to the last of them, or behind it."""
+        return sum(nbytes(node) for node in self.rerun if node is not self.nodes[-1])
 
     @property
     def flops(self) -> int:
-        return node_flops(self.nodes[-1])
+        return sum(map(node_flops, self.rerun))
 
     @property
     def traffic(self) -> int:
-        """Bytes read and written when the chain is one fused kernel."""
-        return nbytes(self.nodes[-1]) + sum(nbytes(node) for node in self.inputs)
+        """Bytes read and written when the chain is one fused kernel, and its reruns are one each."""
+        return nbytes(self.nodes[-1]) + 2 * self.between + sum(nbytes(node) for node in self.inputs)
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -78,8 +90,7 @@ def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        rerun = current is node and current.target is aten.convolution.default
-        if len(nodes) >= LONGEST or not (rerun or _replayable(current)):
+        if len(nodes) >= LONGEST or not _replayable(current):
             return None
         nodes.append(current)
         for arg in current.all_input_nodes:
@@ -94,8 +105,14 @@ def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph
                 extras[arg] = None
             else:
                 stack.append(arg)
+    if sum(map(_is_rerun, nodes)) > MOST_RERUN:
+        return None
     nodes.sort()
     return RecomputeSubgraph(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
+
+
+def _is_rerun(node: fx.Node) -> bool:
+    return node.target is aten.convolution.default or has(node, "product")
 
 
 def _replayable(node: fx.Node) -> bool:
@@ -103,7 +120,7 @@ def _replayable(node: fx.Node) -> bool:
         return False  # Another draw, or of an input that is another one by then.
     if node.target is aten.as_strided.default and not is_primal(node.all_input_nodes[0]):
         return False  # A copy of its source may lie in memory in another way.
-    return is_view(node) or is_elementwise(node) or has(node, "replayable")
+    return is_view(node) or is_elementwise(node) or has(node, "replayable") or _is_rerun(node)
 
 
 def _constant(node: fx.Node) -> bool:

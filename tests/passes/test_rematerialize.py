@@ -9,7 +9,9 @@ from helpers.tracing import trace
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from xconv_fx.passes.rematerialize import LONGEST, find_recompute_subgraph
+from xconv_fx.passes.graph import nbytes
+from xconv_fx.passes.rematerialize import LONGEST, MOST_RERUN, find_recompute_subgraph
+from xconv_fx.passes.step_time import node_flops
 
 aten = torch.ops.aten
 SHAPE = (2, 8, 16, 16)
@@ -52,10 +54,39 @@ def test_statistics_are_saved_and_large_values_are_not():
     assert {"cos", "sub", "mul"} == {node.name for node in chain.nodes}
 
 
+def many_convolutions(x, weight, count):
+    for _ in range(count):
+        x = F.conv2d(x, weight) + 1
+    return x
+
+
+CONVOLUTION = aten.convolution.default
+RERUN = {
+    "convolution": (lambda x, primals_1: F.conv2d(x.sin(), primals_1) + 1, (8, 8, 1, 1), [CONVOLUTION]),
+    "matrix product": (lambda x, primals_1: x[0, 0].sin() @ primals_1 + 1, (16, 16), [aten.mm.default]),
+    "joined": (lambda x, primals_1: torch.cat((F.conv2d(s := x.sin(), primals_1), s), 1), (8, 8, 1, 1), [CONVOLUTION]),
+    "a few": (lambda x, primals_1: many_convolutions(x.sin(), primals_1, 3), (8, 8, 1, 1), [CONVOLUTION] * 3),
+}
+
+
+@pytest.mark.parametrize("case", RERUN)
+def test_kernels_of_libraries_are_run_again(case):
+    function, weight, expected = RERUN[case]
+    chain = find_recompute_subgraph(last(forward(function, SHAPE, weight)), {"sin"})
+    assert chain is not None and chain.reruns and chain.sources == ("sin",)
+    assert [node.target for node in chain.rerun] == expected
+    assert chain.flops == sum(map(node_flops, chain.rerun)) > 0
+    # What is on the way to the result passes through memory.
+    assert chain.between == sum(nbytes(node) for node in chain.rerun)
+
+
+def test_at_most_a_few_of_them():
+    nodes = forward(lambda x, primals_1: many_convolutions(x.sin(), primals_1, MOST_RERUN + 1), SHAPE, (8, 8, 1, 1))
+    assert find_recompute_subgraph(last(nodes), {"sin"}) is None
+
+
 REFUSED = {
     "random": lambda x: F.dropout(x.sin(), 0.5) + 1,
-    "convolution": lambda x: F.conv2d(x.sin(), torch.ones(8, 8, 1, 1)) + 1,
-    "matrix product": lambda x: x.sin() @ x.new_ones(16, 16) + 1,
     "large reduction": lambda x: x.sin().cumsum(0) + 1,
     "an input of the forward": lambda x: x + 1,
     "too long": lambda x: [x := x.sin() + 1 for _ in range(LONGEST)][-1],

@@ -9,6 +9,7 @@ from helpers.tracing import trace
 from torch import nn
 
 from xconv_fx.cost_model.memory import peak, profile
+from xconv_fx.cost_model.segments import segmented
 from xconv_fx.options import Options
 from xconv_fx.passes.graph import is_tangent, nbytes
 from xconv_fx.passes.late_layout import layout_copies
@@ -108,8 +109,13 @@ def test_corrections_and_outside_bytes_are_added(pairs):
 
 
 LEGAL = [
-    ("relu", "relu", {}, {"keep", "bitmask", "quantize1", "quantize2", "quantize4", "quantize8", "probe2"}),
-    ("relu", "relu", {"codecs": "exact"}, {"keep", "bitmask"}),
+    (
+        "relu",
+        "relu",
+        {},
+        {"keep", "bitmask", "recomputed_convolution", "quantize1", "quantize2", "quantize4", "quantize8", "probe2"},
+    ),
+    ("relu", "relu", {"codecs": "exact"}, {"keep", "bitmask", "recomputed_convolution"}),
     ("relu", "relu", {"codecs": ["quantize:2"]}, {"keep"}),  # Without "bitmask" its sign cannot be held.
     ("relu", "relu", {"codecs": ["quantize:2", "bitmask"]}, {"keep", "bitmask", "quantize2"}),
     ("relu", "relu", {"codecs": ["probe:gaussian", "bitmask"]}, {"keep", "bitmask", "probe"}),
@@ -146,24 +152,54 @@ def test_replaying_needs_its_sources(pairs):
     assert row["keep"].option.needs == row["quantize4"].option.needs == ()
 
 
-def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
-    layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)]
-    planning = posed_of(trace(nn.Sequential(*layers), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
-    order = [r.name for r in planning.residuals]
-    rows = {name: {way(c): c.option for c in row} for name, row in zip(order, planning.candidates, strict=True)}
-    offered = {name: [way(c) for c in row] for name, row in zip(order, planning.candidates, strict=True)}
-    assert rows["convolution"]["recomputed_convolution"].needs == (), "the network's input is there anyway"
-    needs = {
-        order[item]: {offered[order[item]][i] for i in allowed}
-        for item, allowed in rows["convolution_1"]["recomputed_convolution"].needs
-    }
-    assert needs == {"relu": {"keep", "recomputed_elementwise"}, "convolution": {"keep"}}
-    assert rows["convolution_1"]["recomputed_convolution"].time > rows["relu_1"]["recomputed_elementwise"].time > 0
+def three_norms():
+    """The planning problem of conv-norm-relu three times, with exact codecs."""
+    layers = [layer for _ in range(3) for layer in (conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())]
+    return posed_of(trace(nn.Sequential(*layers, conv(8, 8)), torch.randn(2, 8, 16, 16)).pair(), codecs="exact")
+
+
+def options_of(planning, residual, name):
+    """The candidates of this kind that a residual has, the latest start first, and what each needs: kinds by name."""
+    rows = dict(zip((r.name for r in planning.residuals), planning.candidates, strict=True))
+    order = list(rows)
+    return [
+        (candidate, {order[item]: [rows[order[item]][i] for i in allowed] for item, allowed in candidate.option.needs})
+        for candidate in rows[residual]
+        if way(candidate) == name
+    ]
+
+
+def test_a_rerun_needs_sources_that_are_there_by_then():
+    planning = three_norms()
+    assert all(not needs for _, needs in options_of(planning, "convolution", "recomputed_convolution"))
+    reruns = options_of(planning, "convolution_1", "recomputed_convolution")
+    assert len(reruns) > 1, "alone, and in segments"
+    for candidate, needs in reruns:
+        assert set(needs) == {"relu"}, "whatever that is made of is its own matter"
+        assert {way(source) for source in needs["relu"]} == {"keep", "recomputed_elementwise"}
+        assert all(source.start <= candidate.start for source in needs["relu"])
     # From where it is first read, by itself or by what is replayed from it, its result is held in full.
-    first, last, size = rows["convolution_1"]["recomputed_convolution"].loads[1]
+    alone = reruns[0][0]
+    first, last, size = alone.option.loads[1]
     labels = planning.problem.labels
-    assert first < last and size == 2 * 8 * 16 * 16 * 4
+    assert alone.start == first < last and size == 2 * 8 * 16 * 16 * 4
     assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
+    replayed = options_of(planning, "relu_1", "recomputed_elementwise")[0][0]
+    assert alone.option.time > replayed.option.time > 0
+
+
+def test_of_a_whole_segment_nothing_is_held_but_what_it_begins_with():
+    planning = three_norms()
+    *_, longest = segmented(planning.problem)
+    chosen = {r.name: row[place] for r, row, place in zip(planning.residuals, planning.candidates, longest, strict=True)}
+    reruns = [chosen[f"convolution{part}"] for part in ("", "_1", "_2")]
+    assert {way(candidate) for candidate in reruns} == {"recomputed_convolution"}
+    assert len({candidate.start for candidate in reruns}) == 1, "all from the first of the network's input"
+    assert {way(chosen[name]) for name in ("relu", "relu_1", "relu_2")} == {"recomputed_elementwise"}
+    alive = profile(planning.problem, longest)
+    tensor = 2 * 8 * 16 * 16 * 4
+    saved = profile(planning.problem, keep(planning))[turn(planning)] - alive[turn(planning)]
+    assert saved == pytest.approx(6 * tensor, rel=0.02), "statistics apart"
 
 
 def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
@@ -183,7 +219,8 @@ def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):
 
 def test_bits_for_the_mask_let_go_of_the_tensor_before_the_input_gradient(pairs):
     planning = posed_of(pairs["relu"], codecs="exact")
-    keep, apart = planning.candidates[0]
+    row = {way(candidate): candidate for candidate in planning.candidates[0]}
+    keep, apart = row["keep"], row["bitmask"]
     labels = planning.problem.labels
     kept, held = (
         {labels[end] for _, end, size in c.option.loads if size == c.choice.bytes_before} for c in (keep, apart)

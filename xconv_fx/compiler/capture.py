@@ -50,6 +50,8 @@ CALLED = (
     *operators_with("product"),
     *conv3d.OPERATORS,
 )
+# Operators whose results are made where they stand.
+LATE = (torch.ops.xconv.apart.default,)
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ class Found:
             hooks.ahead_of_time_backward(),
             hooks.early_releases(not plain),
             hooks.cheap_strides(not plain),
-            hooks.fusion_rules(None if plain else LocalFusion(CALLED)),
+            hooks.fusion_rules(None if plain else LocalFusion(CALLED, LATE)),
             hooks.generated_code(compiling.generated),
             kernels.collect(),
             capture.in_use(),

@@ -39,6 +39,7 @@ from xconv_fx.passes.graph import nbytes
 from xconv_fx.passes.insert_codecs import rewrite
 from xconv_fx.passes.late_layout import late_layout, relaid_operands
 from xconv_fx.passes.move_device import place
+from xconv_fx.passes.own_concatenations import own_concatenations
 from xconv_fx.passes.partition import Pair, hoist, partition
 from xconv_fx.passes.residuals import Residual, find_residuals
 from xconv_fx.passes.scatter_pooling import scatter_pooling
@@ -168,15 +169,21 @@ def _move(halves: Partitioned) -> None:
         place((halves.pair.forward, halves.pair.backward), halves.device)
 
 
-def _kernels(pair: Pair) -> None:
-    for half in (pair.forward, pair.backward):
-        volume_kernels(half.graph)
-        half.recompile()
+def _in_halves(rewrite: Callable[[fx.Graph], None]) -> Callable[[Pair], None]:
+    def rewritten(pair: Pair) -> None:
+        for half in (pair.forward, pair.backward):
+            rewrite(half.graph)
+            half.recompile()
+
+    return rewritten
 
 
 # What runs last, over what the plan was written into.
-KERNELS: Pass[Pair] = Pass("conv3d_kernels", _kernels, optional=True)
-OPTIONAL = [one.name for row in (NORMALISE, LOWER, PREPARE, (KERNELS,)) for one in row if one.optional]
+KERNELS: tuple[Pass[Pair], ...] = (
+    Pass("own_concatenations", _in_halves(own_concatenations), optional=True),
+    Pass("conv3d_kernels", _in_halves(volume_kernels), optional=True),
+)
+OPTIONAL = [one.name for row in (NORMALISE, LOWER, PREPARE, KERNELS) for one in row if one.optional]
 
 _disabled: ContextVar[frozenset[str]] = ContextVar("disabled", default=frozenset())
 _verified: ContextVar[bool] = ContextVar("verified", default=False)
@@ -324,7 +331,7 @@ def finish(planned: Planned, stream: int | None = None, plain: bool = False) -> 
             moved(planned.planning.norms),
         ),
     )
-    run((insert, KERNELS), pair)
+    run((insert, *KERNELS), pair)
     return pair
 
 

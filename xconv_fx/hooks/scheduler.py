@@ -15,7 +15,7 @@ Leans on private API of Inductor's scheduler, checked against torch 2.12 to 2.15
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import networkx as nx
@@ -35,11 +35,14 @@ def in_order(key: str) -> dict[str, Any]:
 
 
 class LocalFusion(InductorChoices):
-    """Inductor's choices, but for horizontal fusion across the `extern` kernels: operators that run as calls."""
+    """Inductor's choices, but for fusion across the `extern` kernels: operators that run as calls.
 
-    def __init__(self, extern: Collection[Any]) -> None:
+    `late` are operators whose results are made where they stand in the graph, whatever makes what they read.
+    """
+
+    def __init__(self, extern: Collection[Any], late: Collection[Any] = ()) -> None:
         super().__init__()
-        self.extern = frozenset(extern)
+        self.extern, self.late = frozenset(extern), frozenset(late)
 
     def can_fuse_horizontal(  # type: ignore[override]  # static there, and called on the instance
         self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
@@ -47,6 +50,14 @@ class LocalFusion(InductorChoices):
         if self.apart(node1, node2):
             return False
         return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+    def can_fuse_vertical(  # type: ignore[override]
+        self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
+    ) -> bool:
+        late = any(origin.target in self.late for origin in _origins(node2))
+        if late and self.apart(node1, node2):
+            return False
+        return InductorChoices.can_fuse_vertical(scheduler, node1, node2, shared_data_score)
 
     def apart(self, node1: Any, node2: Any) -> bool:
         """Whether an extern kernel stands between the two in the graph."""
@@ -91,5 +102,9 @@ def in_graph_order(nodes: list[Any]) -> list[Any]:
 
 def _position(node: Any, place: dict[Any, int]) -> int:
     """Where the last operation that a kernel computes stands in the graph; 0 for kernels of no known origin."""
-    origins = (origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins())
-    return max((place[origin] for origin in origins if origin in place), default=0)
+    return max((place[origin] for origin in _origins(node) if origin in place), default=0)
+
+
+def _origins(node: Any) -> Iterator[Any]:
+    """The graph's nodes that a kernel computes."""
+    return (origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins())

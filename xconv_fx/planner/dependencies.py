@@ -38,5 +38,6 @@ def _places(row: Iterable[StorageCandidate], required: Requirement) -> frozenset
     return frozenset(
         place
         for place, candidate in enumerate(row)
-        if candidate.kind in required.kinds or candidate.choice.spec in required.specs
+        if (candidate.kind in required.kinds and (required.by is None or candidate.start <= required.by))
+        or candidate.choice.spec in required.specs
     )

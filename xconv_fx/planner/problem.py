@@ -37,7 +37,8 @@ from xconv_fx.passes.step_time import step_seconds
 from .loss import Ends
 from .peak_scenarios import ONCE, Calls
 from .sensitivities import Sensitivities
-from .storage import Context, StepTimeline, StorageCandidate, candidates, items_of
+from .step_timeline import StepTimeline
+from .storage import Context, StorageCandidate, candidates, items_of
 from .surroundings import ALONE, Surroundings
 
 aten = torch.ops.aten

@@ -25,14 +25,17 @@ class StorageKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a source must be held as: in a way that is one of the `kinds`, or by one of the `specs`."""
+    """What a source must be held as: in a way that is one of the `kinds`, or by one of the `specs`.
+
+    Made again it must be there from the step `by` on, or earlier (None: whenever).
+    """
 
     kinds: frozenset[StorageKind] = frozenset()
     specs: frozenset[CodecSpec] = frozenset()
+    by: int | None = None
 
 
-KEPT = Requirement(frozenset({StorageKind.KEPT}))
-# Kept, or one recomputation of kept values away: one convolution is run again at a time, never a whole forward.
-NEAR = Requirement(KEPT.kinds | {StorageKind.RECOMPUTED_ELEMENTWISE})
 # Kept, or recomputed exactly.
-EXACT_VALUES = Requirement(NEAR.kinds | {StorageKind.RECOMPUTED_CONVOLUTION})
+EXACT_VALUES = Requirement(
+    frozenset({StorageKind.KEPT, StorageKind.RECOMPUTED_ELEMENTWISE, StorageKind.RECOMPUTED_CONVOLUTION})
+)

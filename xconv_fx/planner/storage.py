@@ -23,14 +23,15 @@ from xconv_fx.ops import samples
 from xconv_fx.ops.codec import codec_of, names
 from xconv_fx.options import Options
 from xconv_fx.passes.find_norms import Norm
-from xconv_fx.passes.graph import is_elementwise, is_reduction, numel
-from xconv_fx.passes.liveness import Timeline
+from xconv_fx.passes.graph import numel
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
 from xconv_fx.passes.residuals import Residual
 from xconv_fx.plan import Choice
 
 from .requirement import Requirement, StorageKind
+from .segments import Start, starts
 from .sensitivities import EXACT, NoiseContribution, Sensitivities
+from .step_timeline import StepTimeline
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StorageCandidate:
     """One way to hold one residual: a `Choice`, what it costs at which steps, and what noise it adds where.
 
     `requires` lists the residuals that it is recomputed from, with what they must be held as; `dependencies.py` makes
-    needs of the option of that, once all candidates are known.
+    needs of the option of that, once all candidates are known. What is run again is so at `start`, a step.
     """
 
     choice: Choice
@@ -46,6 +47,7 @@ class StorageCandidate:
     kind: StorageKind
     added: NoiseContribution = EXACT
     requires: tuple[tuple[str, Requirement], ...] = ()
+    start: int = 0
 
 
 def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidate, ...]]) -> tuple[Item, ...]:
@@ -54,50 +56,6 @@ def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidat
         Item(residual.name, tuple(candidate.option for candidate in row))
         for residual, row in zip(residuals, rows, strict=True)
     )
-
-
-@dataclass(frozen=True)
-class StepTimeline:
-    """The steps of a training step: the forward's, the loss, the backward's."""
-
-    forward: Timeline
-    backward: Timeline
-
-    @property
-    def turn(self) -> int:
-        """The first step of the backward."""
-        return len(self.forward.steps) + 1
-
-    @property
-    def end(self) -> int:
-        """The last step."""
-        return self.turn + len(self.backward.steps) - 1
-
-    @functools.cached_property
-    def _last_in_forward(self) -> dict[fx.Node, int]:
-        return {buffer.node: buffer.last for buffer in self.forward.buffers}
-
-    def produced(self, residual: Residual, kept: bool) -> int:
-        """First step at which the payload exists; for a kept tensor, the first that the base does not count."""
-        if kept and residual.forward in self._last_in_forward:
-            return min(self._last_in_forward[residual.forward] + 1, self.end)
-        return min(self.forward.step_of(residual.forward), self.end)
-
-    def read(self, residual: Residual) -> list[int]:
-        """Steps of the backward that read it."""
-        return [self.turn + step for step in self.backward.read_at.get(residual.backward, [0])]
-
-    def last(self, residual: Residual) -> int:
-        """The last step that reads it."""
-        return max(self.read(residual))
-
-    def materialised(self, residual: Residual) -> list[int]:
-        """Steps at which an extern kernel reads the residual, so that a decoded tensor must exist."""
-        return [step for step in self.read(residual) if not _is_generated(self.backward, step - self.turn)]
-
-
-def _is_generated(line: Timeline, step: int) -> bool:
-    return is_elementwise(line.steps[step]) or is_reduction(line.steps[step])
 
 
 @dataclass(frozen=True)
@@ -115,6 +73,11 @@ class Context:
     noises: Sensitivities
     machine: DeviceSpec
     apart: bool
+
+    @functools.cached_property
+    def starts(self) -> Mapping[str, tuple[Start, ...]]:
+        """When each residual with a rerun may be run again, latest first."""
+        return starts(self.residuals, self.chains, self.timeline)
 
     def candidate(
         self,

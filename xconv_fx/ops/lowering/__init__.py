@@ -328,6 +328,12 @@ def _lower_stored(x: ir.TensorBox) -> ir.TensorBox:
     return x
 
 
+def _lower_apart(x: ir.TensorBox) -> ir.TensorBox:
+    return ir.Pointwise.create(
+        device=x.get_device(), dtype=x.get_dtype(), inner_fn=x.make_loader(), ranges=list(x.get_size())
+    )
+
+
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.pack_mask.default: _lower_pack_mask,
     torch.ops.xconv.unpack_mask.default: _lower_unpack_mask,
@@ -340,4 +346,5 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,
     torch.ops.xconv.adaptive_pool_backward.default: _lower_adaptive_pool_backward,
     torch.ops.xconv.stored.default: _lower_stored,
+    torch.ops.xconv.apart.default: _lower_apart,
 }

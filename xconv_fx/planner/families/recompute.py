@@ -14,7 +14,7 @@ from xconv_fx.passes.graph import arguments
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
 from xconv_fx.passes.residuals import Residual
 
-from ..requirement import EXACT_VALUES, KEPT, NEAR, Requirement, StorageKind
+from ..requirement import EXACT_VALUES, Requirement, StorageKind
 from ..sensitivities import EXACT, NoiseContribution
 from ..storage import Context, Family, StorageCandidate, codes, packed_bytes
 from .fixed_point import fixed_point
@@ -31,17 +31,30 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
         return
     sources = [context.residuals[name] for name in chain.sources]
     if chain.reruns:
-        if "recompute" in allowed:
-            yield _convolution(residual, chain, sources, context)
+        # A boolean is held in bits, for which no convolution is worth its time.
+        if "recompute" in allowed and residual.value.dtype != torch.bool:
+            yield from _reruns(residual, chain, sources, context)
         return
     if "recompute" in allowed:
-        requires = dict.fromkeys(chain.sources, EXACT_VALUES)
-        yield _elementwise(residual, chain, StorageKind.RECOMPUTED_ELEMENTWISE, requires, context)
+        yield from _from_exact(residual, chain, context)
     if sources and chain.masks is not None and not any("nonlinear" in r.uses for r in (residual, *sources)):
         masks = {_bits_name(mask): mask for mask in (*residual.masks, *chain.masks)}
         if {"recompute", "quantize", "bitmask"} <= allowed.names:
             yield from _from_codes(residual, chain, sources, len(masks), context)
         yield from _from_signed_codes(residual, chain, sources, masks.values(), context)
+
+
+def _from_exact(residual: Residual, chain: RecomputeSubgraph, context: Context) -> Iterator[StorageCandidate]:
+    """Of exact values, which are there when it is first read, or earlier, for what is run again of it."""
+    kind = StorageKind.RECOMPUTED_ELEMENTWISE
+    for start in context.starts[residual.name]:
+        source = replace(EXACT_VALUES, by=start.step)
+        candidate = _elementwise(residual, chain, kind, dict.fromkeys(chain.sources, source), context)
+        option = replace(candidate.option, segment=start.length)
+        if not chain.sources:
+            yield replace(candidate, option=option)
+            return
+        yield replace(candidate, option=option, start=start.step)
 
 
 def _from_codes(
@@ -103,33 +116,23 @@ def _elementwise(
     return replace(candidate, option=option, requires=tuple(requires.items()))
 
 
-def _convolution(
+def _reruns(
     residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
-) -> StorageCandidate:
-    """Run the convolution again before its result is first read; from then on it is held like any value."""
-    kind = StorageKind.RECOMPUTED_CONVOLUTION
+) -> Iterator[StorageCandidate]:
+    """Run its convolutions again before it is first read, or for a segment; from then on it is held like any value."""
+    kind, line = StorageKind.RECOMPUTED_CONVOLUTION, context.timeline
     candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
-    followers = (r for name, r in context.residuals.items() if residual.name in _cheap_sources(name, context))
-    line = context.timeline
-    first = min(step for r in (residual, *followers) for step in line.read(r))
-    loads = [*candidate.option.loads, (first, line.last(residual), residual.bytes)]
-    loads += [(first, first, source.bytes) for source in sources]
-    loads += [(line.last(s) + 1, first, s.bytes) for s in sources if line.last(s) < first]
     time = seconds(chain.flops, chain.traffic, context.machine, str(residual.value.dtype))
-    option = replace(candidate.option, loads=tuple(loads), time=time)
-    requires = tuple(_few_steps_away(chain, context).items())
-    return replace(candidate, choice=replace(candidate.choice, time=time), option=option, requires=requires)
-
-
-def _few_steps_away(chain: RecomputeSubgraph, context: Context) -> dict[str, Requirement]:
-    """What a convolution that is run again requires: its sources near, and kept what these are recomputed from."""
-    behind = [far for name in chain.sources if name in context.chains for far in context.chains[name].sources]
-    return {**dict.fromkeys(chain.sources, NEAR), **dict.fromkeys(behind, KEPT)}
-
-
-def _cheap_sources(name: str, context: Context) -> tuple[str, ...]:
-    chain = context.chains.get(name)
-    return () if chain is None or chain.reruns else chain.sources
+    choice = replace(candidate.choice, time=time)
+    for start in context.starts[residual.name]:
+        step = start.step
+        loads = [*candidate.option.loads, (step, line.last(residual), residual.bytes)]
+        passing = sum(source.bytes for source in sources) + chain.between - start.after
+        loads += [(step, step, passing)] if passing > 0 else []
+        loads += [(line.last(s) + 1, step, s.bytes) for s in sources if line.last(s) < step]
+        option = replace(candidate.option, loads=tuple(loads), time=time, segment=start.length)
+        requires = tuple((name, replace(EXACT_VALUES, by=step)) for name in chain.sources)
+        yield replace(candidate, choice=choice, option=option, requires=requires, start=step)
 
 
 def _bits_name(mask: fx.Node) -> str:
