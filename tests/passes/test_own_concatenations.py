@@ -1,15 +1,10 @@
-"""Concatenations in memory of their own: which parts are copied, and what that saves in generated code."""
+"""Concatenations in memory of their own: which parts are copied. What it saves: tests/end_to_end/test_segments.py."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-import torch.nn.functional as F
-from helpers.compiled import compiled_for, gradients_of
-from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from xconv_fx.compiler import pipeline
 from xconv_fx.passes.own_concatenations import own_concatenations
 
 aten, xconv = torch.ops.aten, torch.ops.xconv

@@ -191,7 +191,9 @@ def test_a_rerun_needs_sources_that_are_there_by_then():
 def test_of_a_whole_segment_nothing_is_held_but_what_it_begins_with():
     planning = three_norms()
     *_, longest = segmented(planning.problem)
-    chosen = {r.name: row[place] for r, row, place in zip(planning.residuals, planning.candidates, longest, strict=True)}
+    chosen = {
+        r.name: row[place] for r, row, place in zip(planning.residuals, planning.candidates, longest, strict=True)
+    }
     reruns = [chosen[f"convolution{part}"] for part in ("", "_1", "_2")]
     assert {way(candidate) for candidate in reruns} == {"recomputed_convolution"}
     assert len({candidate.start for candidate in reruns}) == 1, "all from the first of the network's input"
