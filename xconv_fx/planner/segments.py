@@ -4,9 +4,9 @@ What is made again reads what comes before it in the forward, which the backward
 convolutions, of whose values only the first is held, is run again from there on as soon as its last value is read, and
 its values are held until the backward comes to them: a *segment*, as between two checkpoints. What can be made again
 is, in the forward's order, the leaves of a tree of segments; each segment is split where the forward holds least, not
-far from the middle. A residual may be made again for any segment that it is in, so that the solver chooses how long segments are,
-where they are, and what is held inside of one. What loops alone make is never held: it is there from a step on when its
-sources are.
+far from the middle. A residual may be made again for any segment that it is in, so that the solver chooses how long
+segments are, where they are, and what is held inside of one. What loops alone make is never held: it is there from a
+step on when its sources are.
 
 For what is run again at the same step but before others, only what exceeds those others adds to the peak: they are not
 there yet.
