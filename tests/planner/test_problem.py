@@ -17,6 +17,7 @@ from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.loss import LOSS_COPIES
 from xconv_fx.planner.problem import beside, build_problem, corrected, resident_bytes
+from xconv_fx.planner.solve import choice_of
 from xconv_fx.planner.surroundings import Surroundings
 
 
@@ -164,6 +165,39 @@ def test_a_rerun_needs_sources_that_are_at_most_one_replay_away():
     labels = planning.problem.labels
     assert first < last and size == 2 * 8 * 16 * 16 * 4
     assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
+
+
+class Skipping(nn.Module):
+    """What the first block makes is read by the second, and added to what that makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(conv(c, 8), nn.BatchNorm2d(8), nn.ReLU()) for c in (3, 8))
+        self.head = conv(8, 8)
+
+    def forward(self, x):
+        made = self.first(x)
+        return self.head(self.second(made) + made)
+
+
+def test_a_rerun_is_there_in_time_for_what_is_replayed_of_what_is_replayed_from_it():
+    planning = posed_of(trace(Skipping(), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
+    order, labels = [r.name for r in planning.residuals], planning.problem.labels
+    rows = dict(zip(order, planning.candidates, strict=True))
+    late, early = (c for c in rows["convolution"] if way(c) == "recomputed_convolution")
+    (added,) = (name for name in order if name.startswith("add"))
+    ((item, allowed),) = late.option.needs
+    assert order[item] == added and {way(rows[added][i]) for i in allowed} == {"keep"}
+    assert early.option.needs == ()
+    # The sum's first reader is the head's weight gradient, which is the first of all.
+    assert early.option.loads[1][0] < late.option.loads[1][0]
+    assert labels[early.option.loads[1][0]] == next(n for n in labels if n.startswith("convolution_backward"))
+    # Both say the same of the residual: which of them a plan means, the other residuals tell.
+    for sum_is, meant in ((0, late), (1, early)):
+        choice = [0] * len(order)
+        choice[order.index("convolution")], choice[item] = rows["convolution"].index(meant), sum_is
+        choices = [row[place].choice for row, place in zip(planning.candidates, choice, strict=True)]
+        assert choice_of(planning, choices) == tuple(choice)
 
 
 def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):

@@ -32,6 +32,8 @@ class Requirement:
 
 
 KEPT = Requirement(frozenset({StorageKind.KEPT}))
+# Kept, or in codes: whatever else is held otherwise, the backward does not run for it.
+HELD = Requirement(KEPT.kinds | {StorageKind.CODED})
 # Kept, or one recomputation of kept values away: one convolution is run again at a time, never a whole forward.
 NEAR = Requirement(KEPT.kinds | {StorageKind.RECOMPUTED_ELEMENTWISE})
 # Kept, or recomputed exactly.

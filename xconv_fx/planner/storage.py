@@ -116,6 +116,15 @@ class Context:
     machine: DeviceSpec
     apart: bool
 
+    @functools.cached_property
+    def followers(self) -> dict[str, list[str]]:
+        """For each residual those that can be replayed from it by elementwise operations."""
+        found: dict[str, list[str]] = {name: [] for name in self.residuals}
+        for name, chain in self.chains.items():
+            for source in () if chain.reruns else chain.sources:
+                found[source].append(name)
+        return found
+
     def candidate(
         self,
         residual: Residual,

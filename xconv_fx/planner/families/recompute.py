@@ -14,7 +14,7 @@ from xconv_fx.passes.graph import arguments
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
 from xconv_fx.passes.residuals import Residual
 
-from ..requirement import EXACT_VALUES, KEPT, NEAR, Requirement, StorageKind
+from ..requirement import EXACT_VALUES, HELD, KEPT, NEAR, Requirement, StorageKind
 from ..sensitivities import EXACT, NoiseContribution
 from ..storage import Context, Family, StorageCandidate, codes, packed_bytes
 from .fixed_point import fixed_point
@@ -32,7 +32,7 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
     sources = [context.residuals[name] for name in chain.sources]
     if chain.reruns:
         if "recompute" in allowed:
-            yield _convolution(residual, chain, sources, context)
+            yield from _convolutions(residual, chain, sources, context)
         return
     if "recompute" in allowed:
         requires = dict.fromkeys(chain.sources, EXACT_VALUES)
@@ -103,21 +103,42 @@ def _elementwise(
     return replace(candidate, option=option, requires=tuple(requires.items()))
 
 
-def _convolution(
+def _convolutions(
     residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
-) -> StorageCandidate:
-    """Run the convolution again before its result is first read; from then on it is held like any value."""
-    kind = StorageKind.RECOMPUTED_CONVOLUTION
-    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
-    followers = (r for name, r in context.residuals.items() if residual.name in _cheap_sources(name, context))
+) -> Iterator[StorageCandidate]:
+    """Run the convolution again before its result is first read.
+
+    That is by itself or by what is replayed from it. What is replayed from that in turn may be read earlier: then there
+    is a candidate that requires these others to be held, and one whose result is there in time for them.
+    """
     line = context.timeline
-    first = min(step for r in (residual, *followers) for step in line.read(r))
+    followers = context.followers[residual.name]
+    first = min(step for name in (residual.name, *followers) for step in line.read(context.residuals[name]))
+    behind = dict.fromkeys(far for name in followers for far in context.followers[name])
+    earliest = {name: _earliest(name, context) for name in behind}
+    early = {name: HELD for name, step in earliest.items() if step < first}
+    yield _convolution(residual, chain, sources, context, first, early)
+    if early:
+        yield _convolution(residual, chain, sources, context, min(earliest.values()), {})
+
+
+def _convolution(
+    residual: Residual,
+    chain: RecomputeSubgraph,
+    sources: Sequence[Residual],
+    context: Context,
+    first: int,
+    required: Mapping[str, Requirement],
+) -> StorageCandidate:
+    """Run the convolution again before step `first`; from then on its result is held like any value."""
+    kind, line = StorageKind.RECOMPUTED_CONVOLUTION, context.timeline
+    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
     loads = [*candidate.option.loads, (first, line.last(residual), residual.bytes)]
     loads += [(first, first, source.bytes) for source in sources]
     loads += [(line.last(s) + 1, first, s.bytes) for s in sources if line.last(s) < first]
     time = seconds(chain.flops, chain.traffic, context.machine, str(residual.value.dtype))
     option = replace(candidate.option, loads=tuple(loads), time=time)
-    requires = tuple(_few_steps_away(chain, context).items())
+    requires = tuple({**_few_steps_away(chain, context), **required}.items())
     return replace(candidate, choice=replace(candidate.choice, time=time), option=option, requires=requires)
 
 
@@ -127,9 +148,16 @@ def _few_steps_away(chain: RecomputeSubgraph, context: Context) -> dict[str, Req
     return {**dict.fromkeys(chain.sources, NEAR), **dict.fromkeys(behind, KEPT)}
 
 
-def _cheap_sources(name: str, context: Context) -> tuple[str, ...]:
-    chain = context.chains.get(name)
-    return () if chain is None or chain.reruns else chain.sources
+def _earliest(name: str, context: Context) -> int:
+    """The first step that reads the residual, or what can be replayed from it, one from the other."""
+    steps, stack, seen = [], [name], {name}
+    while stack:
+        current = stack.pop()
+        steps += context.timeline.read(context.residuals[current])
+        following = [other for other in context.followers[current] if other not in seen]
+        seen.update(following)
+        stack += following
+    return min(steps)
 
 
 def _bits_name(mask: fx.Node) -> str:
