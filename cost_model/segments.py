@@ -20,9 +20,9 @@ def segmented(problem: Problem) -> Iterator[list[int]]:
 
 
 def _longest(options: tuple[Option, ...], length: int) -> int:
-    """The place of the first option for segments of this length, or the longest below; 0 where there is none."""
-    places = [(option.segment, -place) for place, option in enumerate(options) if option.segment is not None]
-    return -max((one for one in places if one[0] <= length), default=(0, 0))[1]
+    """The place of the last option for segments of this length, or the longest below; 0 where there is none."""
+    places = [(option.segment, place) for place, option in enumerate(options) if option.segment is not None]
+    return max((one for one in places if one[0] <= length), default=(0, 0))[1]
 
 
 def legal(problem: Problem, choice: list[int]) -> list[int]:

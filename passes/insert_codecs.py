@@ -30,6 +30,7 @@ from .residuals import Residual, physical_order
 aten = torch.ops.aten
 
 BITS = CodecSpec("bitmask")
+_CONVERT = torch.ops.prims.convert_element_type.default
 
 
 def rewrite(
@@ -114,6 +115,7 @@ class _Writer:
         if approximate or choice.codec == "bitmask":
             for mask in residual.masks:
                 self.hoist(mask, residual.order)
+        _convert_for_each(self.backward, residual.backward)
         if choice.codec == "recompute":
             readers, chain = list(residual.backward.users), self.chains[residual.name]
             if chain.reruns and readers:  # Once, where the first of its readers stands.
@@ -341,6 +343,19 @@ class _Writer:
             with self.forward.inserting_before(node.next):
                 self.lifted[key] = inline(self.forward, lambda x: aten.le.Scalar(x, 0), [node], origin_meta(node))[0]
         return self.lifted[key]
+
+
+def _convert_for_each(graph: fx.Graph, value: fx.Node) -> None:
+    """Give every reader of the value in another dtype a conversion of its own.
+
+    Each then gets a decoded value of its own, as it does without autocast. Shared by several, the conversion of what is
+    decoded from many reads is stored, in float32.
+    """
+    for conversion in [user for user in value.users if user.target is _CONVERT and len(user.users) > 1]:
+        for reader in list(conversion.users):
+            with graph.inserting_before(reader):
+                reader.replace_input_with(conversion, graph.node_copy(conversion))
+        graph.erase_node(conversion)
 
 
 def _told(held: SavedAs, positive: bool, words: Tensor, table: Tensor) -> Tensor:

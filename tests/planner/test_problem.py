@@ -9,7 +9,7 @@ from helpers.tracing import trace
 from torch import nn
 
 from xconv_fx.cost_model.memory import peak, profile
-from xconv_fx.cost_model.segments import segmented
+from xconv_fx.cost_model.segments import legal, segmented
 from xconv_fx.options import Options
 from xconv_fx.passes.graph import is_tangent, nbytes
 from xconv_fx.passes.late_layout import layout_copies
@@ -18,6 +18,7 @@ from xconv_fx.passes.residuals import find_residuals
 from xconv_fx.planner.dependencies import link
 from xconv_fx.planner.loss import LOSS_COPIES
 from xconv_fx.planner.problem import beside, build_problem, corrected, resident_bytes
+from xconv_fx.planner.solve import choice_of
 from xconv_fx.planner.surroundings import Surroundings
 
 
@@ -179,11 +180,13 @@ def test_a_rerun_needs_sources_that_are_there_by_then():
         assert {way(source) for source in needs["relu"]} == {"keep", "recomputed_elementwise"}
         assert all(source.start <= candidate.start for source in needs["relu"])
     # From where it is first read, by itself or by what is replayed from it, its result is held in full.
-    alone = reruns[0][0]
-    first, last, size = alone.option.loads[1]
+    (alone, _), (before, _), *_ = reruns
     labels = planning.problem.labels
-    assert alone.start == first < last and size == 2 * 8 * 16 * 16 * 4
-    assert labels[first].startswith("convolution_backward"), "the next layer's weight gradient reads the replayed relu"
+    for candidate in (alone, before):
+        first, last, size = candidate.option.loads[1]
+        assert candidate.start == first < last and size == 2 * 8 * 16 * 16 * 4
+    assert labels[alone.start].startswith("sum"), "of batch norm's backward"
+    assert labels[before.start].startswith("convolution_backward"), "whose weight gradient reads the replayed relu"
     replayed = options_of(planning, "relu_1", "recomputed_elementwise")[0][0]
     assert alone.option.time > replayed.option.time > 0
 
@@ -202,6 +205,38 @@ def test_of_a_whole_segment_nothing_is_held_but_what_it_begins_with():
     tensor = 2 * 8 * 16 * 16 * 4
     saved = profile(planning.problem, keep(planning))[turn(planning)] - alive[turn(planning)]
     assert saved == pytest.approx(6 * tensor, rel=0.02), "statistics apart"
+
+
+class Skipping(nn.Module):
+    """What the first block makes is read by the second, and added to what that makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(conv(c, 8), nn.BatchNorm2d(8), nn.ReLU()) for c in (3, 8))
+        self.head = conv(8, 8)
+
+    def forward(self, x):
+        made = self.first(x)
+        return self.head(self.second(made) + made)
+
+
+def test_a_rerun_is_there_in_time_for_what_is_replayed_of_what_is_replayed_from_it():
+    planning = posed_of(trace(Skipping(), torch.randn(2, 3, 16, 16)).pair(), codecs="exact")
+    order, labels = [r.name for r in planning.residuals], planning.problem.labels
+    (added,) = (name for name in order if name.startswith("add"))
+    row = planning.candidates[order.index("convolution")]
+    starts = [candidate for candidate in row if way(candidate) == "recomputed_convolution"]
+    late, early = next(c for c in starts if labels[c.start].startswith("convolution_backward")), starts[-1]
+    # The sum's first reader is the head's weight gradient, which is the first of all.
+    assert labels[early.start] == next(name for name in labels if name.startswith("convolution_backward"))
+    assert early.start < late.start
+    # Both say the same of the residual: which of them a plan means, the other residuals tell.
+    for sum_is, meant in (("keep", late), ("recomputed_elementwise", early)):
+        kinds = {"convolution": "recomputed_convolution", "relu": "recomputed_elementwise", added: sum_is}
+        rows = [{way(c): c.choice for c in row} for row in planning.candidates]
+        found = choice_of(planning, [row[kinds.get(name, "keep")] for name, row in zip(order, rows, strict=True)])
+        assert row[found[order.index("convolution")]] is meant
+        assert legal(planning.problem, list(found)) == list(found)
 
 
 def test_a_replayed_source_lives_as_long_as_what_is_replayed_from_it(pairs):

@@ -41,27 +41,22 @@ def starts(
 ) -> dict[str, tuple[Start, ...]]:
     """By name, when each residual that has a chain may be made again: the latest first."""
     names = sorted((name for name in residuals if name in chains), key=lambda name: residuals[name].forward)
-    first = _first_read(residuals, chains, line)
-    found: dict[str, list[Start]] = {name: [] for name in names}
+    read = {name: min(line.read(residual)) for name, residual in residuals.items()}
+    found = {name: _alone(name, read, chains) for name in names}
     for segment in _segments(names, _alive_before(names, residuals, line)):
-        step, after, length = min(first[name] for name in segment), 0, (len(segment) - 1).bit_length()
+        step, after, length = min(read[name] for name in segment), 0, (len(segment) - 1).bit_length()
         for name in reversed(segment):
-            if not found[name] or step < found[name][-1].step:
+            if step < found[name][-1].step:
                 found[name].append(Start(step, after, length))
             after += residuals[name].bytes * chains[name].reruns
     return {name: tuple(some) for name, some in found.items()}
 
 
-def _first_read(
-    residuals: Mapping[str, Residual], chains: Mapping[str, RecomputeSubgraph], line: StepTimeline
-) -> dict[str, int]:
-    """The first step that reads each residual, or one that loops make of it directly."""
-    read = {name: min(line.read(residual)) for name, residual in residuals.items()}
-    first = dict(read)
-    for name, chain in chains.items():
-        for source in () if chain.reruns else chain.sources:
-            first[source] = min(first[source], read[name])
-    return first
+def _alone(name: str, read: Mapping[str, int], chains: Mapping[str, RecomputeSubgraph]) -> list[Start]:
+    """Where the residual is first read, and where those are that loops make of it."""
+    made = [other for other, chain in chains.items() if name in chain.sources and not chain.reruns]
+    steps = {read[name], *(read[other] for other in made if read[other] < read[name])}
+    return [Start(step, 0, 0) for step in sorted(steps, reverse=True)]
 
 
 def _alive_before(names: Sequence[str], residuals: Mapping[str, Residual], line: StepTimeline) -> list[int]:

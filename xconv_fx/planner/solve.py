@@ -88,7 +88,7 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
     Raises `ValueError`, which says where they are not those of this problem.
     """
     wanted = {choice.residual: choice for choice in choices}
-    found: list[int] = []
+    found: list[list[int]] = []
     for residual, row in zip(planning.residuals, planning.candidates, strict=True):
         choice = wanted.pop(residual.name, None)
         if choice is None:
@@ -101,10 +101,26 @@ def choice_of(planning: PlanningProblem, choices: Sequence[Choice]) -> tuple[int
             how = " ".join(f"{name}={value}" for name, value in said.items() if value)
             raise ValueError(f"these options do not let {residual.name} be held as it says: {how}")
         # From exact values or from codes a residual is recomputed by the same name: what the choice adds tells which.
-        found.append(min(places, key=lambda place: _difference(row[place].choice, choice)))
+        differences = {place: _difference(row[place].choice, choice) for place in places}
+        found.append([place for place in places if differences[place] == min(differences.values())])
     if wanted:
         raise ValueError(f"the graph has no {next(iter(wanted))}")
-    return tuple(found)
+    return _allowed(planning, found)
+
+
+def _allowed(planning: PlanningProblem, found: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Of candidates that say the same of a residual, and differ in when it is made again: the latest that are in time
+    for all that needs them."""
+    chosen = [places[0] for places in found]
+    waiting = list(range(len(found)))
+    while waiting:
+        item = waiting.pop()
+        for other, options in planning.candidates[item][chosen[item]].option.needs:
+            earlier = [place for place in found[other] if place in options]
+            if chosen[other] not in options and earlier:
+                chosen[other] = earlier[0]
+                waiting.append(other)
+    return tuple(chosen)
 
 
 def _held_as(choice: Choice) -> tuple[object, ...]:

@@ -61,7 +61,8 @@ def _lower_unfix(
         base = ops.where(ops.ge(value, border), above, below)
         return ops.to_dtype(ops.add(base, ops.mul(value, ops.abs(step))), dtype)
 
-    return loops.decoded(codes, dtype, physical, order, body)
+    plan = layout.packing(size, order, bits)
+    return loops.decoded(codes, dtype, physical, order, words.counted_as_load(codes, plan, body))
 
 
 def _lower_fixed_sign(
@@ -75,7 +76,8 @@ def _lower_fixed_sign(
         upper = ops.ge(code(at), row_of(fixed.BORDER, at))
         return ops.eq(upper, ops.gt(row_of(fixed.STEP, at), ops.constant(0.0, wide)))
 
-    return loops.decoded(codes, torch.bool, layout.physical_size(size, order), order, body)
+    plan = layout.packing(size, order, bits)
+    return loops.decoded(codes, torch.bool, plan.physical, order, words.counted_as_load(codes, plan, body))
 
 
 def _signed_code(

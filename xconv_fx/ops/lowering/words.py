@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.virtualized import ops
+from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from .. import layout
@@ -76,3 +76,23 @@ def unpacked(words: ir.TensorBox, plan: layout.Packing) -> Callable[[Index], Val
         return ops.bitwise_and(ops.bitwise_right_shift(word, place), ops.constant((1 << plan.bits) - 1, torch.int32))
 
     return code
+
+
+def counted_as_load(
+    words: ir.TensorBox, plan: layout.Packing, body: Callable[[Index], Value]
+) -> Callable[[Index], Value]:
+    """`body(physical index)`, the value of a code; for a GPU, Inductor counts it as the load of its word.
+
+    It counts loads and operations to decide what gets a buffer. A code that is decoded from a table has many of both,
+    all of which are cheap: what is made of it would be stored, in float32, where what is made of the tensor is not.
+    """
+    if words.get_device_or_error().type == "cpu":
+        return body
+    load, leading = words.make_loader(), plan.physical[: plan.split]
+
+    def counted(index: Index) -> Value:
+        if type(V.get_ops_handler()).__name__ != "OpCounterCSE":
+            return body(index)
+        return load([FloorDiv(loops.linear(index[: plan.split], leading), plan.per_word), *index[plan.split :]])
+
+    return counted
