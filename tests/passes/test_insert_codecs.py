@@ -260,7 +260,10 @@ STOCHASTIC = {
         lambda: nn.Sequential(conv(3, 8), nn.ReLU(), *(2 * [conv(8, 8), nn.ReLU()]), last(8)),
         {"codecs": ["quantize:1", "bitmask"], "max_noise": None, "max_layer_noise": None},
     ),
-    "2 bits and replay": (LOSSLESS["batch norm"], {"codecs": ["quantize:2", "bitmask", "recompute"]}),
+    "2 bits and replay": (
+        LOSSLESS["batch norm"],
+        {"codecs": ["quantize:2", "bitmask", "recompute"], "prefer": "speed"},
+    ),
     "replay through a join": (
         lambda: nn.Sequential(Skip(), conv(8, 16), conv(16, 16), last(16)),
         {"codecs": ["quantize:2", "bitmask", "recompute"]},
