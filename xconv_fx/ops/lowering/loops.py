@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from torch._inductor import config, ir
 from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
-from torch._inductor.lowering import fallback_handler, lowerings
+from torch._inductor.lowering import fallback_handler, lowerings, to_dtype
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -66,6 +66,19 @@ def keys(seed: ir.TensorBox, stream: int) -> ir.TensorBox:
     pair = ir.Pointwise.create(device=seed.get_device(), dtype=torch.int32, inner_fn=body, ranges=[2])
     pair.realize()
     return pair
+
+
+def table(
+    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index], Value], shape: Sequence[int]
+) -> Callable[[Index], Value]:
+    """Loads from a small buffer of `shape` on the device of `like`, computed once: `body(index)` for each index.
+
+    Of what reads no buffer Inductor's own loaders would make it part of their readers again.
+    """
+    values = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=body, ranges=list(shape))
+    values.realize()
+    buffer = values.data.data
+    return lambda index: ir.Buffer.make_loader(buffer)(index)
 
 
 def called(op: Any, order: Sequence[int], x: ir.TensorBox, *arguments: Any) -> Any:
@@ -196,9 +209,13 @@ def decoded(
 
 
 def summed(
-    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index, Index], Value], shape: Sequence[int], count: int
+    like: ir.TensorBox,
+    dtype: torch.dtype,
+    body: Callable[[Index, Index], Value],
+    shape: Sequence[int],
+    counts: Sequence[int],
 ) -> ir.TensorBox:
-    """A buffer of `shape` that holds the sum of `body(index, [i])` over i < `count`, in a loop over i."""
+    """A buffer of `shape` that holds the sum of `body(index, within)`, in loops over all `within` the `counts`."""
     with config.patch(unroll_reductions_threshold=1):
         total = ir.Reduction.create(
             device=like.get_device_or_error(),
@@ -206,11 +223,16 @@ def summed(
             src_dtype=dtype,
             inner_fn=body,
             ranges=list(shape),
-            reduction_ranges=[count],
+            reduction_ranges=list(counts),
             reduction_type="sum",
         )
     total.realize()
     return total
+
+
+def converted(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+    """`x` in another dtype."""
+    return x if x.get_dtype() == dtype else to_dtype(x, dtype)
 
 
 def ranges(x: ir.TensorBox, order: Sequence[int], parts: Sequence[int]) -> ir.TensorBox:
