@@ -54,14 +54,14 @@ class _Call:
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
-        ctx.call, ctx.size, ctx.dtype = call, x.shape[2:], x.dtype
+        ctx.call, ctx.size, ctx.dtype = call, [int(size) for size in x.shape[2:]], x.dtype
         return call(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mode, align_corners = _MODES[ctx.call.mode], bool(ctx.call.align_corners)
         scales = ctx.call.scales(len(ctx.size))
-        found = torch.ops.xconv.interpolate_backward(grad, list(ctx.size), mode, align_corners, scales)
+        found = torch.ops.xconv.interpolate_backward(grad, ctx.size, mode, align_corners, scales)
         return found.to(ctx.dtype), None
 
 
@@ -73,16 +73,21 @@ def interpolate(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _gathers(node: fx.Node) -> bool:
     """Whether the operator computes the gradient of a call."""
-    given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
     x, found = given.pop("input").meta.get("example_value"), node.meta.get("example_value")
     call = _Call(**given)
     if call.mode not in _MODES or call.antialias or x is None or found is None or not x.dtype.is_floating_point:
         return False
-    sizes, scales = (*x.shape[2:], *found.shape[2:]), call.scales(x.dim() - 2)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    inputs, outputs = ([_fixed(size) for size in value.shape[2:]] for value in (x, found))
+    if min(*inputs, *outputs) <= 0:
         return False
-    outputs, inputs = found.shape[2:], x.shape[2:]
+    scales = call.scales(len(inputs))
     return gathers(axes(outputs, inputs, _MODES[call.mode], bool(call.align_corners), scales, x.dtype))
+
+
+def _fixed(size: int | torch.SymInt) -> int:
+    """A size; 0 where it is not one number."""
+    return size if isinstance(size, int) else size.node.maybe_as_int() or 0
 
 
 def gather_interpolation(gm: fx.GraphModule) -> None:

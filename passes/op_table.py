@@ -92,7 +92,7 @@ ROWS = (
     Row("gather scatter.src scatter.value scatter_add scatter_reduce.two", batch="beside along"),
     Row("select_scatter", batch="select scattered"),
     Row("index.Tensor", "replayable linear affine", "indexed"),
-    Row("_unsafe_index.Tensor", "replayable affine", "indexed"),
+    Row("_unsafe_index.Tensor", "pointwise replayable affine", "indexed"),
     Row("embedding", batch="looked up"),
     Row("bucketize.Tensor", batch="binned"),
     Row("triu tril", batch="last two"),

@@ -35,6 +35,7 @@ MOST_TERMS, MOST_SINGLE_TERMS = 64, 8
 # Positions are compared as float32, which holds all whole numbers below this.
 _EXTENT_LIMIT = 1 << 24
 _LARGEST_DENOMINATOR = 1000
+_AROUND = (-1, 0, 1, 2)  # What cubic interpolation reads, from the position below.
 _A = -0.75  # PyTorch's constant of cubic convolution.
 
 
@@ -82,10 +83,9 @@ class Axis:
             source = source.clamp(min=0.0)
         first = source.floor()
         share = (source - first).clamp(0.0, 1.0)
-        if self.mode == "linear":
-            places, weights = (0, 1), (1 - share, share)
-        else:
-            places, weights = (-1, 0, 1, 2), cubic_weights(share)
+        places: tuple[int, ...]
+        weights: tuple[Tensor, ...]
+        places, weights = ((0, 1), (1 - share, share)) if self.mode == "linear" else (_AROUND, cubic_weights(share))
         read = torch.stack([first.long() + place for place in places])
         return read.clamp(0, self.extent - 1), torch.stack(weights)
 

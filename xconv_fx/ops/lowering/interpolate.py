@@ -103,12 +103,16 @@ class _Readers:
         assert window is not None
         if window.whole:
             return _Readers(axis, window)
-        ranges = [window.taps, axis.extent]
-        position = loops.table(like, torch.int64, lambda index: _within(_reader(*index, window), axis), ranges)
-        weight = loops.table(
-            like, axis.dtype, lambda index: _weight_of(_reader(*index, window), index[1], axis), ranges
-        )
-        return _Readers(axis, window, position, weight)
+
+        def position(index: Index) -> Value:
+            return _within(_reader(index[0], index[1], window), axis)
+
+        def weight(index: Index) -> Value:
+            return _weight_of(_reader(index[0], index[1], window), index[1], axis)
+
+        shape = [window.taps, axis.extent]
+        tables = loops.table(like, torch.int64, position, shape), loops.table(like, axis.dtype, weight, shape)
+        return _Readers(axis, window, *tables)
 
     def __call__(self, tap: sympy.Expr, at: sympy.Expr) -> tuple[sympy.Expr, Callable[[Value], Value]]:
         """One that may read a position of the input, and how to weight the gradient there."""

@@ -75,7 +75,7 @@ def table(
 
     Of what reads no buffer Inductor's own loaders would make it part of their readers again.
     """
-    values = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=body, ranges=list(shape))
+    values: Any = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=body, ranges=list(shape))
     values.realize()
     buffer = values.data.data
     return lambda index: ir.Buffer.make_loader(buffer)(index)
