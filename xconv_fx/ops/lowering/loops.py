@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from torch._inductor import config, ir
 from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
-from torch._inductor.lowering import fallback_handler, lowerings, to_dtype
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -232,7 +232,7 @@ def summed(
 
 def converted(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
     """`x` in another dtype."""
-    return x if x.get_dtype() == dtype else to_dtype(x, dtype)
+    return x if x.get_dtype() == dtype else lowerings[torch.ops.prims.convert_element_type.default](x, dtype)
 
 
 def ranges(x: ir.TensorBox, order: Sequence[int], parts: Sequence[int]) -> ir.TensorBox:
