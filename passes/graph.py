@@ -84,11 +84,15 @@ def is_elementwise(node: fx.Node) -> bool:
         return False
     if torch.Tag.pointwise in node.target.tags:
         return True
-    return has(node, "pointwise") or (node.target.namespace == "xconv" and node.target.name() not in _CALLED)
+    return has(node, "pointwise") or (node.target.namespace == "xconv" and node.target.name() not in _STORED)
 
 
-# Operators of ours for code without this compiler (`ops/sketched_layers.py`, `ops/masked_relu.py`): calls, as ATen's.
-_CALLED = {f"xconv::{name}" for name in ("draw_seed", "masked_relu", "sketched_convolution", "sketched_linear")}
+# Operators of ours for code without this compiler (`ops/sketched_layers.py`, `ops/masked_relu.py`), which are calls as
+# ATen's are; and one whose operand and result are stored.
+_STORED = {
+    f"xconv::{name}"
+    for name in ("draw_seed", "masked_relu", "sketched_convolution", "sketched_linear", "interpolate_backward")
+}
 
 
 def is_reduction(node: fx.Node) -> bool:

@@ -1,8 +1,9 @@
 """What passes know of operations: one table, in which a row says all of an operation that any pass asks for.
 
-A row names operators of ATen (`prims.` for PyTorch's primitives): `add.Tensor` one overload, `sum` all of them. Then it
-says what holds of them, and by which rule of `batch_rules.py` samples go through. What torch itself tags as pointwise
-or as a reduction need not be said again; an operation of which no row is known is none of these.
+A row names operators of ATen (`prims.` for PyTorch's primitives, `xconv.` for ours): `add.Tensor` one overload, `sum`
+all of them. Then it says what holds of them, and by which rule of `batch_rules.py` samples go through. What torch
+itself tags as pointwise or as a reduction need not be said again; an operation of which no row is known is none of
+these.
 
     view        the result may share memory with the first operand
     moved       its elements are those of the operand, whose dimensions are put in another order, added or taken away
@@ -30,9 +31,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from xconv_fx import ops  # noqa: F401 (defines operators)
 from xconv_fx.hooks.inductor_prims import prims
 
 aten = torch.ops.aten
+_SPACES = {"aten": aten, "prims": prims, "xconv": torch.ops.xconv}
 
 PROPERTIES = (
     "view", "moved", "reshaped", "same", "filled", "pointwise", "replayable", "comparison", "reduction", "sum",
@@ -89,7 +92,7 @@ ROWS = (
     Row("gather scatter.src scatter.value scatter_add scatter_reduce.two", batch="beside along"),
     Row("select_scatter", batch="select scattered"),
     Row("index.Tensor", "replayable linear affine", "indexed"),
-    Row("_unsafe_index.Tensor", "replayable affine", "indexed"),
+    Row("_unsafe_index.Tensor", "pointwise replayable affine", "indexed"),
     Row("embedding", batch="looked up"),
     Row("bucketize.Tensor", batch="binned"),
     Row("triu tril", batch="last two"),
@@ -120,6 +123,7 @@ ROWS = (
     Row("_scaled_dot_product_efficient_attention", batch="all first"),
     Row("upsample_nearest2d_backward upsample_nearest3d_backward", "linear"),
     Row("avg_pool2d_backward.default avg_pool3d_backward.default", "linear"),
+    Row("xconv.interpolate_backward", "linear", "first dim"),
 )  # fmt: skip
 
 
@@ -150,9 +154,11 @@ def table() -> dict[Any, Known]:
 
 def operators(name: str) -> list[Any]:
     """The operators that a name in a row stands for. Raises `AttributeError` for one that torch does not have."""
-    space = prims if name.startswith("prims.") else aten
-    packet, _, overload = name.removeprefix("prims.").partition(".")
-    found = getattr(space, packet)
+    space, _, rest = name.partition(".")
+    if space not in _SPACES:
+        space, rest = "aten", name
+    packet, _, overload = rest.partition(".")
+    found = getattr(_SPACES[space], packet)
     return [getattr(found, one) for one in ([overload] if overload else found.overloads())]
 
 

@@ -21,6 +21,9 @@ from .sample_dims import SampleDims, Shared
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+# Of whose results nothing is known here, although Inductor makes loops of some of them.
+_UNKNOWN = (operator.getitem, aten.constant_pad_nd.default, aten._unsafe_index.Tensor)
+
 
 def shared_value(dims: SampleDims, node: fx.Node) -> Shared:
     """What is known of the result of an operation that reads no samples."""
@@ -29,7 +32,7 @@ def shared_value(dims: SampleDims, node: fx.Node) -> Shared:
         return Shared(frozenset(range(len(shape))))
     if node.target is prims.iota.default:
         return Shared(counts=0 if node.kwargs["start"] == 0 and node.kwargs["step"] == 1 else None)
-    if not inputs or node.target is operator.getitem or node.target is aten.constant_pad_nd.default:
+    if not inputs or node.target in _UNKNOWN:
         return Shared()
     first = dims.shared(inputs[0])
     if has(node, "same"):

@@ -27,6 +27,7 @@ from xconv_fx.compiler import pipeline
 from xconv_fx.options import Options
 from xconv_fx.passes.graph import is_tangent, output_node
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
+from xconv_fx.passes.interpolation import gather_interpolation
 from xconv_fx.passes.partition import Pair
 from xconv_fx.passes.unpooling import scatter_unpooling
 from xconv_fx.plan import Plan
@@ -133,6 +134,7 @@ def trace(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Traced:
         found.update(dynamo=gm, example_inputs=example_inputs)
         reshape_free_instance_norm(gm)
         scatter_unpooling(gm)
+        gather_interpolation(gm)
         config = {"custom_partitioner_fn": hooks.Partitioner(capture, "capture"), "fx_graph_cache": False}
         try:
             with hooks.ahead_of_time_backward():

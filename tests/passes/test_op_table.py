@@ -51,6 +51,7 @@ UNARY = {
     aten.mean.dim: ([1],),
     aten.constant_pad_nd.default: ([1, 2],),
     aten.mul.Scalar: (3.0,),
+    torch.ops.xconv.interpolate_backward.default: ([2, 3], "linear", False, [0.0, 0.0]),
 }
 
 

@@ -23,6 +23,7 @@ from xconv_fx.options.codecs import CodecSet
 from xconv_fx.passes.channels_last_3d import volume_convolutions, volumes_channels_last
 from xconv_fx.passes.graph import tensor_of
 from xconv_fx.passes.instance_norm import reshape_free_instance_norm
+from xconv_fx.passes.interpolation import gather_interpolation
 from xconv_fx.passes.op_table import operators_with
 from xconv_fx.passes.replicate_padding import concatenated_replicate_padding
 from xconv_fx.passes.slice_graph import Drawn, slice_graph
@@ -299,6 +300,7 @@ def _prepare(request: CaptureRequest, plain: bool, variant: Variant) -> Prepared
     if not plain:
         reshape_free_instance_norm(gm)
         scatter_unpooling(gm)
+        gather_interpolation(gm)
         if variant.relayout:
             gm = _channels_last(gm, inputs, request.options)
     same = str(gm.graph) == before

@@ -5,7 +5,7 @@ eager reference and a fake rule; `lowering.install` adds generated kernels for I
 graph calls the eager reference.
 """
 
-from . import conv3d, materialize, pool, seed  # noqa: F401 (operators that no codec's module defines)
+from . import conv3d, interpolate, materialize, pool, seed  # noqa: F401 (operators that no codec's module defines)
 from .bitmask import BITMASK
 from .cached_code import tag_cached_code
 from .codec import Codec, SavedAs, codec_of, names, register

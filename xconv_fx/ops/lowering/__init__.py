@@ -42,7 +42,7 @@ from .. import (
     quantize_kernel,
     triton_words,
 )
-from . import fixed, loops, samples, words
+from . import fixed, interpolate, loops, samples, words
 from .loops import Index, Value
 
 
@@ -196,7 +196,7 @@ def _lower_fold(x: ir.TensorBox, seed: ir.TensorBox, probes: int, order: Sequenc
             total = ops.add(total, term) if place else term
         return total
 
-    sums = loops.summed(x, wide, body, [plan.samples, plan.rows, *plan.block], plan.batches)
+    sums = loops.summed(x, wide, body, [plan.samples, plan.rows, *plan.block], [plan.batches])
     return lowerings[torch.ops.aten.view.default](sums, [plan.samples, probes])
 
 
@@ -341,6 +341,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.xconv.dequantize.default: _lower_dequantize,
     **samples.LOWERINGS,
     **fixed.LOWERINGS,
+    **interpolate.LOWERINGS,
     torch.ops.xconv.fold.default: _lower_fold,
     torch.ops.xconv.unfold.default: _lower_unfold,
     torch.ops.xconv.max_pool_backward.default: _lower_max_pool_backward,

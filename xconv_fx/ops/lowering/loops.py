@@ -68,6 +68,19 @@ def keys(seed: ir.TensorBox, stream: int) -> ir.TensorBox:
     return pair
 
 
+def table(
+    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index], Value], shape: Sequence[int]
+) -> Callable[[Index], Value]:
+    """Loads from a small buffer of `shape` on the device of `like`, computed once: `body(index)` for each index.
+
+    Of what reads no buffer Inductor's own loaders would make it part of their readers again.
+    """
+    values: Any = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=body, ranges=list(shape))
+    values.realize()
+    buffer = values.data.data
+    return lambda index: ir.Buffer.make_loader(buffer)(index)
+
+
 def called(op: Any, order: Sequence[int], x: ir.TensorBox, *arguments: Any) -> Any:
     """A call of the operator itself, its first operand laid out as `order` says."""
     strides = layout.dense_strides([int(extent) for extent in x.get_size()], order)
@@ -196,9 +209,13 @@ def decoded(
 
 
 def summed(
-    like: ir.TensorBox, dtype: torch.dtype, body: Callable[[Index, Index], Value], shape: Sequence[int], count: int
+    like: ir.TensorBox,
+    dtype: torch.dtype,
+    body: Callable[[Index, Index], Value],
+    shape: Sequence[int],
+    counts: Sequence[int],
 ) -> ir.TensorBox:
-    """A buffer of `shape` that holds the sum of `body(index, [i])` over i < `count`, in a loop over i."""
+    """A buffer of `shape` that holds the sum of `body(index, within)`, in loops over all `within` the `counts`."""
     with config.patch(unroll_reductions_threshold=1):
         total = ir.Reduction.create(
             device=like.get_device_or_error(),
@@ -206,11 +223,16 @@ def summed(
             src_dtype=dtype,
             inner_fn=body,
             ranges=list(shape),
-            reduction_ranges=[count],
+            reduction_ranges=list(counts),
             reduction_type="sum",
         )
     total.realize()
     return total
+
+
+def converted(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+    """`x` in another dtype."""
+    return x if x.get_dtype() == dtype else lowerings[torch.ops.prims.convert_element_type.default](x, dtype)
 
 
 def ranges(x: ir.TensorBox, order: Sequence[int], parts: Sequence[int]) -> ir.TensorBox:

@@ -112,7 +112,7 @@ def _lower_quantize_samples(
 
     words = [size[0] * bits * each, *plan.inner]
     # Runs of one word share no bit: their sum is their union.
-    return loops.summed(x, torch.int32, body, words, WORD_BITS // UNROLLED_TERMS)
+    return loops.summed(x, torch.int32, body, words, [WORD_BITS // UNROLLED_TERMS])
 
 
 def _lower_dequantize_samples(

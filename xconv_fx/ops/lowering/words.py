@@ -54,7 +54,7 @@ def packed(
         return ops.bitwise_left_shift(word, shift) if runs > 1 else word
 
     # Runs of one word share no bit: their sum is their union. A loop over runs is compiled faster than all of them.
-    return loops.summed(like, torch.int32, body, plan.words, runs)
+    return loops.summed(like, torch.int32, body, plan.words, [runs])
 
 
 def _number(digits: Sequence[Value], bits: int) -> Value:
