@@ -34,6 +34,8 @@ from .segments import segmented
 # Plans whose first objective is within this fraction of the least are told apart by the second one. The noise model is
 # no better than that, and a looser cap lets the second program find plans quickly.
 TIE = 1e-2
+# Of the starts in segments, so many are followed up.
+TRIED = 2
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def _objectives(problem: Problem, tradeoff: float) -> tuple[Costs, Costs]:
 
 def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[int] | None:
     """The best greedy plan that fits, or None. It begins with everything kept, to change it without paying in the first
-    cost, without options that have needs (one of those can pin its neighbours for good), or at all; and in segments."""
+    cost, without options that have needs (one of those can pin its neighbours for good), or at all; where none of these
+    fits, in segments."""
     if not table.sizes:
         return [] if table.base.max() <= budget else None
     blend = _unit(first) + 1e-6 * _unit(second)
@@ -192,15 +195,18 @@ def _quick_plan(table: Table, budget: int, first: Costs, second: Costs) -> list[
     free = everything & (first <= _least(table, first)[table.owner])
     simple = everything.copy()
     simple[table.needing] = False
-    found = []
     keep = [0] * len(table.sizes)
-    starts = [(start, everything) for start in segmented(table.problem) if table.keeps(start)]
-    for start, allowed in ((keep, free), (keep, simple), (keep, everything), *starts):
-        choice = descend(table, budget, blend, allowed, start)
-        if table.alive(choice).max() <= budget:
-            choice = relax(table, choice, budget, blend, everything)
-            found.append((table.cost(first, choice), table.cost(second, choice), choice))
-    return min(found)[2] if found else None
+    lowered = [descend(table, budget, blend, allowed, keep) for allowed in (free, simple, everything)]
+    fitting = [choice for choice in lowered if table.alive(choice).max() <= budget]
+    if not fitting:
+        starts = (start for start in segmented(table.problem) if table.keeps(start))
+        lowered = [descend(table, budget, blend, everything, start) for start in starts]
+        fitting = [choice for choice in lowered if table.alive(choice).max() <= budget]
+        fitting = sorted(fitting, key=lambda choice: table.cost(blend, choice))[:TRIED]
+    relaxed = [relax(table, choice, budget, blend, everything) for choice in fitting]
+    return min(
+        relaxed, key=lambda choice: (table.cost(first, choice), table.cost(second, choice), choice), default=None
+    )
 
 
 def _minimise(
@@ -294,8 +300,12 @@ def _better(
 def _lowest_greedy(table: Table) -> list[int]:
     """The lowest peak that the greedy walk reaches, by bisection over budgets."""
     keep = [0] * len(table.sizes)
-    starts = [keep, *(start for start in segmented(table.problem) if table.keeps(start))]
-    return min((_lowered(table, start) for start in starts), key=lambda choice: int(table.alive(choice).max()))
+    segments = sorted(
+        (start for start in segmented(table.problem) if table.keeps(start)),
+        key=lambda start: int(table.alive(start).max()),
+    )
+    lowered = [_lowered(table, start) for start in (keep, *segments[:TRIED])]
+    return min(lowered, key=lambda choice: int(table.alive(choice).max()))
 
 
 def _lowered(table: Table, start: list[int]) -> list[int]:
