@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers import tracing
 from helpers.tracing import run_joint, targets, trace
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from xconv_fx.passes.graph import is_tangent, layer_of
 from xconv_fx.passes.liveness import timeline
+from xconv_fx.passes.sample_dims import SampleDims, Shared
+from xconv_fx.passes.shared_values import shared_value
 
 GATHER, SCATTERS = "xconv.interpolate_backward.default", ("index_put", "scatter")
 
@@ -154,3 +156,15 @@ def test_positions_are_read_inside_a_kernel():
     net, x = Resized(3, scale_factor=2, mode="trilinear"), torch.randn(1, 2, 16, 16, 16)
     stored = [buffer.node for buffer in timeline(trace(net, x).pair().forward.graph).buffers]
     assert not [node for node in stored if "_unsafe_index" in str(node.target)]
+
+
+def test_what_is_read_at_positions_is_not_taken_for_constant():
+    """Rows of a table, each read by another number: nothing is the same for all samples, though no dim lines up."""
+    graph = fx.Graph()
+    table, numbers = graph.placeholder("table"), graph.placeholder("numbers")
+    rows = graph.call_function(torch.ops.aten._unsafe_index.Tensor, (table, [numbers]))
+    table.meta["val"], numbers.meta["val"] = torch.zeros(4, 3), torch.zeros(5, 2, dtype=torch.int64)
+    rows.meta["val"] = torch.zeros(5, 2, 3)
+    dims = SampleDims({}, 5)
+    dims.found.update({table: Shared(), numbers: Shared()})
+    assert shared_value(dims, rows) == Shared()
