@@ -219,7 +219,7 @@ def test_functions_that_compute_their_own_gradient_are_not_sliced(compile_model,
     [
         ({"slices": 3}, "write one of 2, 4, 8"),
         ({"slices": 4, "mode": "reduce-overhead"}, "CUDA graph overwrites"),
-        ({"max_noise": 1e-9, "slices": 1, "mem_budget": "55%"}, "max_noise"),
+        ({"max_noise": 1e-9, "slices": 1, "mem_budget": "52%"}, "max_noise"),
         ({"max_slowdown": 0.0, "codecs": "exact"}, "max_slowdown"),
     ],
 )

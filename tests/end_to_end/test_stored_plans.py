@@ -311,7 +311,7 @@ def test_bad_plans_and_options_beside_one(tmp_path):
 
 def test_what_is_recomputed_from_codes_is_so_again(tmp_path, cache, searches):
     """Recomputed from codes or from exact values: a choice has the same name for both."""
-    options = {"max_noise": None, "codecs": "exact,quantize:4"}
+    options = {"max_noise": None, "codecs": "exact,quantize:4", "prefer": "speed"}
     with pytest.raises(BudgetInfeasibleError) as refused:
         compiled(tmp_path, build(), mem_budget=1, **options)
     options["mem_budget"] = refused.value.smallest

@@ -27,7 +27,10 @@ def backward(loss: Tensor) -> None:
         except Exception as error:
             errors.append(error)
         finally:
-            torch._C._remove_obj_from_tls("context")
+            if hasattr(torch._C, "_remove_obj_from_tls"):
+                torch._C._remove_obj_from_tls("context")
+            else:  # torch 2.12
+                torch._C._stash_obj_in_tls("context", None)
 
     thread = threading.Thread(target=run)
     thread.start()

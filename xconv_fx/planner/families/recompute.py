@@ -63,7 +63,7 @@ def _from_codes(
     kind = StorageKind.RECOMPUTED_FROM_CODES
     for bits in (b for b in context.options.codecs.bits if b > 1):  # One bit is too coarse.
         added = context.noises.replayed(residual, [(source, codes(source, bits, context)) for source in sources])
-        requires = {source.name: _in_codes(source, bits, context) for source in sources}
+        requires = {source.name: _in_codes(source, bits, residual, context) for source in sources}
         yield _elementwise(residual, chain, kind, requires, context, added, masks)
 
 
@@ -84,15 +84,16 @@ def _from_signed_codes(
     for bits in context.options.codecs.fixed_bits:
         spec = fixed_point(bits)
         added = context.noises.replayed(residual, [(source, spec) for source in normed])
-        requires = {source.name: _in_codes(source, bits, context) for source in sources}
+        requires = {source.name: _in_codes(source, bits, residual, context) for source in sources}
         requires |= {source.name: Requirement(specs=frozenset({spec})) for source in normed}
         yield _elementwise(residual, chain, kind, requires, context, added, len(unsigned))
 
 
-def _in_codes(source: Residual, bits: int, context: Context) -> Requirement:
-    """Exact values, or codes of so many bits or more."""
+def _in_codes(source: Residual, bits: int, residual: Residual, context: Context) -> Requirement:
+    """Codes of so many bits or more, or exact values that are there when the residual is first read."""
     wide = (width for width in context.options.codecs.bits if width >= bits)
-    return Requirement(EXACT_VALUES.kinds, frozenset(codes(source, width, context) for width in wide))
+    specs = frozenset(codes(source, width, context) for width in wide)
+    return Requirement(EXACT_VALUES.kinds, specs, by=context.starts[residual.name][0].step)
 
 
 def _elementwise(
