@@ -35,7 +35,7 @@ MOST_TERMS, MOST_SINGLE_TERMS = 64, 8
 # Positions are compared as float32, which holds all whole numbers below this.
 _EXTENT_LIMIT = 1 << 24
 _LARGEST_DENOMINATOR = 1000
-_AROUND = (-1, 0, 1, 2)  # What cubic interpolation reads, from the position below.
+AROUND = (-1, 0, 1, 2)  # What cubic interpolation reads, from the position below.
 _A = -0.75  # PyTorch's constant of cubic convolution.
 
 
@@ -85,7 +85,7 @@ class Axis:
         share = (source - first).clamp(0.0, 1.0)
         places: tuple[int, ...]
         weights: tuple[Tensor, ...]
-        places, weights = ((0, 1), (1 - share, share)) if self.mode == "linear" else (_AROUND, cubic_weights(share))
+        places, weights = ((0, 1), (1 - share, share)) if self.mode == "linear" else (AROUND, cubic_weights(share))
         read = torch.stack([first.long() + place for place in places])
         return read.clamp(0, self.extent - 1), torch.stack(weights)
 

@@ -169,7 +169,7 @@ def _weight(reader: sympy.Expr, position: sympy.Expr, axis: Axis) -> Value:
     below = ops.floor(source)
     share, total = ops.sub(source, below), None
     weights = interpolate.cubic_weights(share, lambda value: ops.constant(value, dtype))
-    for place, weight in zip((-1, 0, 1, 2), weights, strict=True):
+    for place, weight in zip(interpolate.AROUND, weights, strict=True):
         read = ops.add(below, ops.constant(float(place), dtype))
         read = ops.minimum(ops.maximum(read, zero), ops.constant(float(axis.extent - 1), dtype))
         term = ops.where(ops.eq(read, at), weight, zero)

@@ -46,15 +46,15 @@ def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
 
 def _from_exact(residual: Residual, chain: RecomputeSubgraph, context: Context) -> Iterator[StorageCandidate]:
     """Of exact values, which are there when it is first read, or earlier, for what is run again of it."""
-    kind = StorageKind.RECOMPUTED_ELEMENTWISE
-    for start in context.starts[residual.name]:
-        source = replace(EXACT_VALUES, by=start.step)
-        candidate = _elementwise(residual, chain, kind, dict.fromkeys(chain.sources, source), context)
+    candidate = _elementwise(residual, chain, StorageKind.RECOMPUTED_ELEMENTWISE, {}, context)
+    starts = context.starts[residual.name]
+    if not chain.sources:  # There whenever it is wanted.
+        yield replace(candidate, option=replace(candidate.option, segment=starts[0].length))
+        return
+    for start in starts:
         option = replace(candidate.option, segment=start.length)
-        if not chain.sources:
-            yield replace(candidate, option=option)
-            return
-        yield replace(candidate, option=option, start=start.step)
+        requires = tuple((name, replace(EXACT_VALUES, by=start.step)) for name in chain.sources)
+        yield replace(candidate, option=option, requires=requires, start=start.step)
 
 
 def _from_codes(
