@@ -44,8 +44,8 @@ class Table:
         alone = (caps > 1 + SLACK) & (caps.min(axis=1, initial=0.0) >= 0)[:, None]
         self.permitted: Mask = ~alone.any(axis=0)
         self.caps: Costs = np.where(np.isfinite(caps), caps, 0.0)
-        # The most that a change of one item can add to what is taken of a limit.
-        self.steepest: Costs = self.caps.max(axis=1, initial=0.0) - self.caps.min(axis=1, initial=0.0)
+        # A row a column of `caps`: an option takes of few of them.
+        self.taking = sparse.csr_array(self.caps.T)
 
     def columns(self, choice: Sequence[int]) -> NDArray[np.int64]:
         """The column of every item's chosen option."""
@@ -61,20 +61,23 @@ class Table:
 
     def used(self, choice: Sequence[int]) -> Costs:
         """What the plan takes of every limit."""
-        return self.caps[:, self.columns(choice)].sum(axis=1)
+        return np.asarray(self.taking[self.columns(choice)].sum(axis=0))
 
     def keeps(self, choice: Sequence[int]) -> bool:
         """Whether the plan is within every limit."""
         return bool(self.permitted[self.columns(choice)].all() and (self.used(choice) <= 1 + SLACK).all())
 
-    def within(self, choice: Sequence[int]) -> Mask:
-        """Columns that a single item may change to within every limit, or at least no further above it."""
-        columns, used = self.columns(choice), self.used(choice)
-        # No other limit can be reached by a single change.
-        near = used + self.steepest > 1 + SLACK / 2
-        caps, used = self.caps[near], used[near, None]
-        after = used + caps - caps[:, columns[self.owner]]
-        return self.permitted & (after <= np.maximum(1 + SLACK, used)).all(axis=0)
+    def within(self, choice: Sequence[int], among: NDArray[np.int64]) -> Mask:
+        """Which of the columns `among` a single item may change to within every limit, or no further above it."""
+        used = self.used(choice)
+        added = self.taking[among] - self.taking[self.columns(choice)[self.owner[among]]]
+        after = used[added.indices] + added.data
+        broken = np.repeat(np.arange(len(among)), np.diff(added.indptr))[
+            after > np.maximum(1 + SLACK, used[added.indices])
+        ]
+        result = self.permitted[among]
+        result[broken] = False
+        return result
 
     def blocked(self, choice: Sequence[int]) -> Mask:
         """Columns that no single item may change to: what they need is missing, or another item needs otherwise."""
@@ -117,16 +120,24 @@ def relax(table: Table, choice: Sequence[int], budget: int, costs: Costs, allowe
     changed = True
     while changed:
         changed = False
-        usable = allowed & ~table.blocked(result) & table.within(result)
+        usable = _usable(table, result, allowed)
         for item in np.argsort(-costs[table.columns(result)], kind="stable").tolist():
             for option in _cheaper(table, item, result[item], costs, usable):
                 start = table.first[item]
                 after = alive + table.loads[:, start + option] - table.loads[:, start + result[item]]
                 if after.max() <= budget:
                     result[item], alive, changed = option, after, True
-                    usable = allowed & ~table.blocked(result) & table.within(result)
+                    usable = _usable(table, result, allowed)
                     break
     return result
+
+
+def _usable(table: Table, choice: Sequence[int], allowed: Mask) -> Mask:
+    """Which of the allowed columns a single item may change to."""
+    usable = allowed & ~table.blocked(choice)
+    among = np.flatnonzero(usable)
+    usable[among] = table.within(choice, among)
+    return usable
 
 
 def _needs(table: Table) -> tuple[NDArray[np.int64], sparse.csr_array]:
@@ -155,7 +166,7 @@ def _changes(
     top = int(alive.argmax())
     taken = table.columns(choice)[table.owner]
     saved = table.loads[top, taken] - table.loads[top]
-    found = np.flatnonzero((saved > 0) & allowed & ~table.blocked(choice) & table.within(choice))
+    found = np.flatnonzero(_usable(table, choice, (saved > 0) & allowed))
     price = costs[found] - costs[taken[found]]
     useful = np.minimum(saved[found], alive[top] - budget).astype(np.float64)
     free = price <= 0

@@ -28,7 +28,7 @@ SECONDS = 2.0
 NOISE_PRICE = 10.0
 # Effort for the plan of least peak: so many nodes of the search tree, which give the same plan in every run, whatever
 # else the machine does. Seconds are for problems that would take for ever.
-LOWEST_NODES, LOWEST_SECONDS = 100, 30.0
+LOWEST_NODES, LOWEST_SECONDS = 100, 15.0
 # Layers that a note names.
 NAMED = 5
 
