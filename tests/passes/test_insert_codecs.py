@@ -11,6 +11,7 @@ import pytest
 import torch
 from expecttest import TestCase
 from helpers.storage import way
+from helpers.torch_versions import needs_text_of_2_13
 from helpers.tracing import changes, run_pair, text, trace
 from torch import nn
 
@@ -168,6 +169,7 @@ class TestText(TestCase):
 """,
         )
 
+    @needs_text_of_2_13
     def test_rerun(self):
         traced = curved()
         before, pair = traced.pair(), smallest(traced, codecs="exact").pair

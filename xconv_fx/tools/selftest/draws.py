@@ -16,7 +16,7 @@ from . import training
 from .nets import NETS
 from .result import Finding
 
-# All slices hold their residuals, or some run their forward again: budgets that may come to that.
+# All slices hold their residuals, or some run their forward again: shares of the peak that are planned to come to that.
 SLICES = {"held": ("100%",), "again": ("65%", "60%", "55%", "50%")}
 OPTIONS: dict[str, Any] = {"slices": 4, "codecs": "exact"}
 STEPS = 4
@@ -64,12 +64,15 @@ def check_slices(case: str, device: str) -> Finding:
     return Finding("; ".join(filter(None, faults)), numbers=numbers)
 
 
-def _budget(case: str, model: nn.Module, x: Tensor) -> str:
-    """The largest of the case's budgets under which as many slices hold as it is for; the last if none is."""
-    for share in SLICES[case][:-1]:
+def _budget(case: str, model: nn.Module, x: Tensor) -> int | str:
+    """What the plan of the case's largest share takes under which some slices run again; the last share if none do.
+
+    In bytes: of a share, the compiled step's peak would decide how many slices hold, which is another one.
+    """
+    for share in SLICES[case]:
         (plan,) = explain(model, x, mem_budget=share, **OPTIONS).plans
         if plan.held_slices < plan.slices:
-            return share
+            return plan.predicted_peak
     return SLICES[case][-1]
 
 
