@@ -49,6 +49,8 @@ def shared_value(dims: SampleDims, node: fx.Node) -> Shared:
         axis = axes_of(node, "dim", len(shape))[0]
         parts = [dims.shared(part).constant for part in arguments(node)[0]]
         return Shared(frozenset.intersection(*parts) - {axis})
+    if has(node, "product"):
+        return _product(dims, node)
     if is_elementwise(node) or node.target is aten.copy.default:
         return Shared(frozenset(axis for axis in range(len(shape)) if _constant(dims, inputs, shape, axis)))
     if is_reduction(node) and len(shape) == len(shape_of(inputs[0])):
@@ -59,6 +61,21 @@ def shared_value(dims: SampleDims, node: fx.Node) -> Shared:
 def _constant(dims: SampleDims, operands: list[fx.Node], shape: tuple[int, ...], axis: int) -> bool:
     """Whether all operands, broadcast to `shape`, are constant along this dimension of it."""
     return all(dims.fits(arg, axis - len(shape) + len(shape_of(arg))) for arg in operands)
+
+
+def _product(dims: SampleDims, node: fx.Node) -> Shared:
+    """Equal rows on the left are equal rows of a product of matrices, equal columns on the right equal columns of it.
+
+    So are equal matrices of many, and what is added has to be equal there as well.
+    """
+    *added, left, right = (arg for arg in arguments(node) if isinstance(arg, fx.Node))
+    rank = len(shape_of(node))
+    constant = {
+        axis
+        for axis in range(rank)
+        if (axis == rank - 1 or dims.fits(left, axis)) and (axis == rank - 2 or dims.fits(right, axis))
+    }
+    return Shared(frozenset(axis for axis in constant if _constant(dims, added, shape_of(node), axis)))
 
 
 def _moved(node: fx.Node, first: Shared) -> Shared:

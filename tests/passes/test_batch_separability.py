@@ -57,6 +57,12 @@ APART = {
     "attention": (Apply(attention, 3, 1, 1),),
     "dropout": (conv(3, 4), nn.Dropout(0.5), conv(4, 4)),
     "a constant times the batch's size": (Apply(lambda x, w: x * w / x.shape[0]),),
+    "one time for all, embedded": (
+        Apply(lambda x, w: x + F.linear(torch.arange(4.0).expand(len(x), -1).sin(), w)[:, :, None, None], 3, 4),
+    ),
+    "one matrix for all": (
+        Apply(lambda x, w: x + torch.bmm(w.expand(len(x), 8, 8), w.T.expand(len(x), 8, 8))[:, None], 8, 8),
+    ),
     "evaluated batch norm": (conv(3, 4), nn.BatchNorm2d(4).eval()),
 }
 
@@ -72,6 +78,14 @@ MIXED = {
     "half the batch": ((Apply(lambda x, w: x[:3] * w + x[3:]),), "picks samples"),
     "twice the batch": ((Apply(lambda x, w: torch.cat([x, x * w])),), "beside each other"),
     "a weight for each sample": ((Apply(lambda x, w: x * w, BATCH, 1, 1, 1),), "constant of its own"),
+    "a time for each sample, embedded": (
+        (Apply(lambda x, w: x + F.linear(torch.arange(4.0 * len(x)).view(-1, 4), w)[:, :, None, None], 3, 4),),
+        "constant of its own",
+    ),
+    "a column for each sample": (
+        (Apply(lambda x, w: x + (torch.ones(3, 2) @ w).T[:, :, None, None], 2, BATCH),),
+        "constant of its own",
+    ),
     "similarity": ((Apply(lambda x, w: x.flatten(1) @ x.flatten(1).T * w),), "product of samples"),
     "all to all": ((Apply(lambda x, w: x[:, None] - x[None] * w),), "combined with other samples"),
     "lost in a view": ((Apply(lambda x, w: (x * w).reshape(-1, 4)),), "result"),
