@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.codec_spec import BLOCK, CodecSpec
 from xconv_fx.hooks.pytree import tree_leaves
 from xconv_fx.ops import fixed
 from xconv_fx.ops.codec import SavedAs, codec_of
@@ -40,14 +40,18 @@ def rewrite(
     choices: Iterable[Choice],
     stream: int | None = None,
     norms: Mapping[str, Norm] = MappingProxyType({}),
+    blocks: Mapping[str, RecomputeSubgraph] = MappingProxyType({}),
 ) -> None:
     """Apply the choices to the pair in place.
 
+    `chains` and `blocks` replay residuals, by name: from the nearest others, and from where a block begins.
     `stream` names a fixed sequence of seeds (`torch.ops.xconv.stream_seeds`); None draws from torch's generator each
     step. `norms` are the normalisations of what is held as "fixed".
     """
     how = {choice.residual: choice for choice in choices if choice.codec != "keep"}
-    writer = _Writer(pair, residuals, chains, how, stream, norms)
+    replayed = {name: choice for name, choice in how.items() if choice.codec == "recompute"}
+    chosen = {name: (blocks if choice.kind == BLOCK else chains)[name] for name, choice in replayed.items()}
+    writer = _Writer(pair, residuals, chosen, how, stream, norms)
     # Readers before what they read: a replayed residual adds readers to its sources.
     for name in reversed([name for name in residuals if name in how]):
         writer.apply(residuals[name], how[name])

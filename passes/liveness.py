@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from xconv_fx.device.workspace import node_workspace
@@ -86,7 +87,7 @@ def _maker(root: fx.Node) -> fx.Node:
     return root.all_input_nodes[0] if is_view(root) else root
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """The operations that read the node, through views."""
     found: list[fx.Node] = []
     stack = list(node.users)
@@ -100,12 +101,10 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_stored(node: fx.Node, reads: int, returned: set[fx.Node], roots: dict[fx.Node, fx.Node]) -> bool:
-    if not is_elementwise(node) or node in returned:
+    if not is_elementwise(node) or node in returned or node.target is torch.ops.xconv.stored.default:
         return True
-    readers = set(_readers(node))
-    return any(not is_elementwise(r) and not is_reduction(r) for r in readers) or (
-        len(readers) > 1 and reads > MANY_READS
-    )
+    found = set(readers(node))
+    return any(not is_elementwise(r) and not is_reduction(r) for r in found) or (len(found) > 1 and reads > MANY_READS)
 
 
 def _lifetimes(

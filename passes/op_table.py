@@ -63,7 +63,7 @@ ROWS = (
     Row("div.Tensor", "step"),
     Row("relu", "affine"),
     Row("le lt ge gt eq ne logical_not bitwise_not", "comparison"),
-    Row("clone prims.convert_element_type", "same pointwise linear affine"),
+    Row("clone prims.convert_element_type xconv.stored", "same pointwise linear affine"),
     Row("_to_copy", "same pointwise"),
     Row("copy.default", batch="elementwise"),
     # Constants.

@@ -12,6 +12,7 @@ replayed, so that `relu(x)` becomes `where(mask, 0, x)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,9 @@ aten = torch.ops.aten
 # value saved for it besides residuals, as a fraction.
 LONGEST = 48
 MOST_RERUN = 4
+# The same of a block that is replayed at once.
+LONGEST_BLOCK = 192
+MOST_RERUN_IN_BLOCK = 6
 SMALL = 1 / 64
 
 
@@ -81,7 +85,9 @@ class RecomputeSubgraph:
         return tuple(dict.fromkeys(a for n in self.nodes for a in n.all_input_nodes if a not in inside))
 
 
-def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph | None:
+def find_recompute_subgraph(
+    node: fx.Node, saved: set[str], longest: int = LONGEST, most_rerun: int = MOST_RERUN
+) -> RecomputeSubgraph | None:
     """The chain that replays the forward node `node` from values named in `saved`, or None if there is none."""
     limit = max(1, int(numel(node) * SMALL))
     nodes: list[fx.Node] = []
@@ -90,7 +96,7 @@ def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if len(nodes) >= LONGEST or not _replayable(current):
+        if len(nodes) >= longest or not _replayable(current):
             return None
         nodes.append(current)
         for arg in current.all_input_nodes:
@@ -105,10 +111,27 @@ def find_recompute_subgraph(node: fx.Node, saved: set[str]) -> RecomputeSubgraph
                 extras[arg] = None
             else:
                 stack.append(arg)
-    if sum(map(_is_rerun, nodes)) > MOST_RERUN:
+    if sum(map(_is_rerun, nodes)) > most_rerun:
         return None
     nodes.sort()
     return RecomputeSubgraph(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
+
+
+def find_block(node: fx.Node, saved: Mapping[str, fx.Node]) -> RecomputeSubgraph | None:
+    """The chain that replays a value of several sources from the one value that all of these come from.
+
+    So the sum behind a residual block is made of the block's input: values inside of the block are made in passing, and
+    can be made again later for their own readers. `saved` are the forward's nodes by name. None where the value has one
+    source alone, or where no such block of a reasonable size ends at it.
+    """
+    left = set(saved) - {node.name}
+    chain = find_recompute_subgraph(node, left)
+    if chain is None or len(chain.sources) < 2:
+        return None
+    while chain is not None and len(chain.sources) > 1:
+        left.discard(max(saved[name] for name in chain.sources).name)
+        chain = find_recompute_subgraph(node, left, LONGEST_BLOCK, MOST_RERUN_IN_BLOCK)
+    return chain if chain is not None and chain.sources and chain.reruns else None
 
 
 def _is_rerun(node: fx.Node) -> bool:

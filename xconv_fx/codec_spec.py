@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+BLOCK = "block"
+
 
 @dataclass(frozen=True)
 class CodecSpec:
@@ -11,8 +13,8 @@ class CodecSpec:
 
     `probes` are a probe codec's sums a sample, `kind` their random projections (of `options.codecs.PROBE_KINDS`), and
     `means` whether the means of channels are held exactly beside them (None: by the size of a tensor that is not known
-    yet). `bits` is the width of codes, or of sums (None: as they are); with `by_sample` (of `ops.codec.BY_SAMPLE`) the
-    mean over a batch's samples.
+    yet). What is recomputed from where its block begins is of the kind `BLOCK`. `bits` is the width of codes, or of
+    sums (None: as they are); with `by_sample` (of `ops.codec.BY_SAMPLE`) the mean over a batch's samples.
     """
 
     codec: str

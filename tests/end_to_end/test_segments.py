@@ -13,7 +13,10 @@ from helpers.nets import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from xconv_fx.codec_spec import BLOCK
+from xconv_fx.errors import BudgetInfeasibleError
 from xconv_fx.measure import training_peak
+from xconv_fx.planner import problem
 
 
 class Dense(nn.Module):
@@ -60,17 +63,24 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "chain": chain,
     "dense": lambda: nn.Sequential(Dense(8, 4), Dense(8, 4), Dense(8, 4)),
     "joined": lambda: Joined(8),
+    "blocks": lambda: nn.Sequential(*(Dense(8, 8) for _ in range(6))),
 }
 
 
 class InSegments(nn.Module):
-    """A sequential network with checkpoints around equal parts."""
+    """A sequential network with checkpoints around equal parts, and around each layer in them if they are `nested`."""
 
-    def __init__(self, layers: nn.Sequential, parts: int) -> None:
+    def __init__(self, layers: nn.Sequential, parts: int, nested: bool = False) -> None:
         super().__init__()
-        self.layers, self.parts = layers, parts
+        self.layers, self.parts, self.nested = layers, parts, nested
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.nested:
+            size = len(self.layers) // self.parts
+            for start in range(0, len(self.layers), size):
+                part = InSegments(self.layers[start : start + size], size)
+                x = checkpoint(part, x, use_reentrant=False)
+            return x
         if self.parts == len(self.layers):
             for layer in self.layers:
                 x = checkpoint(layer, x, use_reentrant=False)
@@ -112,12 +122,29 @@ def test_gradients_and_statistics_are_those_of_one_forward(compile_tightly: Comp
     assert len(again) > 2 and held < 0.6 * sum(choice.bytes_before for choice in compiled.plan.choices)
 
 
-@pytest.mark.parametrize(("name", "parts"), [("chain", (2, 3, 4, 6, 12)), ("dense", (3,))])
-def test_no_higher_than_checkpoints(compile_tightly: Compile, name: str, parts: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("name", "parts", "nested"), [("chain", (2, 3, 4, 6, 12), ()), ("dense", (3,), ()), ("blocks", (3, 6), (3,))]
+)
+def test_no_higher_than_checkpoints(
+    compile_tightly: Compile, name: str, parts: tuple[int, ...], nested: tuple[int, ...]
+):
     layers = net(name)
     assert isinstance(layers, nn.Sequential)
-    least = min(training_peak(InSegments(layers, count), images(), Tensor.mean).bytes for count in parts)
+    ways = [(count, False) for count in parts] + [(count, True) for count in nested]
+    least = min(training_peak(InSegments(layers, *way), images(), Tensor.mean).bytes for way in ways)
     compiled = compile_tightly(net(name), images(), codecs=["recompute"])
     peak = training_peak(compiled.model, images(), Tensor.mean)
     assert peak.bytes <= compiled.plan.budget
     assert peak.bytes <= least
+
+
+def test_blocks_are_made_again_from_their_inputs(compile_tightly: Compile, monkeypatch: pytest.MonkeyPatch):
+    """What is inside of a block is made again for each sum behind it, and again for itself: fewer sums are held."""
+    compiled = compile_tightly(net("blocks"), images(), codecs=["recompute"])
+    compiled.model(images())
+    assert any(choice.codec == "recompute" and choice.kind == BLOCK for choice in compiled.plan.choices)
+    monkeypatch.setattr(problem, "_blocks", lambda *_: {})
+    options = {"mem_budget": compiled.plan.budget, "codecs": ["recompute"], "slices": 1}
+    torch._dynamo.reset()
+    with pytest.raises(BudgetInfeasibleError):
+        torch.compile(net("blocks"), backend="xconv", options=options)(images())

@@ -10,7 +10,13 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xconv_fx.passes.graph import nbytes
-from xconv_fx.passes.rematerialize import LONGEST, MOST_RERUN, find_recompute_subgraph
+from xconv_fx.passes.rematerialize import (
+    LONGEST,
+    MOST_RERUN,
+    MOST_RERUN_IN_BLOCK,
+    find_block,
+    find_recompute_subgraph,
+)
 from xconv_fx.passes.step_time import node_flops
 
 aten = torch.ops.aten
@@ -151,3 +157,55 @@ def test_a_chain_computes_its_residual():
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: replayed[arg])
         replayed[node] = node.target(*args, **kwargs)
     assert torch.equal(replayed[relu], values[relu])
+
+
+class Residual(nn.Module):
+    """A sum behind some convolutions and a dropout in training."""
+
+    def __init__(self, convolutions, dropout=0.0):
+        super().__init__()
+        pairs = ((nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(convolutions))
+        self.body, self.dropout = nn.Sequential(*(layer for pair in pairs for layer in pair)), dropout
+
+    def forward(self, x):
+        return torch.relu(x + F.dropout(self.body(x), self.dropout, self.dropout > 0))
+
+
+def blocks_of(*layers):
+    """The pair of a net, and its blocks by the residual that ends one."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), *layers, nn.Conv2d(8, 2, 1)).double()
+    traced = trace(net, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    pair = traced.pair()
+    saved = {name: forward for name, (forward, _) in pair.saved().items()}
+    found = {name: find_block(forward, saved) for name, (forward, _) in pair.residuals().items()}
+    return traced, pair, {name: block for name, block in found.items() if block is not None}
+
+
+def test_a_block_is_made_of_its_input():
+    traced, pair, blocks = blocks_of(Residual(2), Residual(2))
+    # The sum of one block is what the next begins with.
+    assert {name: block.sources for name, block in blocks.items()} == {"relu_3": ("relu",), "relu_6": ("relu_3",)}
+    values = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            return values[n]
+
+    with torch.no_grad():
+        Recorder(pair.forward, garbage_collect_values=False).run(*traced.primals)
+    for block in blocks.values():
+        assert len(block.rerun) == 2
+        replayed = {node: values[node] for node in block.inputs}
+        for node in block.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), replayed.__getitem__)
+            replayed[node] = node.target(*args, **kwargs)
+        torch.testing.assert_close(replayed[block.nodes[-1]], values[block.nodes[-1]])
+
+
+def test_what_is_no_block():
+    """A chain has the nearest residual alone as its source; draws, and too many convolutions, are not run again."""
+    chain = (nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    for layers in (chain, (Residual(2, 0.5),), (Residual(MOST_RERUN_IN_BLOCK + 1),)):
+        assert not blocks_of(*layers)[2]
+    assert blocks_of(Residual(MOST_RERUN_IN_BLOCK))[2]

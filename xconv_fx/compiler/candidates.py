@@ -34,12 +34,14 @@ class Variant:
 
     `microbatches` says in what slices of the batch it runs (None: all at once), `saved` what share of the residuals
     torch's partitioner may save; the rest is recomputed from that, convolutions included. `relayout` lays volumes out
-    channels-last (passes/channels_last_3d.py).
+    channels-last (passes/channels_last_3d.py), `store_gradients` gives sums of gradients memory of their own
+    (passes/stored_gradients.py).
     """
 
     microbatches: Microbatches | None = None
     saved: float = 1.0
     relayout: bool = True
+    store_gradients: bool = False
 
 
 # The batch at once, nothing recomputed that PyTorch would not recompute by itself.

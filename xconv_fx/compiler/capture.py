@@ -36,7 +36,7 @@ from xconv_fx.runtime.microbatch_step import slice_inputs
 from xconv_fx.runtime.session import TOGETHER, Graph, Session
 
 from .candidates import FULL_BATCH, Variant, compared_variant
-from .pipeline import Analysed, Joint, analyse
+from .pipeline import Analysed, Joint, analyse, with_stored_gradients
 
 T = TypeVar("T")
 
@@ -218,6 +218,9 @@ class Found:
         self, request: CaptureRequest, variant: Variant, wanted: Callable[[fx.GraphModule], bool] = lambda _: True
     ) -> Analysed | None:
         """What is found of a variant if its joint graph is `wanted`; None for a graph without a backward."""
+        if variant.store_gradients:
+            inlined = self.analysed(request, replace(variant, store_gradients=False))
+            return None if inlined is None else with_stored_gradients(inlined)
         prepared, microbatches = self.prepared(request, variant), variant.microbatches
         whole = 0 if prepared.batch is None else prepared.batch.size
         samples = whole if microbatches is None else microbatches.samples
@@ -253,7 +256,7 @@ class Found:
 
     def prepared(self, request: CaptureRequest, variant: Variant) -> Prepared:
         """Dynamo's graph for a variant, rewritten where AOTAutograd would lose what is worth knowing."""
-        key = request.options.plain, replace(compared_variant(variant), saved=1.0)
+        key = request.options.plain, replace(compared_variant(variant), saved=1.0, store_gradients=False)
         if key not in self._prepared:
             self._prepared[key] = _prepare(request, *key)
         return self._prepared[key]

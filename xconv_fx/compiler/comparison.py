@@ -181,12 +181,15 @@ class Comparison:
                 return
 
     def _at_once(self) -> Iterator[Variant]:
-        """The batch at once in other variants: contiguous volumes, and convolutions recomputed by a smaller cut.
+        """The batch at once in other variants: sums of gradients in memory of their own, contiguous volumes, and
+        convolutions recomputed by a smaller cut.
 
         Their problems are built. The cut takes torch longer than all else in a large graph.
         """
         options = self.request.options
         variants = [Variant(relayout=False)] if volume_convolutions(self.request.gm) else []
+        if self._full_batch().sums:
+            variants.append(Variant(store_gradients=True))
         small = self._full_batch().operations <= LARGEST_CUT
         if small and "recompute" in options.codecs and options.probes == Probes():
             variants += [Variant(saved=saved) for saved in SAVED]

@@ -65,6 +65,7 @@ def report(
     found = {
         "saved_share": variant.saved,
         "relayout": variant.relayout,
+        "store_gradients": variant.store_gradients,
         "audited_peak": taken or None,
         **request.session.facts,
         **facts.known(),

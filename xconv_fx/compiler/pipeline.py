@@ -44,6 +44,7 @@ from xconv_fx.passes.partition import Pair, hoist, partition
 from xconv_fx.passes.residuals import Residual, find_residuals
 from xconv_fx.passes.scatter_pooling import scatter_pooling
 from xconv_fx.passes.split_conv_backward import split_backward
+from xconv_fx.passes.stored_gradients import store_gradients, sums
 from xconv_fx.plan import Choice, Plan
 from xconv_fx.plan.log import log
 from xconv_fx.planner import solve
@@ -88,7 +89,8 @@ class Analysed:
 
     `mixing` is why the batch cannot be sliced, "" when it can; `draws` and `changed` are what slices need to know
     (`Separability`). `relaid` are the inputs that are convolution weights which Inductor copies to channels-last, by
-    their indices, and `copies` the bytes of the copies. `operations` are the nodes of the joint graph.
+    their indices, and `copies` the bytes of the copies. `operations` are the nodes of the joint graph, and
+    `sums` how many gradients could be stored in the place of others.
     """
 
     pair: Pair
@@ -99,6 +101,7 @@ class Analysed:
     relaid: tuple[int, ...]
     copies: int
     operations: int
+    sums: int
 
     def problem(
         self,
@@ -164,6 +167,12 @@ PREPARE: tuple[Pass[Partitioned], ...] = (
 )
 
 
+# Run on a pair to make another variant of it.
+STORE: tuple[Pass[Pair], ...] = (
+    Pass("stored_gradients", lambda pair: store_gradients(pair.backward.graph), optional=True),
+)
+
+
 def _move(halves: Partitioned) -> None:
     if halves.device is not None:
         place((halves.pair.forward, halves.pair.backward), halves.device)
@@ -183,7 +192,7 @@ KERNELS: tuple[Pass[Pair], ...] = (
     Pass("own_concatenations", _in_halves(own_concatenations), optional=True),
     Pass("conv3d_kernels", _in_halves(volume_kernels), optional=True),
 )
-OPTIONAL = [one.name for row in (NORMALISE, LOWER, PREPARE, KERNELS) for one in row if one.optional]
+OPTIONAL = [one.name for row in (NORMALISE, LOWER, PREPARE, STORE, KERNELS) for one in row if one.optional]
 
 _disabled: ContextVar[frozenset[str]] = ContextVar("disabled", default=frozenset())
 _verified: ContextVar[bool] = ContextVar("verified", default=False)
@@ -269,7 +278,8 @@ def analyse(joint: Joint) -> Analysed:
     run(LOWER, joint, joint.plain)
     operations = len(joint.graph.graph.nodes)
     names = [node.name for node in joint.graph.graph.find_nodes(op="placeholder")]
-    halves = Partitioned(partition(joint.graph, joint.inputs, joint.saved, **joint.arguments), joint.device)
+    pair = partition(joint.graph, joint.inputs, joint.saved, **joint.arguments)
+    halves = Partitioned(pair, joint.device)
     run(PREPARE, halves, joint.plain)
     weights = [] if joint.plain else relaid_operands(halves.pair.forward, 1)
     return Analysed(
@@ -281,7 +291,15 @@ def analyse(joint: Joint) -> Analysed:
         tuple(names.index(node.name) for node in weights),
         sum(map(nbytes, weights)),
         operations,
+        0 if joint.plain else len(sums(halves.pair.backward.graph)),
     )
+
+
+def with_stored_gradients(analysed: Analysed) -> Analysed:
+    """The same with sums of gradients in memory of their own."""
+    pair, _ = analysed.pair.copy()
+    run(STORE, pair)
+    return replace(analysed, pair=pair, residuals=find_residuals(pair), sums=0)
 
 
 def plan(
@@ -329,6 +347,7 @@ def finish(planned: Planned, stream: int | None = None, plain: bool = False) -> 
             planned.plan.choices,
             stream,
             moved(planned.planning.norms),
+            moved(planned.planning.blocks),
         ),
     )
     run((insert, *KERNELS), pair)

@@ -85,7 +85,7 @@ class StoredPlan:
 
 def full_batch_of(plan: Plan) -> Variant:
     """The variant that a plan was made for, but for its slices."""
-    return replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout)
+    return replace(FULL_BATCH, saved=plan.saved_share, relayout=plan.relayout, store_gradients=plan.store_gradients)
 
 
 def look_up(path: Path) -> StoredPlan | BudgetInfeasibleError | None:

@@ -93,8 +93,9 @@ class Plan:
     choices are those of one. `measured_peak` is what the last training step of the whole model took that was measured,
     losses and optimiser included (None until then).
 
-    `relayout` says that volumes are laid out channels-last, `inductor` that the step is what Inductor compiles by
-    itself.
+    `relayout` says that volumes are laid out channels-last, `store_gradients` that gradients which are sums of others
+    have memory of their own where that frees more (`passes/stored_gradients.py`), `inductor` that the step is what
+    Inductor compiles by itself.
 
     A plan made ahead may count the state of an `optimizer`, which `fixed_bytes` include, and be for a `gpu`, with the
     memory and rates of its data sheet.
@@ -127,6 +128,7 @@ class Plan:
     calls: int = 1
     measured_peak: int | None = None
     relayout: bool = True
+    store_gradients: bool = False
     inductor: bool = False
 
     @property

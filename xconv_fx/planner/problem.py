@@ -30,7 +30,7 @@ from xconv_fx.passes.graph import (
 from xconv_fx.passes.late_layout import layout_copies
 from xconv_fx.passes.liveness import timeline
 from xconv_fx.passes.partition import Pair
-from xconv_fx.passes.rematerialize import RecomputeSubgraph, find_recompute_subgraph
+from xconv_fx.passes.rematerialize import RecomputeSubgraph, find_block, find_recompute_subgraph
 from xconv_fx.passes.residuals import Residual, small
 from xconv_fx.passes.step_time import step_seconds
 
@@ -48,9 +48,9 @@ aten = torch.ops.aten
 class PlanningProblem:
     """The problem for the solver, and what its items and options stand for.
 
-    `chains` and `norms` belong to residuals, by name; `phases` names the phase of every step. `ends` is what the
-    forward returns, as a loss has it, `calls` how often the graph runs in a step; `rest` are bytes that cross to the
-    backward besides the residuals, whatever is chosen. `seconds` is what the forward and the backward take by the
+    `chains`, `blocks` and `norms` belong to residuals, by name; `phases` names the phase of every step. `ends` is what
+    the forward returns, as a loss has it, `calls` how often the graph runs in a step; `rest` are bytes that cross to
+    the backward besides the residuals, whatever is chosen. `seconds` is what the forward and the backward take by the
     roofline when everything is kept; `noises` how much noise matters. Of what is alive in the loss, `spare` bytes are
     left free for others.
     """
@@ -59,6 +59,7 @@ class PlanningProblem:
     residuals: tuple[Residual, ...]
     candidates: tuple[tuple[StorageCandidate, ...], ...]
     chains: dict[str, RecomputeSubgraph]
+    blocks: dict[str, RecomputeSubgraph]
     norms: dict[str, Norm]
     fixed_bytes: int
     device: str
@@ -109,6 +110,7 @@ def build_problem(
         large,
         line,
         _chains(large, set(pair.saved())),
+        _blocks(large, pair),
         find_norms(large.values()) if "fixed" in options.codecs else {},
         Sensitivities(large, options.stats, pair),
         rates.spec(device),
@@ -124,6 +126,7 @@ def build_problem(
         residuals_held,
         rows,
         dict(context.chains),
+        dict(context.blocks),
         dict(context.norms),
         others.resident,
         device,
@@ -181,6 +184,17 @@ def _chains(residuals: Mapping[str, Residual], saved: set[str]) -> dict[str, Rec
         name: chain
         for name, chain in found.items()
         if chain is not None and all(source in residuals for source in chain.sources)
+    }
+
+
+def _blocks(residuals: Mapping[str, Residual], pair: Pair) -> dict[str, RecomputeSubgraph]:
+    """How residuals can be made again from where their block begins."""
+    saved = {name: forward for name, (forward, _) in pair.saved().items()}
+    found = {name: find_block(residual.forward, saved) for name, residual in residuals.items()}
+    return {
+        name: block
+        for name, block in found.items()
+        if block is not None and all(source in residuals for source in block.sources)
     }
 
 

@@ -62,6 +62,8 @@ def items_of(residuals: Iterable[Residual], rows: Iterable[tuple[StorageCandidat
 class Context:
     """What families know besides a residual: the others, how each can be recomputed and is normalised, when all run.
 
+    `chains` replay a residual from the nearest others, `blocks` from where its block begins.
+
     `apart` says that samples are known to be computed apart.
     """
 
@@ -69,6 +71,7 @@ class Context:
     residuals: Mapping[str, Residual]
     timeline: StepTimeline
     chains: Mapping[str, RecomputeSubgraph]
+    blocks: Mapping[str, RecomputeSubgraph]
     norms: Mapping[str, Norm]
     noises: Sensitivities
     machine: DeviceSpec

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from xconv_fx.codec_spec import CodecSpec
+from xconv_fx.codec_spec import BLOCK, CodecSpec
 from xconv_fx.cost_model.timing import seconds
 from xconv_fx.passes.graph import arguments
 from xconv_fx.passes.rematerialize import RecomputeSubgraph
@@ -22,18 +22,23 @@ from .fixed_point import fixed_point
 aten = torch.ops.aten
 
 RECOMPUTE = CodecSpec("recompute")
+RECOMPUTE_BLOCK = CodecSpec("recompute", kind=BLOCK)
 
 
 def offer(residual: Residual, context: Context) -> Iterator[StorageCandidate]:
-    """By elementwise operations, or by running a convolution again."""
+    """By elementwise operations, by running a convolution again, or the whole block that ends at it."""
     chain, allowed = context.chains.get(residual.name), context.options.codecs
     if chain is None:
         return
     sources = [context.residuals[name] for name in chain.sources]
+    # A boolean is held in bits, for which no convolution is worth its time.
+    may_rerun = "recompute" in allowed and residual.value.dtype != torch.bool
+    block = context.blocks.get(residual.name)
+    if may_rerun and block is not None:
+        yield from _reruns(residual, block, RECOMPUTE_BLOCK, context)
     if chain.reruns:
-        # A boolean is held in bits, for which no convolution is worth its time.
-        if "recompute" in allowed and residual.value.dtype != torch.bool:
-            yield from _reruns(residual, chain, sources, context)
+        if may_rerun:
+            yield from _reruns(residual, chain, RECOMPUTE, context)
         return
     if "recompute" in allowed:
         yield from _from_exact(residual, chain, context)
@@ -118,11 +123,12 @@ def _elementwise(
 
 
 def _reruns(
-    residual: Residual, chain: RecomputeSubgraph, sources: Sequence[Residual], context: Context
+    residual: Residual, chain: RecomputeSubgraph, spec: CodecSpec, context: Context
 ) -> Iterator[StorageCandidate]:
     """Run its convolutions again before it is first read, or for a segment; from then on it is held like any value."""
     kind, line = StorageKind.RECOMPUTED_CONVOLUTION, context.timeline
-    candidate = context.candidate(residual, RECOMPUTE, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
+    sources = [context.residuals[name] for name in chain.sources]
+    candidate = context.candidate(residual, spec, chain.extra_bytes, kind=kind, decoded=False, traffic=0)
     time = seconds(chain.flops, chain.traffic, context.machine, str(residual.value.dtype))
     choice = replace(candidate.choice, time=time)
     for start in context.starts[residual.name]:
