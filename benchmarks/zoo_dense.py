@@ -134,19 +134,14 @@ class TimedLevel(nn.Module):
 
 
 class DiffusionUNet(nn.Module):
-    """The U-Net of denoising diffusion (arXiv 2006.11239): predicts the noise in (N, 3, H, W), at times of its own.
+    """The U-Net of denoising diffusion (arXiv 2006.11239): predicts the noise in (N, 3, H, W).
 
-    `times`, one for each sample of the batch, are a buffer, so that images are all that it is called with.
+    It draws the times, one for each sample, as training does, so that images are all that it is called with.
     """
 
-    times: Tensor
-
-    def __init__(
-        self, batch: int, width: int = 32, widths: tuple[int, ...] = (32, 64, 64, 128), lowest: int = 2
-    ) -> None:
+    def __init__(self, width: int = 32, widths: tuple[int, ...] = (32, 64, 64, 128), lowest: int = 2) -> None:
         super().__init__()
         self.width, embedded = width, 4 * width
-        self.register_buffer("times", torch.linspace(0, 999, batch))
         self.embed = nn.Sequential(nn.Linear(width, embedded), nn.SiLU(), nn.Linear(embedded, embedded))
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
         attends = [place >= len(widths) - lowest for place in range(len(widths))]
@@ -158,15 +153,15 @@ class DiffusionUNet(nn.Module):
         self.grow = nn.ModuleList(nn.Conv2d(o, o, 3, padding=1) for o in widths[-2::-1])
         self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
 
-    def embedding(self, dtype: torch.dtype) -> Tensor:
-        """Of the times, (N, 4 width): sines and cosines of them through two linear layers."""
-        half = self.width // 2
-        rates = torch.exp(torch.arange(half, device=self.times.device) * (-math.log(10_000) / half))
-        angles = (self.times[:, None] * rates).to(dtype)
+    def embedding(self, x: Tensor) -> Tensor:
+        """Of a time for each sample of `x`, (N, 4 width): sines and cosines of them through two linear layers."""
+        half, times = self.width // 2, torch.randint(1000, (len(x), 1), device=x.device)
+        rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000) / half))
+        angles = (times * rates).to(x.dtype)
         return self.embed(torch.cat((angles.sin(), angles.cos()), 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        embedding, x, skips = self.embedding(x.dtype), self.first(x), []
+        embedding, x, skips = self.embedding(x), self.first(x), []
         for place, level in enumerate(self.down):
             x = level(self.shrink[place - 1](x) if place else x, embedding)
             skips.append(x)

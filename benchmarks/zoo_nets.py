@@ -8,7 +8,6 @@ inputs (zoo_dense.py), networks of volumes (zoo_volumes.py), and the six that pe
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ ZOO: dict[str, ZooNet] = {
         ),
         _classifier(classifiers.resnet50, 8, 3, 192, 192),
         _values(
-            "diffusion_unet", functools.partial(dense.DiffusionUNet, batch=4), (4, 3, 64, 64),
+            "diffusion_unet", dense.DiffusionUNet, (4, 3, 64, 64),
             rf"({DIFFUSION_LEVEL})\.(blocks|attention)\.\d+|last",
             rf"({DIFFUSION_LEVEL})\.(blocks|attention)\.\d+", f"{DIFFUSION_LEVEL}|last",
         ),

@@ -53,7 +53,9 @@ def test_the_installer_lets_in_what_was_looked_at():
 def test_a_version_that_passes_its_trial_is_used_with_one_warning(untested, monkeypatch):
     trials = []
     monkeypatch.setattr(torch_version, "found_wrong", lambda: trials.append(1) or "")
-    with pytest.warns(UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.12, 2\.13, 2\.14\)"):
+    with pytest.warns(
+        UntestedTorchWarning, match=r"torch 2\.99\.1\+cu150 was not tested \(tested: 2\.12, 2\.13, 2\.14\)"
+    ):
         require_usable_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
