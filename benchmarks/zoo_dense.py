@@ -136,7 +136,7 @@ class TimedLevel(nn.Module):
 class DiffusionUNet(nn.Module):
     """The U-Net of denoising diffusion (arXiv 2006.11239): predicts the noise in (N, 3, H, W).
 
-    It draws the times, one for each sample, as training does, so that images are all that it is called with.
+    Times stand for how noisy images are, and are told from that: images are all that it is called with.
     """
 
     def __init__(self, width: int = 32, widths: tuple[int, ...] = (32, 64, 64, 128), lowest: int = 2) -> None:
@@ -155,7 +155,7 @@ class DiffusionUNet(nn.Module):
 
     def embedding(self, x: Tensor) -> Tensor:
         """Of a time for each sample of `x`, (N, 4 width): sines and cosines of them through two linear layers."""
-        half, times = self.width // 2, torch.randint(1000, (len(x), 1), device=x.device)
+        half, times = self.width // 2, 500 * x.detach().flatten(1).std(1, keepdim=True)
         rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000) / half))
         angles = (times * rates).to(x.dtype)
         return self.embed(torch.cat((angles.sin(), angles.cos()), 1))
