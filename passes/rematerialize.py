@@ -12,6 +12,7 @@ replayed, so that `relu(x)` becomes `where(mask, 0, x)`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 
 from xconv_fx import hooks
+from xconv_fx.device.workspace import node_workspace
 
 from .graph import is_elementwise, is_primal, is_view, nbytes, numel, tensor_of
 from .op_table import has
@@ -69,6 +71,11 @@ class RecomputeSubgraph:
     def between(self) -> int:
         """Bytes of what is made on the way to the last of them, or behind it."""
         return sum(nbytes(node) for node in self.rerun if node is not self.nodes[-1])
+
+    @functools.cached_property
+    def scratch(self) -> int:
+        """The most bytes that a library allocates while one of them runs."""
+        return max(map(node_workspace, self.rerun), default=0)
 
     @property
     def flops(self) -> int:

@@ -9,6 +9,7 @@ from helpers.tracing import trace
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from xconv_fx.device.workspace import node_workspace
 from xconv_fx.passes.graph import nbytes
 from xconv_fx.passes.rematerialize import (
     LONGEST,
@@ -84,6 +85,7 @@ def test_kernels_of_libraries_are_run_again(case):
     assert chain.flops == sum(map(node_flops, chain.rerun)) > 0
     # What is on the way to the result passes through memory.
     assert chain.between == sum(nbytes(node) for node in chain.rerun)
+    assert chain.scratch == max(map(node_workspace, chain.rerun))
 
 
 def test_at_most_a_few_of_them():

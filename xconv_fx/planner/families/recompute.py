@@ -134,7 +134,7 @@ def _reruns(
     for start in context.starts[residual.name]:
         step = start.step
         loads = [*candidate.option.loads, (step, line.last(residual), residual.bytes)]
-        passing = sum(source.bytes for source in sources) + chain.between - start.after
+        passing = sum(source.bytes for source in sources) + chain.between + chain.scratch - start.after
         loads += [(step, step, passing)] if passing > 0 else []
         loads += [(line.last(s) + 1, step, s.bytes) for s in sources if line.last(s) < step]
         option = replace(candidate.option, loads=tuple(loads), time=time, segment=start.length)
