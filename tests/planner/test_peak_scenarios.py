@@ -25,6 +25,16 @@ def test_calls_beside_each_other() -> None:
     )
 
 
+def test_gradients_of_inputs_stay() -> None:
+    """A later backward runs beside those that the backwards before it left, however few residuals are held by then."""
+    calls = Calls(3, inputs=100, gradients=1000, input_gradients=100)
+    assert scenarios(None, calls, ENDS)[2:] == (
+        PeakScenario("backward", 2 * (100 + 10 + 7 + 11), 2),
+        PeakScenario("backward", 2 * (100 + 10 + 7 + 11) + 1000 + 100, 1),
+        PeakScenario("backward", 2 * (100 + 10 + 7 + 11) + 1000 + 200, 0),
+    )
+
+
 def test_a_chain_of_calls_has_one_loss() -> None:
     assert scenarios(None, Calls(3, inputs=0, gradients=1000, chain=True), ENDS) == (
         PeakScenario("forward", 20, 2),

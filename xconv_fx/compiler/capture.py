@@ -135,9 +135,16 @@ class CaptureRequest:
     @property
     def calls(self) -> Calls:
         """How often it runs in a step. Gradients of graphs that are planned together are in their surroundings."""
-        graph = self.graph
-        gradients = 0 if graph.key.frame == TOGETHER else graph.parameters
-        return Calls(self.options.calls, graph.given, gradients, chain=graph.given < graph.inputs)
+        graph, chain = self.graph, self.graph.given < self.graph.inputs
+        if graph.key.frame == TOGETHER:
+            return Calls(self.options.calls, graph.given, chain=chain)
+        return Calls(self.options.calls, graph.given, graph.parameters, chain, self._input_gradients())
+
+    def _input_gradients(self) -> int:
+        """Bytes of the gradients of inputs that are no parameters, and that nothing in the step computes."""
+        given = zip(self.example_inputs, hooks.data_inputs(self.gm), strict=True)
+        leaves = (value for value, is_data in given if is_data and value.is_leaf and value.requires_grad)
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
     @functools.cached_property
     def around(self) -> Surroundings:

@@ -25,14 +25,15 @@ AT_ONCE = tuple(PeakScenario(phase, 0, 0) for phase in ("forward", "loss", "back
 class Calls:
     """How often a graph runs in a step before the backward.
 
-    In bytes: the `inputs` of a call that come from outside of the step, and the `gradients` of the parameters. In a
-    `chain` each call reads what the one before it returned.
+    In bytes: the `inputs` of a call that come from outside of the step, the `input_gradients` that its backward leaves
+    of those, and the `gradients` of the parameters. In a `chain` each call reads what the one before it returned.
     """
 
     count: int = 1
     inputs: int = 0
     gradients: int = 0
     chain: bool = False
+    input_gradients: int = 0
 
 
 ONCE = Calls()
@@ -61,4 +62,6 @@ def _beside(scenario: PeakScenario, calls: Calls, ends: Ends, held: int) -> Iter
         alive += others * ends.tangents
     yield scenario.beside(alive, others * held)
     if scenario.phase == "backward" or scenario.again:
-        yield scenario.beside(alive + calls.gradients, (others - 1) * held)
+        yield scenario.beside(alive + calls.gradients + calls.input_gradients, (others - 1) * held)
+        if others > 1 and calls.input_gradients:  # Of those between, one of the two is higher.
+            yield scenario.beside(alive + calls.gradients + others * calls.input_gradients, 0)
