@@ -124,21 +124,24 @@ def find_recompute_subgraph(
     return RecomputeSubgraph(tuple(nodes), tuple(sorted(sources)), tuple(extras), _masks(nodes, set(sources)))
 
 
-def find_block(node: fx.Node, saved: Mapping[str, fx.Node]) -> RecomputeSubgraph | None:
-    """The chain that replays a value of several sources from the one value that all of these come from.
+def find_block(chain: RecomputeSubgraph, saved: Mapping[str, fx.Node]) -> RecomputeSubgraph | None:
+    """The chain that replays what `chain` does of several sources from the one value that all of these come from.
 
     So the sum behind a residual block is made of the block's input: values inside of the block are made in passing, and
     can be made again later for their own readers. `saved` are the forward's nodes by name. None where the value has one
     source alone, or where no such block of a reasonable size ends at it.
     """
-    left = set(saved) - {node.name}
-    chain = find_recompute_subgraph(node, left)
-    if chain is None or len(chain.sources) < 2:
+    if len(chain.sources) < 2:
         return None
-    while chain is not None and len(chain.sources) > 1:
-        left.discard(max(saved[name] for name in chain.sources).name)
-        chain = find_recompute_subgraph(node, left, LONGEST_BLOCK, MOST_RERUN_IN_BLOCK)
-    return chain if chain is not None and chain.sources and chain.reruns else None
+    node, found = chain.nodes[-1], chain
+    left = set(saved) - {node.name}
+    while len(found.sources) > 1:
+        left.discard(max(saved[name] for name in found.sources).name)
+        longer = find_recompute_subgraph(node, left, LONGEST_BLOCK, MOST_RERUN_IN_BLOCK)
+        if longer is None:
+            return None
+        found = longer
+    return found if found.sources and found.reruns else None
 
 
 def _is_rerun(node: fx.Node) -> bool:

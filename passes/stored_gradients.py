@@ -8,6 +8,8 @@ buffer of its own such a sum takes the place of one of its terms, and readers re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
@@ -20,15 +22,16 @@ WORTH = 1.5
 
 def store_gradients(graph: fx.Graph) -> None:
     """Rewrite a backward graph in place: its sums are stored. One that is stored may make a sum of what reads it."""
-    gradients = closure(node for node in graph.nodes if is_tangent(node))
-    for node in list(graph.nodes):
-        if node in gradients and _is_sum(node):
-            _store(graph, node)
+    for node in sums(graph):
+        _store(graph, node)
 
 
-def sums(graph: fx.Graph) -> list[fx.Node]:
-    """Gradients of a backward graph that several operations read, and with which more bytes die than they have."""
-    return [node for node in closure(node for node in graph.nodes if is_tangent(node)) if _is_sum(node)]
+def sums(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Gradients of a backward graph that several operations read, and with which more bytes die than they have.
+
+    In the graph's order, each looked for when the one before it was taken.
+    """
+    return filter(_is_sum, sorted(closure(node for node in graph.nodes if is_tangent(node))))
 
 
 def _is_sum(node: fx.Node) -> bool:

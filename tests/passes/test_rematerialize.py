@@ -137,14 +137,8 @@ def test_other_chains_replay_only_exact_sources(case):
     assert chain is not None and chain.masks is None
 
 
-def test_a_chain_computes_its_residual():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()
-    traced = trace(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
-    pair = traced.pair()
-    relu = pair.residuals()["relu"][0]
-    chain = find_recompute_subgraph(relu, set(pair.saved()) - {"relu"})
-    assert chain is not None and chain.sources == ("convolution",)
-
+def values_of(traced, pair):
+    """Every value of the pair's forward, by node."""
     values: dict[fx.Node, torch.Tensor] = {}
 
     class Recorder(fx.Interpreter):
@@ -154,11 +148,28 @@ def test_a_chain_computes_its_residual():
 
     with torch.no_grad():
         Recorder(pair.forward, garbage_collect_values=False).run(*traced.primals)
-    replayed = {node: values[node] for node in chain.inputs}
+    return values
+
+
+def replayed(chain, values):
+    """What the chain computes from these values of its inputs."""
+    found = {node: values[node] for node in chain.inputs}
     for node in chain.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: replayed[arg])
-        replayed[node] = node.target(*args, **kwargs)
-    assert torch.equal(replayed[relu], values[relu])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: found[arg])
+        found[node] = node.target(*args, **kwargs)
+    return found[chain.nodes[-1]]
+
+
+def test_a_chain_computes_its_residual():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()
+    traced = trace(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    pair = traced.pair()
+    relu = pair.residuals()["relu"][0]
+    chain = find_recompute_subgraph(relu, set(pair.saved()) - {"relu"})
+    assert chain is not None and chain.sources == ("convolution",)
+
+    values = values_of(traced, pair)
+    assert torch.equal(replayed(chain, values), values[relu])
 
 
 class Residual(nn.Module):
@@ -179,7 +190,9 @@ def blocks_of(*layers):
     traced = trace(net, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     pair = traced.pair()
     saved = {name: forward for name, (forward, _) in pair.saved().items()}
-    found = {name: find_block(forward, saved) for name, (forward, _) in pair.residuals().items()}
+    residuals = {name: forward for name, (forward, _) in pair.residuals().items()}
+    chains = {name: find_recompute_subgraph(node, set(saved) - {name}) for name, node in residuals.items()}
+    found = {name: find_block(chain, saved) for name, chain in chains.items() if chain is not None}
     return traced, pair, {name: block for name, block in found.items() if block is not None}
 
 
@@ -187,22 +200,10 @@ def test_a_block_is_made_of_its_input():
     traced, pair, blocks = blocks_of(Residual(2), Residual(2))
     # The sum of one block is what the next begins with.
     assert {name: block.sources for name, block in blocks.items()} == {"relu_3": ("relu",), "relu_6": ("relu_3",)}
-    values = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n):
-            values[n] = super().run_node(n)
-            return values[n]
-
-    with torch.no_grad():
-        Recorder(pair.forward, garbage_collect_values=False).run(*traced.primals)
+    values = values_of(traced, pair)
     for block in blocks.values():
         assert len(block.rerun) == 2
-        replayed = {node: values[node] for node in block.inputs}
-        for node in block.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), replayed.__getitem__)
-            replayed[node] = node.target(*args, **kwargs)
-        torch.testing.assert_close(replayed[block.nodes[-1]], values[block.nodes[-1]])
+        torch.testing.assert_close(replayed(block, values), values[block.nodes[-1]])
 
 
 def test_what_is_no_block():

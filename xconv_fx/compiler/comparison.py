@@ -188,7 +188,7 @@ class Comparison:
         """
         options = self.request.options
         variants = [Variant(relayout=False)] if volume_convolutions(self.request.gm) else []
-        if self._full_batch().sums:
+        if self._full_batch().has_sums:
             variants.append(Variant(store_gradients=True))
         small = self._full_batch().operations <= LARGEST_CUT
         if small and "recompute" in options.codecs and options.probes == Probes():

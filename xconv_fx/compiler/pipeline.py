@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,8 +90,7 @@ class Analysed:
 
     `mixing` is why the batch cannot be sliced, "" when it can; `draws` and `changed` are what slices need to know
     (`Separability`). `relaid` are the inputs that are convolution weights which Inductor copies to channels-last, by
-    their indices, and `copies` the bytes of the copies. `operations` are the nodes of the joint graph, and
-    `sums` how many gradients could be stored in the place of others.
+    their indices, and `copies` the bytes of the copies. `operations` are the nodes of the joint graph.
     """
 
     pair: Pair
@@ -101,7 +101,11 @@ class Analysed:
     relaid: tuple[int, ...]
     copies: int
     operations: int
-    sums: int
+
+    @functools.cached_property
+    def has_sums(self) -> bool:
+        """Whether there are gradients that could be stored in the place of others."""
+        return any(sums(self.pair.backward.graph))
 
     def problem(
         self,
@@ -278,8 +282,7 @@ def analyse(joint: Joint) -> Analysed:
     run(LOWER, joint, joint.plain)
     operations = len(joint.graph.graph.nodes)
     names = [node.name for node in joint.graph.graph.find_nodes(op="placeholder")]
-    pair = partition(joint.graph, joint.inputs, joint.saved, **joint.arguments)
-    halves = Partitioned(pair, joint.device)
+    halves = Partitioned(partition(joint.graph, joint.inputs, joint.saved, **joint.arguments), joint.device)
     run(PREPARE, halves, joint.plain)
     weights = [] if joint.plain else relaid_operands(halves.pair.forward, 1)
     return Analysed(
@@ -291,7 +294,6 @@ def analyse(joint: Joint) -> Analysed:
         tuple(names.index(node.name) for node in weights),
         sum(map(nbytes, weights)),
         operations,
-        0 if joint.plain else len(sums(halves.pair.backward.graph)),
     )
 
 
@@ -299,7 +301,7 @@ def with_stored_gradients(analysed: Analysed) -> Analysed:
     """The same with sums of gradients in memory of their own."""
     pair, _ = analysed.pair.copy()
     run(STORE, pair)
-    return replace(analysed, pair=pair, residuals=find_residuals(pair), sums=0)
+    return replace(analysed, pair=pair, residuals=find_residuals(pair))
 
 
 def plan(

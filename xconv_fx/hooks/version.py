@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Minor versions on one patch of which the whole suite passed. Others that are let in were tested in part.
+# Minor versions on one patch of which the whole suite ran, and passed but for what README names. Others may be let in.
 TESTED = ("2.12", "2.13", "2.14")
 SUPPORTED = ">=2.12,<2.16"
 

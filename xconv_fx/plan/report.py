@@ -123,7 +123,10 @@ def _cells(choice: Choice) -> dict[str, Text | Name | str]:
 
 
 def codec_name(choice: Choice) -> str:
-    """The codec as the `codecs` option writes it; "fold" is what every probe is unless it says otherwise."""
+    """The codec as the `codecs` option writes it, and what is recomputed of a whole block as "recompute:block".
+
+    "fold" is what every probe is unless it says otherwise.
+    """
     return choice.codec if choice.kind in (None, "fold") else f"{choice.codec}:{choice.kind}"
 
 

@@ -105,12 +105,16 @@ def build_problem(
     forward = timeline(pair.forward.graph, [residual.forward for residual in large.values()], last)
     line = StepTimeline(forward, timeline(pair.backward.graph, images_last=last))
     device = _device(pair)
+    saved = {name: node for name, (node, _) in pair.saved().items()}
+    chains = _replayable(
+        large, ((name, find_recompute_subgraph(r.forward, set(saved) - {name})) for name, r in large.items())
+    )
     context = Context(
         options,
         large,
         line,
-        _chains(large, set(pair.saved())),
-        _blocks(large, pair),
+        chains,
+        _replayable(large, ((name, find_block(chain, saved)) for name, chain in chains.items())),
         find_norms(large.values()) if "fixed" in options.codecs else {},
         Sensitivities(large, options.stats, pair),
         rates.spec(device),
@@ -177,24 +181,14 @@ def _device(pair: Pair) -> str:
     return next((str(value.device) for value in values if value is not None), "cpu")
 
 
-def _chains(residuals: Mapping[str, Residual], saved: set[str]) -> dict[str, RecomputeSubgraph]:
-    """How residuals can be made again, of others that are saved."""
-    found = {name: find_recompute_subgraph(r.forward, saved - {name}) for name, r in residuals.items()}
+def _replayable(
+    residuals: Mapping[str, Residual], found: Iterable[tuple[str, RecomputeSubgraph | None]]
+) -> dict[str, RecomputeSubgraph]:
+    """How residuals can be made again of others, by name, as far as it was found."""
     return {
         name: chain
-        for name, chain in found.items()
+        for name, chain in found
         if chain is not None and all(source in residuals for source in chain.sources)
-    }
-
-
-def _blocks(residuals: Mapping[str, Residual], pair: Pair) -> dict[str, RecomputeSubgraph]:
-    """How residuals can be made again from where their block begins."""
-    saved = {name: forward for name, (forward, _) in pair.saved().items()}
-    found = {name: find_block(residual.forward, saved) for name, residual in residuals.items()}
-    return {
-        name: block
-        for name, block in found.items()
-        if block is not None and all(source in residuals for source in block.sources)
     }
 
 

@@ -63,7 +63,6 @@ class Context:
     """What families know besides a residual: the others, how each can be recomputed and is normalised, when all run.
 
     `chains` replay a residual from the nearest others, `blocks` from where its block begins.
-
     `apart` says that samples are known to be computed apart.
     """
 
